@@ -1,0 +1,1 @@
+"""Fine-tune ReXNet image classifiers on your own folder of images."""

@@ -1,0 +1,128 @@
+"""What a model is, in plain types: the one truth that checkpoint, prediction and export share.
+
+A `ModelSpec` travels inside every ``.ckpt`` and ``.safetensors`` file as JSON. It holds everything that turns an
+image into a named probability, and nothing that says where or by whom the model was trained.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any, Literal, get_args
+
+from rexnet_lit.errors import UserError
+
+__all__ = ["FORMAT_VERSION", "EvalRecipe", "HeadSpec", "Interpolation", "ModelSpec"]
+
+FORMAT_VERSION = 1
+"""Raised when a file written today could not be read right by yesterday's code."""
+
+Interpolation = Literal["bicubic", "bilinear", "nearest"]
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalRecipe:
+    """How an image becomes the network's input outside training.
+
+    The shorter side is resized to ``round(image_size / crop_pct)`` pixels, the centre ``image_size`` square is
+    cut out, and ``(x / 255 - mean) / std`` is applied per channel (RGB).
+    """
+
+    image_size: int = 224
+    crop_pct: float = 0.875
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
+    std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+
+    def __post_init__(self) -> None:
+        if self.image_size < 32:
+            raise UserError(f"data.image_size is {self.image_size}; a ReXNet needs at least 32 pixels")
+        if not 0 < self.crop_pct <= 1:
+            raise UserError(f"crop_pct is {self.crop_pct}; expected a fraction above 0 and up to 1")
+        if self.interpolation not in get_args(Interpolation):
+            raise UserError(f"interpolation is {self.interpolation!r}; expected one of {get_args(Interpolation)}")
+
+    @property
+    def resize_size(self) -> int:
+        """Length in pixels of the shorter side before the centre crop."""
+        return round(self.image_size / self.crop_pct)
+
+
+@dataclasses.dataclass(frozen=True)
+class HeadSpec:
+    """What stands between the backbone's features and the logits.
+
+    Args:
+        name: ``linear`` (timm's own) or ``mlp`` (one hidden layer).
+        hidden: Width of the hidden layer of ``mlp``.
+        dropout: Share of features dropped before each linear layer while training.
+    """
+
+    name: Literal["linear", "mlp"] = "linear"
+    hidden: int = 512
+    dropout: float = 0.2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"model.head.dropout is {self.dropout}; expected a fraction from 0 to below 1")
+        if self.hidden < 1:
+            raise UserError(f"model.head.hidden is {self.hidden}; expected at least 1")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSpec:
+    """A classifier's description.
+
+    Args:
+        backbone: timm's model name, with its pretrained tag where it has one (``rexnet_100.nav_in1k``).
+        class_names: One name per logit, in the order of the logits.
+        head: The head's kind and size.
+        eval_recipe: The preprocessing of validation, test, prediction and export.
+        format_version: The version of this description.
+    """
+
+    backbone: str
+    class_names: tuple[str, ...]
+    head: HeadSpec = HeadSpec()
+    eval_recipe: EvalRecipe = EvalRecipe()
+    format_version: int = FORMAT_VERSION
+
+    @property
+    def num_classes(self) -> int:
+        """Number of logits."""
+        return len(self.class_names)
+
+    def to_json(self) -> str:
+        """Return the description as JSON."""
+        return json.dumps(dataclasses.asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str, where: str) -> ModelSpec:
+        """Read a description that `to_json` wrote.
+
+        Args:
+            text: The JSON.
+            where: The file it came from, for the error.
+
+        Raises:
+            UserError: It is not a description, or of a newer format.
+        """
+        try:
+            raw: dict[str, Any] = json.loads(text)
+            version = int(raw["format_version"])
+            if version > FORMAT_VERSION:
+                raise UserError(
+                    f"{where}: model format {version} is newer than this rexnet_lit reads ({FORMAT_VERSION}); "
+                    "upgrade with: pip install -U rexnet-lit"
+                )
+            recipe = dict(raw["eval_recipe"])
+            recipe["mean"], recipe["std"] = tuple(recipe["mean"]), tuple(recipe["std"])
+            return cls(
+                backbone=str(raw["backbone"]),
+                class_names=tuple(str(name) for name in raw["class_names"]),
+                head=HeadSpec(**raw["head"]),
+                eval_recipe=EvalRecipe(**recipe),
+                format_version=version,
+            )
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"{where}: its model description cannot be read ({error!r}); re-create the file") from None
