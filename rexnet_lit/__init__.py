@@ -1,1 +1,36 @@
-"""Fine-tune ReXNet image classifiers on your own folder of images."""
+"""Fine-tune ReXNet image classifiers on your own folder of images.
+
+In Python: `load` a model and predict; or train with `ImageFolderDataModule` and `RexNetModule` under Lightning's
+``Trainer``. On the command line: ``python -m rexnet_lit --help``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from rexnet_lit.errors import UserError
+from rexnet_lit.process import tune
+
+if TYPE_CHECKING:
+    from rexnet_lit.data import ImageFolderDataModule as ImageFolderDataModule
+    from rexnet_lit.module import RexNetModule as RexNetModule
+    from rexnet_lit.predictor import Classifier as Classifier
+    from rexnet_lit.predictor import load as load
+
+__all__ = ["Classifier", "ImageFolderDataModule", "RexNetModule", "UserError", "load", "tune"]
+__version__ = "0.1.0"
+
+# Imported when asked for: torch and Lightning take seconds, and `python -m rexnet_lit --help` needs neither.
+_WHERE = {
+    "Classifier": "predictor",
+    "ImageFolderDataModule": "data",
+    "RexNetModule": "module",
+    "load": "predictor",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)

@@ -12,7 +12,7 @@ from typing import Any, Literal, get_args
 
 from rexnet_lit.errors import UserError
 
-__all__ = ["FORMAT_VERSION", "EvalRecipe", "HeadSpec", "Interpolation", "ModelSpec"]
+__all__ = ["FORMAT_VERSION", "DataRecord", "EvalRecipe", "HeadSpec", "Interpolation", "ModelSpec"]
 
 FORMAT_VERSION = 1
 """Raised when a file written today could not be read right by yesterday's code."""
@@ -126,3 +126,15 @@ class ModelSpec:
             )
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise UserError(f"{where}: its model description cannot be read ({error!r}); re-create the file") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRecord:
+    """What a model file remembers of its dataset, so that `test` needs nothing else. All plain."""
+
+    root: str | None = None
+    split_file: str | None = None
+    val_fraction: float = 0.2
+    test_fraction: float = 0.0
+    class_order: str = "sorted"
+    follow_outside_links: bool = False

@@ -1,0 +1,43 @@
+# Each target works on a fresh machine: it makes .venv and installs what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: install quickstart test test-all lint types notebooks clean
+.DEFAULT_GOAL := quickstart
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+# The sample dataset, a fit, a test, a prediction: the commands you would type yourself.
+RUN := $(BIN)/python -m rexnet_lit
+LATEST = $$(ls -td runs/lightning_logs/version_* | head -n 1)
+quickstart: install
+	test -d data/digits || $(RUN) sample data/digits
+	$(RUN) fit --config configs/quickstart.yaml --data.root data/digits --trainer.default_root_dir runs
+	$(RUN) test --ckpt_path $(LATEST)/model.safetensors
+	$(RUN) predict --ckpt_path $(LATEST)/model.safetensors --data.predict_path data/digits/test/7
+
+test: install
+	$(BIN)/python -m pytest -m 'not slow'
+
+test-all: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: install
+	$(BIN)/mypy
+
+notebooks: install
+	$(BIN)/python -m pytest -m '' tests/test_notebooks.py
+
+clean:
+	rm -rf $(VENV) build *.egg-info .mypy_cache .pytest_cache .ruff_cache

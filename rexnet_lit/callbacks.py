@@ -1,0 +1,326 @@
+"""What happens around training: the run folder's files, the lines on the screen, the report, the predictions.
+
+Everything here hangs on Lightning's hooks and writes on the first process only.
+"""
+
+from __future__ import annotations
+
+import shlex
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
+from torch import Tensor
+
+from rexnet_lit import checkpoint, decode, quarantine, report
+from rexnet_lit.data import ImageFolderDataModule
+from rexnet_lit.folder import write_split
+from rexnet_lit.module import RexNetModule
+
+__all__ = [
+    "AtomicCheckpointIO",
+    "EpochLine",
+    "PredictionWriter",
+    "RunFiles",
+    "TestReport",
+    "figures",
+    "fresh_path",
+    "print_rows",
+    "run_checkpoint",
+]
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint reader and writer, made safe: atomic writes, no pickles, local files only."""
+
+    def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint in the place of ``path``."""
+        checkpoint.write_ckpt(checkpoint_, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; ``weights_only`` is always on, whatever is asked."""
+        return checkpoint.read_ckpt(str(path))
+
+
+def run_checkpoint() -> ModelCheckpoint:
+    """Return the callback that keeps ``best.ckpt`` (highest validation top-1) and ``last.ckpt``."""
+    return ModelCheckpoint(
+        filename="best",
+        monitor="val/top1",
+        mode="max",
+        save_last=True,
+        auto_insert_metric_name=False,
+        enable_version_counter=False,
+    )
+
+
+def fresh_path(path: Path) -> Path:
+    """Return ``path``, or its name with the lowest free number behind where it exists: nothing is overwritten."""
+    number, fresh = 1, path
+    while fresh.exists():
+        fresh = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return fresh
+
+
+def _data(trainer: pl.Trainer) -> ImageFolderDataModule | None:
+    data = getattr(trainer, "datamodule", None)
+    return data if isinstance(data, ImageFolderDataModule) else None
+
+
+class RunFiles(Callback):
+    """Writes ``split.csv``, ``quarantine.csv`` and ``model.safetensors`` into the run folder."""
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write down who is in which split, and which files were left out."""
+        data, log_dir = _data(trainer), trainer.log_dir  # log_dir is agreed on by all processes
+        if (
+            data is None
+            or data.folder is None
+            or log_dir is None
+            or getattr(trainer, "fast_dev_run", False)
+            or not trainer.is_global_zero
+        ):
+            return
+        Path(log_dir).mkdir(parents=True, exist_ok=True)
+        write_split(data.folder, Path(log_dir) / "split.csv")
+        if data.bad_files:
+            target = Path(log_dir) / "quarantine.csv"
+            quarantine.write_quarantine(data.bad_files, target)
+            print(f"{len(data.bad_files)} image(s) cannot be read and are left out: {target}", flush=True)  # noqa: T201
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the best weights, with the model's description, as the file to share."""
+        self._ship(trainer, pl_module)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Ship what there is when the run is stopped early."""
+        if trainer.state.fn == "fit":
+            self._ship(trainer, pl_module)
+
+    @rank_zero_only
+    def _ship(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        saver = trainer.checkpoint_callback
+        best = saver.best_model_path if isinstance(saver, ModelCheckpoint) else ""
+        if best and Path(best).is_file():
+            model = checkpoint.load_model(best)
+            checkpoint.save_model(Path(best).parent.parent / "model.safetensors", model.spec, model.state)
+
+
+def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
+    """Print names and values in two columns, alike in a terminal and in a log file."""
+    rows = list(rows)
+    width = max(len(name) for name, _ in rows)
+    print("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]), flush=True)  # noqa: T201
+
+
+def figures(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics worth showing, the most important first."""
+    return {name: float(metrics[name]) for name in _SHOWN if name in metrics}
+
+
+_SHOWN = tuple(
+    f"{stage}/{name}"
+    for stage in ("train", "val", "test")
+    for name in ("loss", "top1", "top5", "macro_f1", "ece")
+)  # fmt: skip
+
+
+class EpochLine(Callback):
+    """Says how each epoch went, and at the end of a fit where everything is.
+
+    Args:
+        lines: Print a line per epoch, for a log file; a terminal has a progress bar.
+    """
+
+    def __init__(self, *, lines: bool) -> None:
+        self._lines = lines
+        self._start = self._trained = 0.0
+        self._images = 0
+        self._best: dict[str, float] = {}
+        self._best_epoch = -1
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the time: the epoch's first batch is loaded after this."""
+        self._start, self._images = time.monotonic(), 0
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._images += len(batch[1]) * trainer.world_size
+        self._trained = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Print the epoch's figures, and remember the best epoch's."""
+        values = figures(trainer.callback_metrics)
+        if not self._best or values.get("val/top1", -1.0) > self._best["val/top1"]:
+            self._best, self._best_epoch = {"val/top1": -1.0, **values}, trainer.current_epoch
+        if self._lines and trainer.is_global_zero:
+            shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
+            seconds, rate = time.monotonic() - self._start, self._images / (self._trained - self._start)
+            print(  # noqa: T201
+                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}  "
+                f"({seconds:.1f} s; training {rate:.1f} images/s)",
+                flush=True,
+            )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the best epoch so far, for a resumed run's summary."""
+        return {"best": self._best, "best_epoch": self._best_epoch}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best epoch of the run that is resumed."""
+        self._best, self._best_epoch = dict(state_dict["best"]), int(state_dict["best_epoch"])
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say which epoch was best, where the files are, and what to type next."""
+        saver = trainer.checkpoint_callback
+        if not trainer.is_global_zero or not isinstance(saver, ModelCheckpoint) or not saver.best_model_path:
+            return
+        model = Path(saver.best_model_path).parent.parent / "model.safetensors"
+        data = _data(trainer)
+        command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
+        print_rows(
+            f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}",
+            [
+                *((name, f"{value:.4f}") for name, value in self._best.items()),
+                ("run folder", str(model.parent)),
+                ("model", str(model)),
+                ("next", f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"),
+            ],
+        )
+
+
+class _Collector(Callback):
+    """Gathers a per-image result over batches and processes, in the order of the images."""
+
+    def __init__(self) -> None:
+        self._indices: list[NDArray[np.int64]] = []
+        self._rows: list[NDArray[np.float32]] = []
+
+    def _add(self, loader: Any, batch_idx: int, rows: Tensor) -> None:
+        self._indices.append(loader.sampler.batches(0)[batch_idx])
+        self._rows.append(rows.cpu().numpy())
+
+    def _gather(self, trainer: pl.Trainer, size: int) -> NDArray[np.float32]:
+        """Return (N, K) on every process."""
+        mine = (self._indices, self._rows)
+        parts = [mine]
+        if trainer.world_size > 1:
+            parts = [mine] * trainer.world_size
+            torch.distributed.all_gather_object(parts, mine)
+        indices = np.concatenate([i for part in parts for i in part[0]])
+        rows = np.concatenate([r for part in parts for r in part[1]])
+        gathered = np.empty((size, rows.shape[1]), np.float32)
+        gathered[indices] = rows
+        return gathered
+
+
+class TestReport(_Collector):
+    """Writes ``report/`` after a test.
+
+    Args:
+        folder: The run folder to write into.
+    """
+
+    __test__ = False  # no test case, whatever pytest makes of the name
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+        self.metrics: Mapping[str, Any] = {}
+
+    def on_test_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        self._add(trainer.test_dataloaders, batch_idx, outputs)
+
+    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the report."""
+        data = _data(trainer)
+        if data is None or not isinstance(pl_module, RexNetModule):
+            return
+        samples = data.splits()["test"]
+        probs = self._gather(trainer, len(samples))
+        if not trainer.is_global_zero:
+            return
+        spec = pl_module.spec
+        predictions = report.Predictions(samples.paths, probs, samples.targets, spec.class_names)
+        facts = {
+            "Model": f"{spec.backbone}, {spec.head.name} head",
+            "Input": f"{spec.eval_recipe.image_size} x {spec.eval_recipe.image_size} pixels",
+            "Classes": str(spec.num_classes),
+            "Test pictures": str(len(samples)),
+            "Left out as unreadable": str(len(data.bad_files)),
+        }
+        target = self.folder / "report"
+        if target.exists():  # the newest report has the name, and no earlier one is lost
+            target.rename(fresh_path(target))
+        root = samples.root
+        self.metrics = report.write_report(
+            target,
+            predictions,
+            read_image=lambda path: decode.read(root / path, 160),
+            title=f"Test report: {Path(root).name}",
+            facts=facts,
+            history=_history(self.folder / "metrics.csv"),
+        )
+
+
+def _history(path: Path) -> list[dict[str, float]]:
+    """Return the epochs' figures from a run's ``metrics.csv``, where it has one."""
+    import csv
+
+    if not path.is_file():
+        return []
+    epochs: dict[int, dict[str, float]] = {}
+    with path.open(encoding="utf-8", newline="") as file:
+        for row in csv.DictReader(file):
+            shown = {k: float(row[k]) for k in _SHOWN if row.get(k)}
+            if shown and row.get("epoch"):
+                epochs.setdefault(int(float(row["epoch"])), {}).update(shown)
+    return [epochs[epoch] for epoch in sorted(epochs)]
+
+
+class PredictionWriter(_Collector):
+    """Writes the predictions' CSV.
+
+    Args:
+        path: The file.
+        top_k: Names per image, at most.
+    """
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path = path
+        self.predictions: report.Predictions | None = None
+
+    def on_predict_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:  # fmt: skip
+        self._add(trainer.predict_dataloaders, batch_idx, outputs)
+
+    def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Write the file; every image that could not be read is listed beside it."""
+        data = _data(trainer)
+        if data is None or not isinstance(pl_module, RexNetModule):
+            return
+        samples = data.predict_dataloader().dataset.samples  # type: ignore[attr-defined]
+        probs = self._gather(trainer, len(samples))
+        if not trainer.is_global_zero:
+            return
+        self.predictions = report.Predictions(samples.paths, probs, None, pl_module.spec.class_names)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        report.write_predictions(self.predictions, self.path)
+        if data.bad_files:
+            quarantine.write_quarantine(data.bad_files, self.path.with_name("quarantine.csv"))

@@ -1,0 +1,210 @@
+"""Reading and writing models: the only place that deserialises.
+
+Two kinds of file hold a model. ``.safetensors`` is for sharing: weights, and the `ModelSpec` as JSON in the file's
+metadata. ``.ckpt`` is Lightning's, for resuming: it is read with ``weights_only=True``, which refuses everything
+but tensors and plain values, and there is no way to ask for less. Nothing in a file ever reaches an import or a
+parser. Files are written beside their target, flushed to the disk and renamed, so that an interruption leaves the
+previous one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import pickle
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from rexnet_lit.errors import UserError
+from rexnet_lit.spec import DataRecord, ModelSpec
+
+__all__ = [
+    "Model",
+    "atomic_write",
+    "load_model",
+    "load_starting_weights",
+    "make_record",
+    "read_ckpt",
+    "read_record",
+    "save_model",
+    "write_ckpt",
+]
+
+KEY = "rexnet_lit"
+"""Where a ``.ckpt`` and the metadata of a ``.safetensors`` file keep the model's description."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a model file holds.
+
+    Args:
+        path: The file.
+        spec: The model's description.
+        state: The network's weights.
+        data: The dataset it was trained on, where the file says so.
+    """
+
+    path: Path
+    spec: ModelSpec
+    state: dict[str, Tensor]
+    data: DataRecord
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path) -> Iterator[IO[bytes]]:
+    """Open a file that takes ``path``'s place when the block ends well, and leaves no trace when it does not."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)  # mkstemp makes private files
+        os.replace(temporary, path)  # noqa: PTH105 (Path.replace hides that it is atomic)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a Lightning checkpoint in the place of ``path``."""
+    with atomic_write(Path(path)) as file:
+        torch.save(content, file)
+
+
+def _local_file(path: str | os.PathLike[str], key: str) -> Path:
+    if "://" in os.fspath(path):
+        raise UserError(f"{key}: {os.fspath(path)!r} is an address; models are read from local files only")
+    file = Path(path)
+    if not file.is_file():
+        raise UserError(f"{key}: there is no file {os.fspath(path)!r}")
+    return file
+
+
+def read_ckpt(path: str) -> dict[str, Any]:
+    """Read a Lightning checkpoint: a local file of tensors and plain values.
+
+    Raises:
+        UserError: It is missing, damaged, or holds anything that could run code.
+    """
+    file = _local_file(path, "ckpt_path")
+    try:
+        content = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: refused, it holds pickled objects, which could run code; "
+            "only checkpoints of tensors and plain values are read"
+        ) from None
+    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        raise UserError(f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0]})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def read_record(checkpoint: Mapping[str, Any], where: str) -> tuple[ModelSpec, DataRecord]:
+    """Return what a Lightning checkpoint says of its model and its dataset.
+
+    Raises:
+        UserError: rexnet_lit did not write it.
+    """
+    try:
+        record = checkpoint[KEY]
+        spec, data = ModelSpec.from_json(record["spec"], where), DataRecord(**json.loads(record["data"]))
+    except (KeyError, TypeError, ValueError):
+        raise UserError(f"{where}: rexnet_lit did not write this checkpoint; it says nothing of the model") from None
+    return spec, data
+
+
+def make_record(spec: ModelSpec, data: DataRecord) -> dict[str, str]:
+    """Return what `read_record` reads: plain strings."""
+    return {"spec": spec.to_json(), "data": json.dumps(dataclasses.asdict(data))}
+
+
+def save_model(path: str | os.PathLike[str], spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
+    """Write a ``.safetensors`` file: the weights, and the description in its metadata. It names no dataset."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    with atomic_write(Path(path)) as file:
+        file.write(serialise(tensors, metadata={"format": "pt", KEY: spec.to_json()}))
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Return the tensors, and the description's JSON where there is one."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            return {name: content.get_tensor(name) for name in content.keys()}, metadata.get(KEY)  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or not a safetensors file ({error})") from None
+
+
+def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
+    """Read a model of ours: a ``.ckpt`` of a run or a ``.safetensors`` file.
+
+    Args:
+        path: The file.
+        key: What the user gave it as, for the errors.
+
+    Raises:
+        UserError: It is missing, damaged, unsafe, of a newer format, or not ours.
+    """
+    file = _local_file(path, key)
+    if file.suffix == ".safetensors":
+        state, description = _read_safetensors(file)
+        if description is None:
+            raise UserError(
+                f"{file}: no model of ours (its metadata says nothing of it); to start from these weights, "
+                "use fit with model.weights"
+            )
+        return Model(file, ModelSpec.from_json(description, str(file)), state, _run_data(file))
+    content = read_ckpt(str(file))
+    spec, data = read_record(content, str(file))
+    prefix = "network."
+    state = {name.removeprefix(prefix): t for name, t in content["state_dict"].items() if name.startswith(prefix)}
+    return Model(file, spec, state, data)
+
+
+def _run_data(file: Path) -> DataRecord:
+    """Return what the run folder around a shared model file says of the dataset; nothing where there is none."""
+    config = file.parent / "config.yaml"
+    if not config.is_file() or config.stat().st_size > 2**20:
+        return DataRecord()
+    with contextlib.suppress(yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError):
+        data = yaml.safe_load(config.read_text("utf-8"))["data"]
+        names = [field.name for field in dataclasses.fields(DataRecord)]
+        return DataRecord(**{name: data[name] for name in names if name in data})
+    return DataRecord()
+
+
+def load_starting_weights(path: str) -> tuple[dict[str, Tensor], ModelSpec | None]:
+    """Read ``model.weights``: a timm state dict as ``.safetensors``, or a model of ours.
+
+    Returns:
+        The weights, and the description where the file is ours.
+    """
+    file = _local_file(path, "model.weights")
+    if file.suffix != ".safetensors":
+        model = load_model(file, "model.weights")
+        return model.state, model.spec
+    state, description = _read_safetensors(file)
+    return state, ModelSpec.from_json(description, path) if description is not None else None

@@ -1,0 +1,172 @@
+"""The command line: RexNetCLI over LightningCLI for runs, small commands beside it, one place for errors.
+
+``fit`` takes Lightning's YAML files and ``--key value`` overrides. ``validate``, ``test`` and ``predict`` take a
+model file, which knows all they need; what the command line or a config says beats it. A model file's content never
+reaches the parser.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from rexnet_lit import __version__
+from rexnet_lit.errors import UserError
+
+__all__ = ["main"]
+
+RUNS = {
+    "fit": "train a classifier on a folder of images",
+    "validate": "measure a model on the validation split",
+    "test": "measure a model on the test split and write report/",
+    "predict": "name what is in unlabelled images and write a CSV",
+}
+
+
+def _check(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from rexnet_lit import doctor
+
+    checkup = doctor.check(args.dir)
+    if args.json:
+        print(json.dumps(checkup.to_dict(), indent=2))  # noqa: T201
+    else:
+        doctor.render(checkup, Console())
+    return 0 if checkup.ok else 1
+
+
+def _models(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from rexnet_lit.network import variants
+
+    table = Table("name", box=None, header_style="bold")
+    for title in ("parameters", "multiply-adds", "features"):
+        table.add_column(title, justify="right")
+    for title in ("weights", "top-1 % at 224 / 288 px"):
+        table.add_column(title)
+    for v in variants():
+        adds = f"{v.multiply_adds / 1e6:,.1f} M"
+        for i, tag in enumerate(v.weights or ("none",)):
+            facts = (v.name, f"{v.parameters:,}", adds, str(v.features)) if i == 0 else ("",) * 4
+            table.add_row(*facts, tag, v.top1.get(tag, "-"))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print("multiply-adds: one image at 224 px; top-1: ImageNet, published by timm")  # noqa: T201
+    return 0
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from rexnet_lit.sample import write_sample
+
+    counts = write_sample(args.dir)
+    print(f"{args.dir}: 10 classes, " + ", ".join(f"{n} {split}" for split, n in counts.items()))  # noqa: T201
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    from rexnet_lit.export import export
+
+    difference = export(args.model, args.format, args.output)
+    size = os.path.getsize(args.output) / 1e6  # noqa: PTH202
+    print(  # noqa: T201
+        f"{args.output}: {size:.1f} MB; agrees with the model to {difference:.1g} in probability on 4 photographs"
+    )
+    return 0
+
+
+class _Parser(argparse.ArgumentParser):
+    """A parser whose errors are one line."""
+
+    def error(self, message: str) -> Any:
+        """Raise instead of printing the usage."""
+        raise UserError(f"{message}; see: {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="rexnet-lit",
+        description="Fine-tune ReXNet image classifiers on your own folder of images.",
+        epilog="Every command has its own --help. --debug (or REXNET_LIT_DEBUG=1) shows tracebacks.",
+    )
+    parser.add_argument("--version", action="version", version=f"rexnet_lit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, text in RUNS.items():
+        commands.add_parser(name, help=text, add_help=False)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        command = commands.add_parser(name, help=text, description=text)
+        command.set_defaults(run=run)
+        return command
+
+    check = add("check", _check, "find what is wrong with a folder of images")
+    check.add_argument("dir", metavar="DIR", help="holds train/ val/ [test/], or class folders")
+    check.add_argument("--json", action="store_true", help="print the findings as JSON")
+    add("models", _models, "list the ReXNet variants")
+    sample = add("sample", _sample, "write the sample dataset, handwritten digits")
+    sample.add_argument("dir", metavar="DIR", help="a new folder")
+    export = add("export", _export, "write a model for other programs")
+    export.add_argument("model", metavar="MODEL", help="a .ckpt or .safetensors file of a run")
+    export.add_argument("--format", required=True, choices=("onnx", "torch", "safetensors"))
+    export.add_argument("--output", required=True, metavar="FILE")
+    return parser
+
+
+def _dispatch(argv: list[str]) -> int:
+    args, rest = _parser().parse_known_args(argv)
+    if args.command in RUNS:
+        from rexnet_lit.runs import RexNetCLI
+
+        RexNetCLI.run(argv)
+        return 0
+    if rest:
+        raise UserError(f"unrecognized arguments: {' '.join(rest)}; see: rexnet-lit {args.command} --help")
+    return int(args.run(args))
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run a command.
+
+    Args:
+        argv: The arguments, without the program's name.
+
+    Returns:
+        The exit code: 0; 1 for findings of `check` and for our own faults; 2 for a mistake the user can mend.
+    """
+    arguments = [a for a in argv if a != "--debug"]
+    debug = len(arguments) < len(argv) or os.environ.get("REXNET_LIT_DEBUG") == "1"
+    try:
+        return _dispatch(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone, as `| head` does
+        sys.stderr.close()
+        return 1
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 2
+    except Exception as error:
+        message = None if debug else user_message(error)
+        if message is None:
+            raise
+        print(f"rexnet-lit: error: {message}", file=sys.stderr)  # noqa: T201
+        return 2
+
+
+def user_message(error: BaseException) -> str | None:
+    """Return the one line for an exception that a user caused, None for one of our own faults."""
+    if isinstance(error, UserError):
+        # A loader worker's error arrives as the text of its traceback.
+        return str(error).rpartition("rexnet_lit.errors.UserError: ")[2]
+    kind = type(error).__name__
+    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or kind == "OSError":
+        return " ".join(str(error).split())
+    if kind == "OutOfMemoryError" or "out of memory" in str(error):
+        return "out of memory; set a smaller data.batch_size or data.image_size"
+    if kind == "MisconfigurationException":
+        return " ".join(str(error).split())
+    return None

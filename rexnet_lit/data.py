@@ -1,0 +1,396 @@
+"""Datasets and loaders: a folder of class folders becomes batches, in an order that is a pure function.
+
+What a batch holds depends on (seed, epoch, index) alone: not on workers, not on when it was asked for. The sampler
+hands out whole batches as `Batch` keys; the dataset turns a key into tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, DistributedSampler
+
+from rexnet_lit import decode, process, quarantine
+from rexnet_lit.errors import UserError
+from rexnet_lit.folder import ImageFolder, Samples, Split, list_images, scan
+from rexnet_lit.spec import DataRecord, EvalRecipe
+from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform
+
+__all__ = ["Batch", "BatchSampler", "ImageDataset", "ImageFolderDataModule", "run_seed"]
+
+SamplerName = Literal["shuffle", "balanced", "balanced_sqrt"]
+
+
+def run_seed() -> int:
+    """Return the run's seed: what ``seed_everything`` was called with, 0 without it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
+
+
+@dataclasses.dataclass(frozen=True)
+class Batch:
+    """A batch by its images' indices: what the sampler hands to the dataset."""
+
+    epoch: int
+    indices: NDArray[np.int64]
+
+
+def training_order(targets: NDArray[np.int64], sampler: SamplerName, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the indices of one epoch, (N,), in training order.
+
+    ``balanced`` draws with replacement so that every class is met equally often, ``balanced_sqrt`` in proportion
+    to the square root of its images (Mahajan et al. 2018).
+    """
+    rng = np.random.default_rng((seed, epoch))
+    if sampler == "shuffle":
+        return rng.permutation(len(targets))
+    counts = np.bincount(targets)
+    weights = counts[targets] ** (-1.0 if sampler == "balanced" else -0.5)
+    return rng.choice(len(targets), size=len(targets), p=weights / weights.sum())
+
+
+class BatchSampler(DistributedSampler[Batch]):
+    """Hands each process its batches of an epoch.
+
+    Training batches differ in size by one image at most: no image is dropped or repeated, and no last batch of
+    one is formed, which ReXNet's BatchNorm could not train on. Evaluation batches are in order, without padding.
+
+    It is a `DistributedSampler` so that Lightning leaves it in place.
+
+    Args:
+        size: N, the number of images.
+        batch_size: Images of a batch in one process, at most.
+        order: Maps an epoch to the indices (N,) in training order; None for evaluation.
+        epoch: Says which epoch it is, asked at each ``iter``; `set_epoch`'s answer without it.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        order: Callable[[int], NDArray[np.int64]] | None = None,
+        epoch: Callable[[], int] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self._size, self._batch_size, self._order, self._current_epoch = size, batch_size, order, epoch
+        per_step = batch_size * world_size
+        self._steps = math.ceil(size / per_step)
+
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the indices of this process's batches in ``epoch``."""
+        if self._order is not None:
+            chunks = np.array_split(self._order(epoch), self._steps * self.num_replicas)
+        else:
+            chunks = [
+                np.arange(start, min(start + self._batch_size, self._size))
+                for start in range(0, self._size, self._batch_size)
+            ]
+        return chunks[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+        epoch = self._current_epoch() if self._current_epoch else self.epoch
+        return (Batch(epoch, indices) for indices in self.batches(epoch))
+
+    def __len__(self) -> int:
+        if self._order is not None:
+            return self._steps
+        return len(range(self.rank * self._batch_size, self._size, self._batch_size * self.num_replicas))
+
+
+class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Images by batch: a `Batch` in, ((B, 3, S, S) float32, (B,) int64) out.
+
+    The images' memory is channels_last.
+
+    Args:
+        samples: Paths and targets.
+        transform: How an image becomes a tensor.
+        seed: The run's.
+        images: Decoded images by index, instead of reading files (``data.cache``).
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        transform: TrainTransform | EvalTransform,
+        seed: int,
+        images: list[NDArray[np.uint8]] | None = None,
+    ) -> None:
+        self.samples, self.transform, self.seed, self.images = samples, transform, seed, images
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Return image ``index`` as uint8 (H, W, 3).
+
+        A training image that has become unreadable is replaced by the next one of its class.
+
+        Raises:
+            UserError: An evaluation image, or all of a class, have become unreadable.
+        """
+        if self.images is not None:
+            return self.images[index]
+        try:
+            return decode.read(self.samples.path(index), self.transform.min_size)
+        except decode.DecodeError as error:
+            if isinstance(self.transform, EvalTransform):
+                raise UserError(
+                    f"{self.samples.path(index)}: can no longer be read ({error}); "
+                    "restore the file, or remove it and start again"
+                ) from None
+            warnings.warn(
+                f"{self.samples.path(index)!r} can no longer be read ({error}); "
+                "the next readable image of its class stands in for it",
+                stacklevel=2,
+            )
+        return self._stand_in(index)
+
+    def _stand_in(self, index: int) -> NDArray[np.uint8]:
+        same = np.flatnonzero(self.samples.targets == self.samples.targets[index])
+        for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
+            try:
+                return decode.read(self.samples.path(int(other)), self.transform.min_size)
+            except decode.DecodeError:
+                continue
+        raise UserError(f"{self.samples.path(index)}: no image of its class can be read any longer; restore the files")
+
+    def _load(self, index: int, epoch: int) -> Tensor:
+        image = self.read(index)
+        if isinstance(self.transform, EvalTransform):
+            return self.transform(image)
+        seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
+        return self.transform(image, int(seed))
+
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        images = [self._load(int(i), batch.epoch) for i in batch.indices]
+        stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one straight copy
+        return stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])
+
+
+class ImageFolderDataModule(pl.LightningDataModule):
+    """A folder of class folders, ready for training.
+
+    The folder is scanned when this is made, so ``num_classes`` and ``class_names`` are known at once.
+
+    Args:
+        root: Holds ``train/ val/ [test/]`` with a folder per class, or the class folders directly.
+        image_size: Height and width in pixels of the network's input; the backbone's own by default.
+        batch_size: Images of a step in each process, at most.
+        num_workers: Loader processes; chosen for the machine by default.
+        val_fraction: Share of each class set aside for validation where there is no ``val`` folder.
+        test_fraction: Share of each class set aside for testing where there is no ``test`` folder.
+        split_file: CSV with the columns path, label, split: who is in which split (a run's ``split.csv``).
+        class_order: ``sorted`` folder names, ``natural`` (2 before 10, as timm sorts), or a file of names.
+        follow_outside_links: Whether symbolic links may lead out of ``root``.
+        augment: The training recipe.
+        sampler: ``shuffle``; ``balanced`` meets every class equally often, ``balanced_sqrt`` goes halfway.
+        cache: ``ram`` keeps the decoded images in memory.
+        max_bad_fraction: A run refuses when a larger share of the images cannot be read.
+        predict_path: An image, or a folder of unlabelled images.
+        predict_output: CSV that `predict` writes.
+
+    Raises:
+        UserError: The folder or a setting is wrong; all of the folder's faults are named at once.
+    """
+
+    def __init__(
+        self,
+        root: str | None = None,
+        image_size: int | None = None,
+        batch_size: int = 32,
+        num_workers: int | None = None,
+        val_fraction: float = 0.2,
+        test_fraction: float = 0.0,
+        split_file: str | None = None,
+        class_order: str = "sorted",
+        follow_outside_links: bool = False,
+        augment: AugmentSettings = AugmentSettings(),  # noqa: B008 (frozen)
+        sampler: SamplerName = "shuffle",
+        cache: Literal["none", "ram"] = "none",
+        max_bad_fraction: float = quarantine.MAX_BAD_FRACTION,
+        predict_path: str | None = None,
+        predict_output: str | None = None,
+        *,
+        class_names: tuple[str, ...] | None = None,
+    ) -> None:
+        super().__init__()
+        if batch_size < 2:
+            raise UserError(f"data.batch_size is {batch_size}; ReXNet's BatchNorm needs at least 2")
+        self.record = DataRecord(
+            _absolute(root),
+            _absolute(split_file),
+            val_fraction,
+            test_fraction,
+            class_order,
+            follow_outside_links,
+        )
+        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
+        self.augment, self.sampler, self.cache = augment, sampler, cache
+        self.max_bad_fraction, self.predict_output = max_bad_fraction, predict_output
+        self.predict_samples = _unlabelled(predict_path) if predict_path is not None else None
+        self.eval_recipe: EvalRecipe | None = None
+        """The preprocessing; a trainer's model decides it in `setup`."""
+        self.train_size: int | None = image_size
+        self.bad_files: list[quarantine.BadFile] = []
+        self._datasets: dict[str, ImageDataset] = {}
+        self.folder: ImageFolder | None = None
+        self.class_names = class_names or ()
+        if root is not None:
+            self.folder = scan(
+                root,
+                val_fraction=val_fraction,
+                test_fraction=test_fraction,
+                split_file=split_file,
+                class_order=class_order,
+                class_names=class_names,
+                follow_outside_links=follow_outside_links,
+            )
+            self.class_names = self.folder.class_names
+
+    @property
+    def num_classes(self) -> int:
+        """K, found in the folder."""
+        return len(self.class_names)
+
+    def splits(self) -> dict[Split, Samples]:
+        """Return the samples of each split, without the unreadable ones once `setup` has found them."""
+        if self.folder is None:
+            raise UserError("data.root is not set; say which folder of images: --data.root DIR")
+        return {name: self._datasets[name].samples if name in self._datasets else samples
+                for name, samples in self.folder.splits.items()}  # fmt: skip
+
+    def prepare_data(self) -> None:
+        """Look for unreadable files in one process; the others find the answer in the cache."""
+        if self.folder is not None:
+            for samples in self.folder.splits.values():
+                quarantine.find_bad(samples)
+
+    def setup(self, stage: str) -> None:
+        """Make the datasets of ``stage`` (``fit``, ``validate``, ``test`` or ``predict``).
+
+        Raises:
+            UserError: Too many images cannot be read, or a split that is needed is missing.
+        """
+        recipe, train_size = self._recipe()
+        evaluate = EvalTransform(recipe)
+        if stage == "predict":
+            if self.predict_samples is None:
+                raise UserError("data.predict_path is not set; name an image or a folder: --data.predict_path PATH")
+            good = self._without_bad(self.predict_samples, limit=False)
+            self._datasets["predict"] = ImageDataset(good, evaluate, 0)
+            return
+        needed: dict[str, tuple[Split, ...]] = {
+            "fit": ("train", "val"),
+            "validate": ("val",),
+            "test": ("test",),
+        }
+        splits = self.folder.splits if self.folder else self.splits()
+        for name in needed[stage]:
+            if name not in splits or len(splits[name]) == 0:
+                raise UserError(_missing_split(name, self.record.root))
+            if name in self._datasets and name != "train":
+                continue
+            samples = self._without_bad(splits[name])
+            transform = TrainTransform(self.augment, recipe, train_size) if name == "train" else evaluate
+            images = _decode_all(samples, transform.min_size) if self.cache == "ram" else None
+            self._datasets[name] = ImageDataset(samples, transform, run_seed(), images)
+
+    def _recipe(self) -> tuple[EvalRecipe, int]:
+        """Return the eval recipe and the training size: the model's where there is one."""
+        model = getattr(self.trainer, "lightning_module", None)
+        recipe = model.spec.eval_recipe if model is not None else self.eval_recipe
+        recipe = recipe or EvalRecipe(image_size=self.image_size or 224)
+        train_size = model.train_size if model is not None else recipe.image_size
+        self.eval_recipe = recipe
+        return recipe, train_size
+
+    def _without_bad(self, samples: Samples, *, limit: bool = True) -> Samples:
+        """Return ``samples`` less the unreadable files, which are remembered for ``quarantine.csv``."""
+        bad = quarantine.find_bad(samples)
+        found = [quarantine.BadFile(samples.paths[i], reason) for i, reason in bad]
+        self.bad_files += [row for row in found if row not in self.bad_files]
+        if limit and len(bad) > self.max_bad_fraction * len(samples):
+            raise UserError(
+                f"{samples.root}: {len(bad)} of {len(samples)} images cannot be read (such as {found[0].path!r}: "
+                f"{found[0].reason}), more than data.max_bad_fraction {self.max_bad_fraction}; "
+                "`python -m rexnet_lit check` lists them"
+            )
+        if len(bad) == len(samples):
+            raise UserError(f"{samples.root}: no image can be read (such as {found[0].path!r}: {found[0].reason})")
+        keep = np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad])
+        return samples.take(keep)
+
+    def _loader(self, name: str, order: Callable[[int], NDArray[np.int64]] | None = None) -> DataLoader[Any]:
+        dataset, trainer = self._datasets[name], self.trainer
+        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+        if order is not None and len(dataset) < 2 * world:
+            raise UserError(
+                f"{dataset.samples.root}: {len(dataset)} training image(s) for {world} process(es); "
+                "each needs at least 2 (BatchNorm cannot train on one): add images"
+            )
+        epoch = (lambda: trainer.current_epoch) if trainer is not None and order is not None else None
+        on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
+        workers = process.auto_num_workers(on_gpu) if self.num_workers is None else self.num_workers
+        return DataLoader(
+            dataset,
+            sampler=BatchSampler(len(dataset), self.batch_size, order, epoch, rank, world),
+            batch_size=None,  # the sampler's items are whole batches already
+            num_workers=workers,
+            persistent_workers=workers > 0 and name in ("train", "val"),
+            pin_memory=on_gpu,
+            # A loader without its own generator draws from the global one each time it is iterated.
+            generator=torch.Generator().manual_seed(run_seed()),
+        )
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        """Batches of the training split, augmented, in an order of their own each epoch."""
+        targets = self._datasets["train"].samples.targets
+        return self._loader("train", lambda epoch: training_order(targets, self.sampler, run_seed(), epoch))
+
+    def val_dataloader(self) -> DataLoader[Any]:
+        """Batches of the validation split, in order."""
+        return self._loader("val")
+
+    def test_dataloader(self) -> DataLoader[Any]:
+        """Batches of the test split, in order."""
+        return self._loader("test")
+
+    def predict_dataloader(self) -> DataLoader[Any]:
+        """Batches of the unlabelled images, in order; the targets are -1."""
+        return self._loader("predict")
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
+
+
+def _unlabelled(path: str) -> Samples:
+    root, paths = list_images(path)
+    return Samples(root, paths, np.full(len(paths), -1, np.int64))
+
+
+def _missing_split(name: str, root: str | None) -> str:
+    remedy = f"add a {name} folder with a folder per class, or set data.{name}_fraction above 0"
+    return f"{root}: there is no {name} split; {remedy if name != 'train' else 'add a train folder'}"
+
+
+def _decode_all(samples: Samples, min_size: int) -> list[NDArray[np.uint8]]:
+    """Decode every image once, for all epochs; OpenCV releases the interpreter, so threads are enough."""
+    with ThreadPoolExecutor(process.cpu_count()) as pool:
+        return list(pool.map(lambda i: decode.read(samples.path(i), min_size), range(len(samples))))

@@ -1,0 +1,171 @@
+"""Model files for other programs, each checked against the model on photographs before it is kept.
+
+An exported graph takes float32 RGB (B, 3, S, S) from 0 to 1, the centre square that `predictor.Classifier.view`
+cuts, and returns probabilities (B, K): normalisation and softmax are inside. Class names and the preprocessing are
+in its metadata. To add a format, write a function and name it in `FORMATS`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+
+from rexnet_lit import checkpoint
+from rexnet_lit.errors import UserError
+from rexnet_lit.predictor import Classifier, load
+
+__all__ = ["FORMATS", "export"]
+
+Check = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Maps images (B, 3, S, S) to probabilities (B, K), by the written file."""
+
+TOLERANCE = 1e-4
+"""Largest difference in a probability between the file and the model."""
+
+
+class _Deployed(nn.Module):
+    """Images from 0 to 1 in, probabilities out."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        super().__init__()
+        recipe = classifier.spec.eval_recipe
+        self.network = classifier.network.cpu().to(memory_format=torch.contiguous_format)
+        self.mean = nn.Buffer(torch.tensor(recipe.mean).view(1, 3, 1, 1))
+        self.std = nn.Buffer(torch.tensor(recipe.std).view(1, 3, 1, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to (B, K)."""
+        return cast(Tensor, self.network((images - self.mean) / self.std)).softmax(1)
+
+
+def _metadata(classifier: Classifier) -> dict[str, str]:
+    return {
+        "rexnet_lit": classifier.spec.to_json(),
+        "class_names": json.dumps(classifier.class_names),
+        "input": "float32 RGB (B, 3, S, S) from 0 to 1, centre square; output: probabilities (B, K)",
+    }
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep the exporters' progress reports and deprecation notes off the screen."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _onnx(classifier: Classifier, example: Tensor, target: Path) -> Check:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 (torch's exporter needs it)
+    except ModuleNotFoundError as error:
+        raise UserError(f"export: {error.name} is not installed; pip install 'rexnet-lit[onnx]'") from None
+    program = torch.onnx.export(
+        _Deployed(classifier).eval(),
+        (example,),
+        dynamo=True,
+        input_names=["images"],
+        output_names=["probabilities"],
+        dynamic_shapes={"images": {0: torch.export.Dim("batch")}},
+        verbose=False,
+    )
+    proto = cast(Any, program).model_proto
+    for key, value in _metadata(classifier).items():
+        proto.metadata_props.add(key=key, value=value)
+    onnx.checker.check_model(proto)
+    onnx.save(proto, target)
+    session = onnxruntime.InferenceSession(target, providers=["CPUExecutionProvider"])
+    return lambda images: cast(NDArray[np.float32], session.run(None, {"images": images})[0])
+
+
+def _torch(classifier: Classifier, example: Tensor, target: Path) -> Check:
+    shapes = {"images": {0: torch.export.Dim("batch")}}
+    program = torch.export.export(_Deployed(classifier).eval(), (example,), dynamic_shapes=shapes)
+    # torch.export reads its archive by this ending only.
+    archive = target.with_suffix(".pt2")
+    torch.export.save(program, archive, extra_files=_metadata(classifier))
+    restored = torch.export.load(archive).module()
+    archive.replace(target)
+    return lambda images: restored(torch.from_numpy(images)).detach().numpy()
+
+
+def _safetensors(classifier: Classifier, example: Tensor, target: Path) -> Check:
+    named = target.with_suffix(".safetensors")
+    checkpoint.save_model(named, classifier.spec, classifier.network.state_dict())
+    deployed = _Deployed(load(named, device="cpu")).eval()
+    named.replace(target)
+
+    def check(images: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.no_grad():
+            return deployed(torch.from_numpy(images)).numpy()  # type: ignore[no-any-return]
+
+    return check
+
+
+FORMATS: dict[str, Callable[[Classifier, Tensor, Path], Check]] = {
+    "onnx": _onnx,
+    "torch": _torch,
+    "safetensors": _safetensors,
+}
+"""Each writes a classifier to a path, given example images (B, 3, S, S), and returns how to ask the written file."""
+
+
+def export(model: str, kind: str, output: str) -> float:
+    """Write ``model`` in another format.
+
+    Args:
+        model: A ``.ckpt`` or ``.safetensors`` file of ours.
+        kind: A key of `FORMATS`.
+        output: The file; it appears only when it agrees with the model.
+
+    Returns:
+        The largest difference in a probability between the file and the model, over four photographs.
+
+    Raises:
+        UserError: The model cannot be read, a package is missing, or the export disagrees with the model.
+    """
+    classifier = load(model, device="cpu")
+    images = _photographs(classifier)
+    with torch.no_grad():
+        expected = _Deployed(classifier).eval()(torch.from_numpy(images)).numpy()
+    folder = Path(output).absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"--output: there is no folder {str(folder)!r}; make it first")
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary, _quiet():
+        written = Path(temporary) / "model"
+        check = FORMATS[kind](classifier, torch.from_numpy(images[:2]), written)
+        # One image and four: the batch is free in the file.
+        got = np.concatenate([check(images[:1]), check(images)[1:]])
+        difference = float(np.abs(got - expected).max())
+        if not difference <= TOLERANCE:
+            raise UserError(
+                f"export: the {kind} file's probabilities differ from the model's by {difference:.2g}, more than "
+                f"{TOLERANCE:g}; it is not kept"
+            )
+        written.replace(output)
+    return difference
+
+
+def _photographs(classifier: Classifier) -> NDArray[np.float32]:
+    """Return four views (4, 3, S, S) from 0 to 1 of the two photographs that scikit-learn ships."""
+    from sklearn.datasets import load_sample_images
+
+    photos = [np.ascontiguousarray(image) for image in load_sample_images().images]
+    views = [classifier.view(image) for photo in photos for image in (photo, np.ascontiguousarray(photo[::-1, ::-1]))]
+    return (np.stack(views).transpose(0, 3, 1, 2) / 255).astype(np.float32)

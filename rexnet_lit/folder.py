@@ -1,0 +1,384 @@
+"""From a folder of images to named classes, splits and a list of samples.
+
+`scan` takes ``DIR/{train,val,test}/CLASS/...`` or ``DIR/CLASS/...`` or a CSV file, ignores clutter, and
+reports all mistakes at once. Files are listed, never opened: unreadable images are `quarantine`'s.
+
+Class numbers are train's: the classes of val and test are looked up by name, so a class that is missing there
+does not shift the others, as it does where each split numbers its own folders.
+
+A split is drawn by hashing, not by shuffling: within each class the files are ordered by a keyed hash of
+their path, and the first go to test, the next to val. So it is stratified and the same on every machine, and
+it stays when the dataset grows: a file more moves at most one other file per split of its class, where a
+seeded shuffle (scikit-learn's too) draws everything anew, and mixes what was trained on into what is tested.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rexnet_lit.errors import UserError
+from rexnet_lit.splits import (
+    SPLIT_OF_NAME,
+    SPLITS,
+    Found,
+    Split,
+    bad_fractions,
+    draw,
+    natural_key,
+    quoted,
+    read_split_file,
+    some,
+)
+from rexnet_lit.walk import PathList, Walk
+
+__all__ = [
+    "ImageFolder",
+    "PathList",
+    "Samples",
+    "Split",
+    "fingerprint",
+    "list_images",
+    "scan",
+    "survey",
+    "write_split",
+]
+
+_LAYOUT = "expected DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg"
+
+Layout = Literal["split", "flat", "file"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """The images of one split.
+
+    Args:
+        root: The dataset's folder, absolute.
+        paths: Paths below `root`, sorted within each class.
+        targets: ``(N,)`` class numbers.
+    """
+
+    root: Path
+    paths: PathList
+    targets: NDArray[np.int64]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def path(self, index: int) -> str:
+        """Return the absolute path of one image."""
+        return os.path.join(self.root, self.paths[index])  # noqa: PTH118 - a string per sample, not a Path
+
+    def take(self, indices: NDArray[np.integer]) -> Samples:
+        """Return the samples at these indices, in this order."""
+        return Samples(self.root, self.paths.take(indices), self.targets[indices])
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageFolder:
+    """A scanned dataset.
+
+    Args:
+        root: Its folder, absolute.
+        class_names: The classes, in the order of their numbers.
+        splits: The splits that hold images.
+        notes: One line each: what the user should know.
+        clutter: How many files and folders were left out.
+        layout: ``split`` (DIR/train/CLASS), ``flat`` (DIR/CLASS) or ``file`` (a CSV).
+    """
+
+    root: Path
+    class_names: tuple[str, ...]
+    splits: dict[Split, Samples]
+    notes: tuple[str, ...] = ()
+    clutter: int = 0
+    layout: Layout = "flat"
+
+
+def scan(
+    root: str | os.PathLike[str],
+    *,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
+    split_file: str | os.PathLike[str] | None = None,
+    class_order: str | os.PathLike[str] = "sorted",
+    class_names: Sequence[str] | None = None,
+    follow_outside_links: bool = False,
+) -> ImageFolder:
+    """Find classes, splits and images.
+
+    Args:
+        root: The dataset's folder. ``valid`` and ``validation`` are taken as ``val``, whatever the case.
+        val_fraction: Share of each class that goes to val, where no val is given; at least one image.
+        test_fraction: Share of each class that goes to test, where no test is given.
+        split_file: A CSV ``path,label,split`` to use instead of the folders; ``split`` and ``label`` may be
+            missing (the fractions, and the first folder of the path, are used then).
+        class_order: ``sorted`` (by name), ``natural`` (``x9`` before ``x10``), or a file, a class per line.
+        class_names: The classes of an existing model, in its order. Classes that the folder lacks are noted;
+            a class the model does not know is an error; train/ may be missing.
+        follow_outside_links: Whether symbolic links may lead out of `root`.
+
+    Raises:
+        UserError: The folder cannot be used; all reasons are given.
+    """
+    folder, problems = survey(
+        root,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        split_file=split_file,
+        class_order=class_order,
+        class_names=class_names,
+        follow_outside_links=follow_outside_links,
+    )
+    if problems:
+        raise UserError(f"{quoted(os.fspath(root))}: " + "; ".join(problems))
+    return folder
+
+
+def survey(
+    root: str | os.PathLike[str],
+    *,
+    val_fraction: float = 0.2,
+    test_fraction: float = 0.0,
+    split_file: str | os.PathLike[str] | None = None,
+    class_order: str | os.PathLike[str] = "sorted",
+    class_names: Sequence[str] | None = None,
+    follow_outside_links: bool = False,
+) -> tuple[ImageFolder, list[str]]:
+    """Do what `scan` does, but return the problems beside what could be found."""
+    where = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would replace the user's links
+    problems = bad_fractions(val_fraction, test_fraction)
+    if not where.is_dir():
+        problems.append("this is a file, not a folder" if where.exists() else "no such folder")
+    if problems:
+        return ImageFolder(where, (), {}), problems
+    notes: list[str] = []
+    walk = Walk(os.fsencode(where), follow_outside_links=follow_outside_links)
+    if split_file is None:
+        layout, found = _read_folders(walk, class_names, problems, notes)
+    else:
+        layout, found = "file", read_split_file(walk, Path(split_file), problems)
+    _say_walk(walk, problems, notes)
+    names = tuple(class_names) if class_names is not None else _order(found, class_order, problems)
+    _check_classes(found, names, class_names is not None, layout, problems, notes)
+    if class_names is None and "val" not in found and val_fraction == 0:
+        problems.append("there is no val split and data.val_fraction is 0; training needs one to choose by")
+    _draw_missing(found, val_fraction, test_fraction, notes)
+    splits = {
+        split: _samples(where, found[split], names) for split in SPLITS if any(map(len, found.get(split, {}).values()))
+    }
+    return ImageFolder(where, names, splits, tuple(notes), walk.clutter, layout), problems
+
+
+def _read_folders(
+    walk: Walk, class_names: Sequence[str] | None, problems: list[str], notes: list[str]
+) -> tuple[Layout, Found]:
+    """Tell the two layouts apart, and list the images of each split by class."""
+    tops, loose = walk.folders(b"")
+    split_folders: dict[Split, list[bytes]] = {}
+    for top in tops:
+        if (split := SPLIT_OF_NAME.get(os.fsdecode(top).lower())) is not None:
+            split_folders.setdefault(split, []).append(top)
+    others = [top for top in tops if os.fsdecode(top).lower() not in SPLIT_OF_NAME]
+    if split_folders and _are_classes(walk, split_folders, others, class_names):
+        notes.append(f"{some([os.fsdecode(t) for t in tops if t not in others])} taken as a class, not as a split")
+        split_folders = {}
+    if not split_folders:
+        return "flat", {"train": _read_classes(walk, b"", tops, loose, problems, notes)}
+    if "train" not in split_folders and class_names is None:
+        got = some([os.fsdecode(top) for top in tops])
+        problems.append(f"there is no train/ folder beside {got}; {_LAYOUT}")
+    if others:
+        walk.clutter += len(others)
+        notes.append(f"ignored beside the splits: {some([os.fsdecode(top) for top in others])}")
+    found: Found = {}
+    for split, folders in split_folders.items():
+        if len(folders) > 1:
+            problems.append(f"{some([os.fsdecode(f) for f in folders])} are one split; keep one")
+        elif folders[0] != split.encode():
+            notes.append(f"{quoted(os.fsdecode(folders[0]))} is taken as {split}/")
+        names, loose = walk.folders(folders[0])
+        if split == "test" and loose and not names:
+            notes.append(f"test/ has {loose} images without class folders: ignored (they can be predicted)")
+            continue
+        found[split] = _read_classes(walk, folders[0], names, loose, problems, notes)
+    return "split", found
+
+
+def _are_classes(
+    walk: Walk,
+    split_folders: dict[Split, list[bytes]],
+    others: list[bytes],
+    class_names: Sequence[str] | None,
+) -> bool:
+    """Say whether folders called train or test are classes: of vehicles, say."""
+    folders = [folder for some_folders in split_folders.values() for folder in some_folders]
+    if class_names is not None:
+        return {os.fsdecode(folder) for folder in folders} <= set(class_names)
+    if set(split_folders) != {"train"} or not others:
+        return False
+    names, loose = walk.folders(folders[0])
+    return not names and loose > 0
+
+
+def _read_classes(
+    walk: Walk, base: bytes, names: list[bytes], loose: int, problems: list[str], notes: list[str]
+) -> dict[str, PathList]:
+    """List the images of each class folder."""
+    where = f"{quoted(os.fsdecode(base))}: " if base else ""
+    if not names:
+        got = f"{loose} images directly, no class folders" if loose else "it is empty"
+        problems.append(f"{where}{got}; {_LAYOUT}")
+    elif loose:
+        notes.append(f"{where}{loose} images outside every class folder are ignored")
+    lists = walk.images([base + b"/" + name if base else name for name in names])
+    return {os.fsdecode(name): paths for name, paths in zip(names, lists, strict=True)}
+
+
+def _say_walk(walk: Walk, problems: list[str], notes: list[str]) -> None:
+    """Turn what the walk met into words."""
+    if walk.outside_links:
+        first = quoted(walk.outside_links[0])
+        problems.append(
+            f"{len(walk.outside_links)} links lead out of the folder, first {first}; "
+            "copy the files in, or set data.follow_outside_links: true"
+        )
+    if walk.unreadable:
+        problems.append(f"no permission to read {some(walk.unreadable)}")
+    if walk.nested:
+        first = quoted(walk.nested[0])
+        notes.append(f"{len(walk.nested)} nested folders belong to the class above them, first {first}")
+    if walk.broken_links:
+        notes.append(f"{len(walk.broken_links)} broken links are ignored, first {quoted(walk.broken_links[0])}")
+    if walk.repeated_links:
+        first = quoted(walk.repeated_links[0])
+        notes.append(f"{len(walk.repeated_links)} links to folders already read are ignored, first {first}")
+    for suffix, count in sorted(walk.unsupported.items()):
+        kind = f"{count} {suffix} files are ignored: convert them to JPEG or PNG"
+        notes.append(kind if suffix else f"{count} files without an extension are ignored")
+
+
+def _order(found: Found, class_order: str | os.PathLike[str], problems: list[str]) -> tuple[str, ...]:
+    """Return train's classes in the order asked for."""
+    names = sorted(found.get("train", ()))
+    if class_order == "sorted":
+        return tuple(names)
+    if class_order == "natural":
+        return tuple(sorted(names, key=lambda name: (natural_key(name), name)))
+    try:
+        listed = Path(class_order).read_text(encoding="utf-8").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        problems.append(f"data.class_order {quoted(os.fspath(class_order))} cannot be read ({type(error).__name__})")
+        return tuple(names)
+    wanted = tuple(line.strip("\r") for line in listed if line.strip())
+    missing, extra = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
+    if missing or extra or len(wanted) != len(names):
+        problems.append(
+            f"data.class_order {quoted(os.fspath(class_order))} lists {len(wanted)} classes, the folder has "
+            f"{len(names)}; without a folder: {some(missing) or 'none'}; not listed: {some(extra) or 'none'}"
+        )
+        return tuple(names)
+    return wanted
+
+
+def _check_classes(
+    found: Found, names: tuple[str, ...], given: bool, layout: Layout, problems: list[str], notes: list[str]
+) -> None:
+    """Compare each split's classes with the numbering ones, and drop what has no number."""
+    known = set(names)
+    for split, by_class in found.items():
+        extra = sorted(name for name, paths in by_class.items() if name not in known and (given or len(paths)))
+        absent = [name for name in names if name not in by_class]
+        empty = [name for name in names if not len(by_class.get(name, ()))]
+        if given and (extra or (absent and layout == "split" and split == "train")):
+            problems.append(
+                f"the classes of {split} are not the model's: unknown to the model: {some(extra) or 'none'}; "
+                f"the model's, but not here: {some(absent) or 'none'}"
+            )
+        elif extra:
+            problems.append(f"{len(extra)} classes are in {split}, but not in train: {some(extra)}")
+        elif empty and split == "train" and not given:
+            problems.append(f"{len(empty)} class folders hold no images: {some(empty)}")
+        elif empty:
+            notes.append(f"{len(empty)} of {len(names)} classes have no images in {split}: {some(empty)}")
+        for name in extra:
+            del by_class[name]
+    if not given and len(names) == 1:
+        problems.append(f"one class, {quoted(names[0])}; a classifier needs at least 2; {_LAYOUT}")
+
+
+def _draw_missing(found: Found, val_fraction: float, test_fraction: float, notes: list[str]) -> None:
+    """Take val (and test, if asked for) from train where they are not given."""
+    val = 0.0 if "val" in found else val_fraction
+    test = 0.0 if "test" in found else test_fraction
+    if (val == 0 and test == 0) or "train" not in found:
+        return
+    if len(found) > 1:
+        notes.append("val is drawn from train" if val else "test is drawn from train")
+    drawn = {name: draw(paths, val, test) for name, paths in found["train"].items()}
+    alone = [name for name, paths in found["train"].items() if len(paths) == 1]
+    if alone:
+        notes.append(f"{len(alone)} classes have one image, which stays in train: {some(alone)}")
+    shares: dict[Split, float] = {"train": 1.0, "val": val, "test": test}
+    for split, share in shares.items():
+        if share:
+            found[split] = {name: parts[split] for name, parts in drawn.items()}
+
+
+def _samples(root: Path, by_class: dict[str, PathList], names: tuple[str, ...]) -> Samples:
+    lists = [by_class.get(name, PathList()) for name in names]
+    targets = np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in lists])
+    return Samples(root, PathList.join(lists), targets)
+
+
+def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList]:
+    """List what to predict: one image file, or all images in a folder and its sub-folders, sorted.
+
+    Returns:
+        The folder, absolute, and the paths below it. Links may lead anywhere.
+
+    Raises:
+        UserError: There is no image.
+    """
+    where = Path(os.path.abspath(path))  # noqa: PTH100
+    if where.is_file():
+        return where.parent, PathList([os.fsencode(where.name)])
+    if not where.is_dir():
+        raise UserError(f"{quoted(os.fspath(path))}: no such file or folder")
+    walk = Walk(os.fsencode(where), follow_outside_links=True)
+    (paths,) = walk.images([b""])
+    if not len(paths):
+        raise UserError(f"{quoted(os.fspath(path))}: no images here; expected JPEG, PNG, WebP, BMP, TIFF or GIF files")
+    return where, paths
+
+
+def write_split(folder: ImageFolder, path: str | os.PathLike[str]) -> None:
+    """Write ``path,label,split``, which `scan` reads back as ``split_file``.
+
+    UTF-8 as the csv module quotes it (a newline in a name stands between quotes); bytes of a name that are no
+    UTF-8 are written as they are. It is for reading back, so nothing is escaped for spreadsheets.
+    """
+    with Path(path).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "label", "split"))
+        for split, samples in folder.splits.items():
+            for name, target in zip(samples.paths, samples.targets.tolist(), strict=True):
+                writer.writerow((name, folder.class_names[target], split))
+
+
+def fingerprint(samples: Samples) -> str:
+    """Return a SHA-256 over paths and class numbers: the same set gives the same, in any order, anywhere."""
+    rows = sorted(zip(samples.paths.raws(), samples.targets.tolist(), strict=True))
+    digest = hashlib.sha256()
+    for path, target in rows:
+        digest.update(b"%b\0%d\n" % (path, target))
+    return digest.hexdigest()

@@ -1,0 +1,253 @@
+"""The LightningModule: wires the network, loss, strategy, optimiser, schedule and metrics to Lightning's hooks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.utilities import rank_zero_info
+from torch import Tensor
+from torch.optim.lr_scheduler import LambdaLR
+
+from rexnet_lit import checkpoint, network, strategies
+from rexnet_lit.data import run_seed
+from rexnet_lit.errors import UserError
+from rexnet_lit.losses import LossSettings, build_loss
+from rexnet_lit.metrics import build_metrics
+from rexnet_lit.schedules import ScheduleSettings, lr_factor
+from rexnet_lit.spec import DataRecord, HeadSpec, ModelSpec
+from rexnet_lit.strategies import OptimizerSettings, StrategySettings
+
+__all__ = ["RexNetModule"]
+
+T = TypeVar("T")
+
+
+class RexNetModule(pl.LightningModule):
+    """A ReXNet that learns.
+
+    The weights it starts from: ``weights`` where given, else timm's published ones where ``pretrained``, else
+    random ones; never random ones in silence.
+
+    Args:
+        backbone: timm's name: ``rexnet_100`` to ``rexnet_300``, ``rexnetr_100`` to ``rexnetr_300``, with a tag or not.
+        pretrained: Start from timm's published weights.
+        weights: Local file to start from: a timm state dict (``.safetensors``) or a model of ours.
+        head: What turns features into logits; a name stands for its defaults.
+        strategy: What trains when.
+        optimizer: How it learns.
+        schedule: How the learning rate changes.
+        loss: What it minimises.
+        ema: Decay per step of the exponential moving average of the weights that is then validated and shipped
+            (0.999, say); 0 for none.
+        drop_path_rate: Stochastic depth: share of residual branches dropped in the last block while training.
+        num_classes: K; from the data.
+        class_names: One per logit; from the data.
+        image_size: Height and width in pixels; from the data, the backbone's own by default.
+
+    Raises:
+        UserError: A setting is wrong, or the weights are missing or do not fit.
+    """
+
+    def __init__(
+        self,
+        backbone: str = "rexnet_100",
+        pretrained: bool = True,
+        weights: str | None = None,
+        head: HeadSpec = HeadSpec(),  # noqa: B008 (frozen, as are the next four)
+        strategy: StrategySettings = StrategySettings(),  # noqa: B008
+        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
+        schedule: ScheduleSettings = ScheduleSettings(),  # noqa: B008
+        loss: LossSettings = LossSettings(),  # noqa: B008
+        ema: float = 0.0,
+        drop_path_rate: float = 0.0,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
+        image_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        if not 0 <= ema < 1:
+            raise UserError(f"model.ema is {ema}; expected a decay from 0 (none) to below 1, such as 0.999")
+        head = _settings(HeadSpec, head)
+        self.strategy_settings = _settings(StrategySettings, strategy)
+        self.optimizer_settings = _settings(OptimizerSettings, optimizer)
+        self.schedule_settings = _settings(ScheduleSettings, schedule)
+        self.ema = ema
+        names = _names(num_classes, class_names)
+        self.spec = ModelSpec(backbone, names, head, network.eval_recipe(backbone, image_size))
+        self.train_size = image_size or network.train_size(backbone)
+        self.network = network.build_network(backbone, len(names), head, drop_path_rate=drop_path_rate)
+        self.loss = build_loss(_settings(LossSettings, loss))
+        if weights is not None:
+            self._start_from(weights)
+        elif pretrained:
+            network.load_pretrained(self.network, backbone)
+        self.val_metrics = build_metrics(len(names), "val/")
+        self.test_metrics = build_metrics(len(names), "test/")
+
+    @classmethod
+    def from_model(cls, model: checkpoint.Model) -> RexNetModule:
+        """Return the module of a model file, for validation, test and prediction."""
+        spec = model.spec
+        module = cls(spec.backbone, pretrained=False, head=spec.head, class_names=spec.class_names)
+        module.spec = spec
+        network.load_weights(module.network, model.state, str(model.path))
+        return module
+
+    def _start_from(self, path: str) -> None:
+        state, spec = checkpoint.load_starting_weights(path)
+        backbone = self.spec.backbone
+        if spec is not None and spec.backbone.partition(".")[0] != backbone.partition(".")[0]:
+            raise UserError(f"model.weights: {path} is a {spec.backbone}, but model.backbone is {backbone}")
+        same_classes = spec is None or (spec.class_names == self.spec.class_names and spec.head == self.spec.head)
+        kept = network.load_weights(self.network, state, f"model.weights: {path}", keep_head=same_classes)
+        rows = state["head.fc.weight"].shape[0] if "head.fc.weight" in state else "another kind of"
+        said = (
+            "its head too"
+            if kept
+            else f"its head ({rows} classes) is replaced by a new one ({len(self.spec.class_names)})"
+        )
+        rank_zero_info(f"Starting from {path}: {said}.")
+
+    def setup(self, stage: str) -> None:
+        """Take the data module's class names, and lay the weights out for the device."""
+        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
+        if stage == "fit" and names and tuple(names) != self.spec.class_names:
+            if len(names) != self.spec.num_classes:
+                raise UserError(
+                    f"the data has {len(names)} classes, but the model was made for {self.spec.num_classes}"
+                )
+            self.spec = dataclasses.replace(self.spec, class_names=tuple(names))
+        device = self.trainer.strategy.root_device.type
+        # Published figures: on GPUs, rexnet_* with its odd channel counts loses by channels_last, rexnetr_* gains.
+        if device == "cpu" or self.spec.backbone.startswith("rexnetr"):
+            self.network.to(memory_format=torch.channels_last)
+        strategies.freeze(self.network, self.strategy_settings, self.current_epoch)
+
+    def train(self, mode: bool = True) -> RexNetModule:
+        """Set the mode of what trains; frozen parts stay in eval mode."""
+        super().train(mode)
+        if mode:
+            epoch = self.current_epoch if self._trainer is not None else 0
+            strategies.freeze_batchnorm(self.network, self.strategy_settings, epoch)
+        return self
+
+    def on_train_epoch_start(self) -> None:
+        """Freeze what the strategy freezes in this epoch."""
+        strategies.freeze(self.network, self.strategy_settings, self.current_epoch)
+        self.train()
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        """Seed dropout and drop path by (seed, epoch, batch, process): there is no random state to lose."""
+        key = (run_seed(), self.current_epoch, batch_idx, self.global_rank)
+        torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to logits (B, K)."""
+        return cast(Tensor, self.network(images))
+
+    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the mean loss of images (B, 3, H, W) and targets (B,)."""
+        images, targets = batch
+        loss: Tensor = self.loss(self(images), targets)
+        self.log("train/loss_step", loss, prog_bar=True, on_epoch=False)
+        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(targets), sync_dist=True)
+        return loss
+
+    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+        """Count images (B, 3, H, W) and targets (B,) in the validation metrics."""
+        images, targets = batch
+        self.val_metrics.update(self(images), targets)
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the validation metrics, which torchmetrics has gathered over all processes."""
+        self.log_dict(self.val_metrics.compute(), prog_bar=True)
+        self.val_metrics.reset()
+
+    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the probabilities (B, K) of images (B, 3, H, W)."""
+        images, targets = batch
+        logits: Tensor = self(images)
+        self.test_metrics.update(logits, targets)
+        return logits.float().softmax(1)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the test metrics."""
+        self.log_dict(self.test_metrics.compute())
+        self.test_metrics.reset()
+
+    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+        """Return the probabilities (B, K) of images (B, 3, H, W)."""
+        logits: Tensor = self(batch[0])
+        return logits.float().softmax(1)
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimiser and its schedule, stepped every optimiser step."""
+        optimizer = strategies.build_optimizer(self.network, self.optimizer_settings)
+        total = int(self.trainer.estimated_stepping_batches)
+        epochs = self.trainer.max_epochs
+        per_epoch = total / epochs if epochs and epochs > 0 else total
+        scheduler = LambdaLR(optimizer, lambda step: lr_factor(self.schedule_settings, step, total, per_epoch))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def configure_callbacks(self) -> list[pl.Callback]:
+        """Keep the moving average of the weights where ``ema`` asks for it."""
+        return [WeightAveraging(avg_fn=_ema(self.ema))] if self.ema else []
+
+    def on_save_checkpoint(self, content: dict[str, Any]) -> None:
+        """Add the model's description, in plain strings."""
+        record = getattr(getattr(self.trainer, "datamodule", None), "record", DataRecord())
+        content[checkpoint.KEY] = checkpoint.make_record(self.spec, record)
+
+    def on_load_checkpoint(self, content: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another model."""
+        if self._trainer is None:
+            return
+        spec, _ = checkpoint.read_record(content, "ckpt_path")
+        ours = self.spec
+        if spec.backbone != ours.backbone or spec.head != ours.head:
+            raise UserError(
+                f"ckpt_path: the checkpoint is a {spec.backbone} with a {spec.head.name} head, this run a "
+                f"{ours.backbone} with a {ours.head.name} head; set model.backbone and model.head to the checkpoint's"
+            )
+        if spec.class_names != ours.class_names:
+            raise UserError(
+                f"ckpt_path: the checkpoint's classes ({_short(spec.class_names)}) differ from the folder's "
+                f"({_short(ours.class_names)}); to start a new run from its weights, use model.weights instead"
+            )
+
+
+def _short(names: tuple[str, ...]) -> str:
+    return f"{len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+
+
+def _names(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    if class_names is None:
+        if num_classes is None:
+            raise UserError("RexNetModule needs num_classes or class_names: pass the data module's")
+        return tuple(str(i) for i in range(num_classes))
+    if num_classes is not None and num_classes != len(class_names):
+        raise UserError(f"num_classes is {num_classes}, but there are {len(class_names)} class_names")
+    return tuple(class_names)
+
+
+def _settings(kind: type[T], value: T | str | dict[str, Any]) -> T:
+    """Return ``value`` as settings: in a notebook a name stands for its defaults."""
+    if isinstance(value, str):
+        return kind(name=value)  # type: ignore[call-arg]
+    return kind(**value) if isinstance(value, dict) else value
+
+
+def _ema(decay: float) -> Any:
+    """Return the averaging rule of `WeightAveraging`, whose decay rises to ``decay`` over the first steps."""
+
+    def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+        now = min(decay, (1 + int(count)) / (10 + int(count)))
+        return averaged.lerp(current.to(averaged.dtype), 1 - now) if averaged.is_floating_point() else current
+
+    return average

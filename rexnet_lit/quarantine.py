@@ -1,0 +1,196 @@
+"""Finding unreadable images before training, so that no epoch meets them.
+
+Every file is decoded once, JPEGs at an eighth of their size, in threads (the decoders release Python's
+lock). What was found is kept in the user's cache folder, never in the dataset: a second look at an unchanged
+dataset only asks the file system for sizes and times.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import dataclasses
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import cv2
+import numpy as np
+import PIL
+
+from rexnet_lit.decode import DecodeError, decode, read_bytes
+from rexnet_lit.folder import Samples
+from rexnet_lit.process import cpu_count
+
+__all__ = [
+    "MAX_BAD_FRACTION",
+    "BadFile",
+    "cache_folder",
+    "csv_cell",
+    "find_bad",
+    "write_quarantine",
+]
+
+MAX_BAD_FRACTION = 0.05
+"""Above this share of unreadable files something else is wrong than a few files."""
+
+_CHUNK = 32  # files per task: enough to make a task's cost small, few enough for a progress bar
+_RULES = f"1 {cv2.__version__} {PIL.__version__}"  # another decoder may judge differently
+
+
+@dataclasses.dataclass(frozen=True)
+class BadFile:
+    """An image that cannot be used.
+
+    Args:
+        path: Relative to the dataset's folder.
+        reason: Why, in a few words.
+    """
+
+    path: str
+    reason: str
+
+
+def find_bad(
+    samples: Samples,
+    *,
+    workers: int | None = None,
+    cache: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> list[tuple[int, str]]:
+    """Decode every image, and return those that fail.
+
+    Args:
+        samples: The images.
+        workers: Threads; as many as there are usable cores by default.
+        cache: Whether to use and update the user's cache.
+        progress: Called with the number of images done and their total, in the calling thread.
+
+    Returns:
+        Pairs of index and reason, in the order of the samples.
+    """
+    total = len(samples)
+    known = _Known(samples.root, enabled=cache)
+    starts = range(0, total, _CHUNK)
+    bad: list[tuple[int, str]] = []
+    pool = ThreadPoolExecutor(cpu_count() if workers is None else max(workers, 1))
+    try:
+        for start, found in zip(starts, pool.map(lambda at: _check(samples, known, at), starts), strict=True):
+            bad += found
+            if progress is not None:
+                progress(min(start + _CHUNK, total), total)
+    finally:
+        pool.shutdown(cancel_futures=True)
+        known.save()  # after an interruption too: the next run goes on from here
+    return bad
+
+
+def _check(samples: Samples, known: _Known, start: int) -> list[tuple[int, str]]:
+    """Check one chunk."""
+    bad = []
+    for index in range(start, min(start + _CHUNK, len(samples))):
+        reason = known.reason(samples.path(index))
+        if reason:
+            bad.append((index, reason))
+    return bad
+
+
+class _Known:
+    """What is known about files of one dataset: by (path, size, time of change), good or why not.
+
+    One ``.npz`` file of plain numbers per dataset folder. Two runs at once may lose each other's news, but
+    not harm the file: it is replaced as a whole. Whatever is wrong with it, it is as if it were not there.
+    """
+
+    def __init__(self, root: Path, *, enabled: bool) -> None:
+        name = hashlib.blake2b(os.fsencode(root) + _RULES.encode(), digest_size=16).hexdigest()
+        self._file = cache_folder() / "quarantine" / f"{name}.npz" if enabled else None
+        self._seen = self._load()
+        self._news: dict[bytes, str] = {}
+
+    def reason(self, path: str) -> str:
+        """Return why a file is bad; empty if it is good. May run in several threads."""
+        try:
+            status = os.stat(path)  # noqa: PTH116 - once per sample: no Path objects
+        except (OSError, ValueError) as error:
+            return getattr(error, "strerror", None) or type(error).__name__
+        text = b"%b\0%d\0%d" % (os.fsencode(path), status.st_size, status.st_mtime_ns)
+        key = hashlib.blake2b(text, digest_size=16).digest()
+        if key in self._seen:
+            return self._seen[key]
+        try:
+            data = read_bytes(path)
+        except DecodeError as error:
+            return str(error)  # a failing disk or a missing permission may be mended: not remembered
+        reason = ""
+        try:
+            decode(data, min_size=1, thorough=True)
+        except DecodeError as error:
+            reason = str(error)
+        if "memory" not in reason:
+            self._news[key] = reason
+        return reason
+
+    def save(self) -> None:
+        """Add what is new to the cache, if it can be written."""
+        if self._file is None or not self._news:
+            return
+        everything = {**self._load(), **self._news}  # what another run wrote meanwhile stays
+        keys = np.frombuffer(b"".join(everything), np.uint8).reshape(-1, 16)
+        bad = {index: reason for index, reason in enumerate(everything.values()) if reason}
+        reasons = np.frombuffer(json.dumps(bad).encode(), np.uint8)
+        temporary = None
+        try:
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.NamedTemporaryFile(dir=self._file.parent, suffix=".tmp", delete=False) as file:
+                temporary = Path(file.name)
+                np.savez(file, keys=keys, reasons=reasons)
+            temporary.replace(self._file)
+        except OSError:
+            if temporary is not None:
+                with contextlib.suppress(OSError):
+                    temporary.unlink()
+
+    def _load(self) -> dict[bytes, str]:
+        if self._file is None:
+            return {}
+        try:
+            with self._file.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+                keys, reasons = arrays["keys"], json.loads(arrays["reasons"].tobytes())
+            raw = np.ascontiguousarray(keys, np.uint8).reshape(-1, 16).tobytes()
+            seen = dict.fromkeys((raw[at : at + 16] for at in range(0, len(raw), 16)), "")
+            ordered = list(seen)
+            seen.update((ordered[int(index)], str(reason)) for index, reason in reasons.items())
+        except Exception:  # a cut or foreign file raises anything
+            return {}
+        return seen
+
+
+def cache_folder() -> Path:
+    """Return where this user's caches are: ``$XDG_CACHE_HOME/rexnet_lit``, or below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not Path(base).is_absolute():  # the XDG specification: others are to be ignored
+        base = os.path.expanduser("~/.cache")  # noqa: PTH111 - Path.expanduser raises where there is no home
+    return Path(base) / "rexnet_lit"
+
+
+def write_quarantine(rows: Iterable[BadFile], path: str | os.PathLike[str]) -> None:
+    """Write ``path,reason`` as CSV, for people: every cell is safe in a terminal and in a spreadsheet."""
+    with Path(path).open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(("path", "reason"))
+        writer.writerows((csv_cell(row.path), csv_cell(row.reason)) for row in rows)
+
+
+def csv_cell(text: str) -> str:
+    """Return text for one line of a CSV file.
+
+    Control characters and undecodable bytes are written as escapes, and what a spreadsheet would take as a
+    formula gets an apostrophe in front.
+    """
+    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+    return "'" + shown if text[:1] in ("=", "+", "-", "@", "\t", "\r") else shown

@@ -1,0 +1,317 @@
+"""fit, validate, test and predict: LightningCLI with our module, data, callbacks and manners."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import re
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jsonargparse
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+
+from rexnet_lit import checkpoint, report
+from rexnet_lit.callbacks import (
+    AtomicCheckpointIO,
+    EpochLine,
+    PredictionWriter,
+    RunFiles,
+    TestReport,
+    figures,
+    fresh_path,
+    print_rows,
+    run_checkpoint,
+)
+from rexnet_lit.data import ImageFolderDataModule
+from rexnet_lit.errors import UserError, did_you_mean
+from rexnet_lit.module import RexNetModule
+from rexnet_lit.transforms import AugmentSettings
+
+__all__ = ["RexNetCLI"]
+
+_yaml_load = jsonargparse.get_loader("yaml")  # before ours takes its place
+# Settings for which a bare name stands for {name: ...}.
+_NAMED = {"model": ("head", "strategy", "optimizer", "schedule", "loss"), "data": ("augment",)}
+_MAX_ALIASES = 20  # of a YAML file; nested aliases grow exponentially
+_MAX_CONFIG_BYTES = 2**20
+
+
+class RexNetCLI(LightningCLI):
+    """The runs' command line.
+
+    Model settings exist for ``fit`` alone; the other runs read the model file.
+    """
+
+    @classmethod
+    def run(cls, argv: list[str]) -> None:
+        """Parse ``argv`` (the run's name first) and run it."""
+        _quieten()
+        command = argv[0]
+        jsonargparse.set_loader("yaml", lambda text: _load_yaml(text, command), (yaml.YAMLError,))
+        cls(
+            RexNetModule,
+            ImageFolderDataModule,
+            args=_expand(argv),
+            seed_everything_default=0,
+            trainer_defaults={
+                "max_epochs": 20,
+                "log_every_n_steps": 10,
+                "num_sanity_val_steps": 0,
+                "enable_model_summary": False,
+                "use_distributed_sampler": False,  # ours neither pads nor repeats
+            },
+            parser_kwargs={
+                "exit_on_error": False,
+                **{name: {"exit_on_error": False} for name in cls.subcommands()},
+            },
+            auto_configure_optimizers=False,
+            load_from_checkpoint_support=False,
+        )
+
+    # Parsing
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._adding = subcommand
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add ``trainer`` and ``data``, and for ``fit`` the model."""
+        parser.add_lightning_class_args(Trainer, "trainer")
+        parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
+        fit = self._adding == "fit"
+        parser.add_class_arguments(ImageFolderDataModule, "data", skip={"class_names"}, instantiate=fit)
+        if fit:
+            parser.add_lightning_class_args(RexNetModule, "model")
+            for key in ("num_classes", "class_names", "image_size"):
+                parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse; for the runs that read a model file, once more with its defaults below the user's."""
+        self.config = self._parse(parser, args)
+        command = self.config["subcommand"]
+        if command == "fit":
+            return
+        path = self.config[command].get("ckpt_path")
+        if not path:
+            raise UserError(f"{command} needs a model: --ckpt_path MODEL (a .ckpt or .safetensors file of a run)")
+        self.file = checkpoint.load_model(path)
+        defaults = {f"data.{key}": value for key, value in dataclasses.asdict(self.file.data).items()}
+        if command == "predict":
+            defaults = {}
+        home = _run_folder(self.file.path)
+        if home is not None:
+            defaults["trainer.default_root_dir"] = str(home.parent.parent)
+        self._subcommand_parsers[command].set_defaults(defaults)
+        self.config = self._parse(parser, args)
+
+    def _parse(self, parser: LightningArgumentParser, args: list[str]) -> Namespace:
+        try:
+            config: Namespace = parser.parse_args(args)
+        except (ArgumentError, TypeError, ValueError) as error:
+            known = [action.dest for action in self._subcommand_parsers[args[0]]._actions]
+            raise UserError(_one_line(str(error), known)) from None
+        return config
+
+    def _parse_ckpt_path(self) -> None:
+        """Never feed a checkpoint's hyper-parameters to the parser, as LightningCLI would."""
+
+    # Making the objects
+
+    def instantiate_classes(self) -> None:
+        """Make the data, the model and the trainer; for runs of a model file, from that file."""
+        if self.subcommand == "fit":
+            if not self.config["fit"]["data"]["root"]:
+                raise UserError("data.root is not set; say which folder of images: --data.root DIR")
+            super().instantiate_classes()
+            return
+        self.model = RexNetModule.from_model(self.file)
+        settings = self.config[self.subcommand]["data"].as_dict()
+        settings["augment"] = AugmentSettings(**settings["augment"])
+        if self.subcommand == "predict":
+            settings["root"] = None
+        elif settings["root"] is None:
+            raise UserError(f"data.root: {self.file.path} does not say which dataset; add --data.root DIR")
+        size = settings["image_size"]
+        if size is not None:  # what the user says beats the model file
+            recipe = dataclasses.replace(self.model.spec.eval_recipe, image_size=size)
+            self.model.spec = dataclasses.replace(self.model.spec, eval_recipe=recipe)
+        self.datamodule = ImageFolderDataModule(**settings, class_names=self.model.spec.class_names)
+        self.config_init = self.config.clone()
+        self.trainer = self.instantiate_trainer()
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Make the trainer with our loggers, callbacks and safe checkpoints."""
+        settings = self._get(self.config_init, "trainer")
+        if settings["plugins"] is None:
+            settings["plugins"] = []
+        if not isinstance(settings["plugins"], list):
+            settings["plugins"] = [settings["plugins"]]
+        settings["plugins"].append(AtomicCheckpointIO())
+        terminal = sys.stdout.isatty()
+        if settings["enable_progress_bar"] is None:
+            settings["enable_progress_bar"] = terminal
+        callbacks: list[Any] = [RichProgressBar(leave=True)] if settings["enable_progress_bar"] and terminal else []
+        if self.subcommand == "fit":
+            callbacks += [RunFiles(), EpochLine(lines=not terminal)]
+            if settings["logger"] in (None, True):
+                board = TensorBoardLogger(settings["default_root_dir"] or ".", default_hp_metric=False)
+                settings["logger"] = [board, CSVLogger(board.save_dir, version=board.version)]
+            if settings["logger"] is not False:
+                callbacks.append(LearningRateMonitor("step"))
+            if settings["enable_checkpointing"] is not False:
+                callbacks.append(run_checkpoint())
+        else:
+            settings["logger"] = False
+            settings["enable_checkpointing"] = False
+            self.save_config_callback = None
+            callbacks.append(self._writer()) if self.subcommand != "validate" else None
+        return self._instantiate_trainer({**settings, **kwargs}, callbacks)
+
+    def _writer(self) -> TestReport | PredictionWriter:
+        root = Path(self._get(self.config_init, "trainer")["default_root_dir"] or ".")
+        if self.subcommand == "predict":
+            given = self.datamodule.predict_output
+            self.writer: Any = PredictionWriter(Path(given) if given else fresh_path(root / "predictions.csv"))
+        else:
+            home = _run_folder(self.file.path)
+            inside = home is not None and root.absolute() in home.parents
+            self.writer = TestReport(home if inside and home else _new_version(root))
+        return self.writer  # type: ignore[no-any-return]
+
+    # Running
+
+    def before_fit(self) -> None:
+        """Say what is about to happen."""
+        if not self.trainer.is_global_zero:
+            return
+        data, model = self.datamodule, self.model
+        counts = ", ".join(f"{len(samples)} {name}" for name, samples in data.splits().items())
+        millions = sum(p.numel() for p in model.network.parameters()) / 1e6
+        device = self.trainer.strategy.root_device.type
+        print(  # noqa: T201
+            f"{model.spec.backbone} ({millions:.1f} M parameters) on {self.trainer.world_size} x {device}; "
+            f"{data.num_classes} classes; images: {counts}",
+            flush=True,
+        )
+        for note in data.folder.notes if data.folder else ():
+            print(f"note: {note}", flush=True)  # noqa: T201
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        kwargs = super()._prepare_subcommand_kwargs(subcommand)
+        if subcommand == "fit":
+            return kwargs
+        kwargs.pop("ckpt_path", None)  # the model is loaded already, by our own reader
+        kwargs.pop("weights_only", None)
+        return {**kwargs, "verbose": False} if subcommand != "predict" else {**kwargs, "return_predictions": False}
+
+    def after_validate(self) -> None:
+        """Print the figures."""
+        self._print_metrics("Validation", len(self.datamodule.splits()["val"]))
+
+    def after_test(self) -> None:
+        """Print the figures and where the report is."""
+        self._print_metrics("Test", len(self.datamodule.splits()["test"]))
+        if self.trainer.is_global_zero:
+            print(f"report: {self.writer.folder / 'report' / 'report.html'}")  # noqa: T201
+
+    def _print_metrics(self, title: str, count: int) -> None:
+        if not self.trainer.is_global_zero:
+            return
+        values = figures(self.trainer.callback_metrics)
+        print_rows(f"{title}: {count} images", [(n.partition("/")[2], f"{v:.4f}") for n, v in values.items()])
+
+    def after_predict(self) -> None:
+        """Print the first predictions and where the rest are."""
+        found = self.writer.predictions
+        if found is None:
+            return
+        best = found.probs.argmax(1)
+        labels = [report.visible(found.class_names[k]) for k in best[:10]]
+        rows = zip(found.paths, labels, found.probs.max(1), strict=False)
+        print_rows("Predictions", [(report.visible(path), f"{label}  {prob:.3f}") for path, label, prob in rows])
+        more = f" ({len(best)} images)" if len(best) > 10 else ""
+        print(f"predictions: {self.writer.path}{more}")  # noqa: T201
+        bad = self.datamodule.bad_files
+        if bad:
+            print(f"{len(bad)} file(s) cannot be read: {self.writer.path.with_name('quarantine.csv')}")  # noqa: T201
+
+
+def _run_folder(model: Path) -> Path | None:
+    """Return the run folder (``.../lightning_logs/version_N``) that ``model`` lies in, None where it lies elsewhere."""
+    for folder in list(model.absolute().parents)[:2]:
+        if re.fullmatch(r"version_\d+", folder.name) and folder.parent.name == "lightning_logs":
+            return folder
+    return None
+
+
+def _new_version(root: Path) -> Path:
+    """Return a new run folder below ``root``, numbered as Lightning numbers them."""
+    logger = CSVLogger(root)
+    folder = Path(logger.log_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder
+
+
+def _expand(argv: list[str]) -> list[str]:
+    """Write ``--model.head mlp`` as ``--model.head.name mlp``, and likewise for the other settings with a name."""
+    keys = {f"--{group}.{key}" for group, names in _NAMED.items() for key in names}
+    expanded = list(argv)
+    for i, argument in enumerate(argv):
+        key, equals, value = argument.partition("=")
+        following = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
+        if key in keys and re.fullmatch(r"\w+", following):
+            expanded[i] = f"{key}.name{equals}{value}"
+    return expanded
+
+
+def _load_yaml(text: str, command: str) -> Any:
+    """Read YAML as jsonargparse does, within bounds, with our short forms written out."""
+    if len(text) > _MAX_CONFIG_BYTES:
+        raise yaml.YAMLError(f"a config of more than {_MAX_CONFIG_BYTES} bytes")
+    if "*" in text and sum(isinstance(t, yaml.AliasToken) for t in yaml.scan(text)) > _MAX_ALIASES:
+        raise yaml.YAMLError(f"a config with more than {_MAX_ALIASES} aliases")
+    value = _yaml_load(text)
+    if not isinstance(value, dict):
+        return value
+    for group, names in _NAMED.items():
+        section: Any = value.get(group)
+        for name in names if isinstance(section, dict) else ():
+            if isinstance(section.get(name), str):
+                section[name] = {"name": section[name]}
+            elif isinstance(section.get(name), list):
+                section[name] = {"transforms": section[name]}
+    if command != "fit":  # a fit's config may be given to the other runs: its model is in the model file
+        value = {key: part for key, part in value.items() if key not in ("model", "ckpt_path")}
+    return value
+
+
+def _one_line(message: str, known: list[str]) -> str:
+    """Return the parser's complaint as one line, with the nearest key where one is not known."""
+    unknown = re.search(r"(?:unrecognized arguments: --|Key '|[Nn]o action for key \"|nested key ')([\w.]+)", message)
+    hint = did_you_mean(unknown.group(1), known) if unknown else ""
+    lines = [line.strip() for line in message.splitlines() if line.strip()]
+    return " ".join(lines) + hint
+
+
+def _quieten() -> None:
+    """Leave on the screen what a user needs."""
+    for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    for message in (
+        ".*does not have many workers.*",
+        ".*The number of training batches .* is smaller than the logging interval.*",
+        ".*Checkpoint directory .* exists and is not empty.*",
+        ".*instantiate_classes.*",
+        ".*JSONARGPARSE_DEPRECATION_WARNINGS.*",
+        ".*GPU available but not used.*",
+        ".*isinstance\\(treespec, LeafSpec\\).*",
+    ):
+        warnings.filterwarnings("ignore", message=message)
