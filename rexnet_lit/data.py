@@ -102,7 +102,7 @@ class BatchSampler(DistributedSampler[Batch]):
             ]
         return chunks[self.rank :: self.num_replicas]
 
-    def __iter__(self) -> Iterator[Batch]:  # type: ignore[override]
+    def __iter__(self) -> Iterator[Batch]:
         epoch = self._current_epoch() if self._current_epoch else self.epoch
         return (Batch(epoch, indices) for indices in self.batches(epoch))
 

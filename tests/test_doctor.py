@@ -14,8 +14,8 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
-from rexnet_lit import doctor, duplicates
-from rexnet_lit.doctor import check, render
+from rexnet_lit import doctor
+from rexnet_lit.doctor import check, duplicates, render
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
 

@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rexnet_lit import report
 from rexnet_lit.errors import UserError
 from rexnet_lit.report import Predictions, compute_metrics, visible, write_predictions, write_report
+from rexnet_lit.report import page as report
 
 HOSTILE = ("<script>alert(1)</script>", "=cmd()", "$x_1$", "猫", "line\nbreak\u202e", "raw\udcff", "a;b,\"c'")
 
@@ -120,8 +120,8 @@ def test_ece_of_certain_answers():
     probs = np.eye(2, dtype=np.float32)[[0, 0, 1, 1]]
     metrics = compute_metrics(Predictions(list("abcd"), probs, np.array([0, 0, 1, 0]), ("x", "y")))
     assert metrics["ece"] == pytest.approx(0.25)
-    # The certain mistake costs -log(2^-23), not infinity.
-    assert metrics["nll"] == pytest.approx(23 * np.log(2) / 4)
+    # The certain mistake costs -log(2^-126), float32's smallest normal number, not infinity.
+    assert metrics["nll"] == pytest.approx(126 * np.log(2) / 4)
 
 
 def test_wilson_interval():

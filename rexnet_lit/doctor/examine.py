@@ -17,13 +17,13 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rexnet_lit.checkup import Checkup, Finding, render
 from rexnet_lit.decode import DecodeError, ImageInfo, decode, probe, read_bytes
-from rexnet_lit.duplicates import groups_of_equals, near_groups, perceptual_hash, thumbnail
+from rexnet_lit.doctor.checkup import Checkup, Finding, render
+from rexnet_lit.doctor.duplicates import groups_of_equals, near_groups, perceptual_hash, thumbnail
 from rexnet_lit.folder import ImageFolder, Split, survey
+from rexnet_lit.folder.splits import some
 from rexnet_lit.process import cpu_count
 from rexnet_lit.quarantine import MAX_BAD_FRACTION, BadFile
-from rexnet_lit.splits import some
 
 __all__ = ["Checkup", "Finding", "check", "render"]
 

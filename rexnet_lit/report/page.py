@@ -611,7 +611,7 @@ def _render(view: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = _percent
-    source = importlib.resources.files("rexnet_lit").joinpath("report.html").read_text(encoding="utf-8")
+    source = importlib.resources.files("rexnet_lit.report").joinpath("report.html").read_text(encoding="utf-8")
     return environment.from_string(source).render(view)
 
 

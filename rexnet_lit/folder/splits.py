@@ -15,7 +15,7 @@ from typing import Literal, get_args
 
 import numpy as np
 
-from rexnet_lit.walk import PathList, Walk
+from rexnet_lit.folder.walk import PathList, Walk
 
 __all__ = [
     "SPLITS",

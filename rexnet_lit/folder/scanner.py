@@ -26,7 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rexnet_lit.errors import UserError
-from rexnet_lit.splits import (
+from rexnet_lit.folder.splits import (
     SPLIT_OF_NAME,
     SPLITS,
     Found,
@@ -38,7 +38,7 @@ from rexnet_lit.splits import (
     read_split_file,
     some,
 )
-from rexnet_lit.walk import PathList, Walk
+from rexnet_lit.folder.walk import PathList, Walk
 
 __all__ = [
     "ImageFolder",

@@ -9,8 +9,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rexnet_lit.folder.splits import Split
 from rexnet_lit.quarantine import BadFile
-from rexnet_lit.splits import Split
 
 __all__ = ["Checkup", "Finding", "render"]
 

@@ -1,0 +1,5 @@
+"""What a test showed: metrics, tables, figures and a page, as pure functions of predictions."""
+
+from rexnet_lit.report.page import Predictions, compute_metrics, visible, write_predictions, write_report
+
+__all__ = ["Predictions", "compute_metrics", "visible", "write_predictions", "write_report"]
