@@ -5,6 +5,8 @@ Everything here hangs on Lightning's hooks and writes on the first process only.
 
 from __future__ import annotations
 
+import csv
+import io
 import shlex
 import time
 from collections.abc import Iterable, Mapping
@@ -14,8 +16,10 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor
@@ -26,40 +30,15 @@ from rexnet_lit.folder import write_split
 from rexnet_lit.module import RexNetModule
 
 __all__ = [
-    "AtomicCheckpointIO",
     "EpochLine",
+    "MetricsLog",
     "PredictionWriter",
     "RunFiles",
     "TestReport",
     "figures",
     "fresh_path",
     "print_rows",
-    "run_checkpoint",
 ]
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint reader and writer, made safe: atomic writes, no pickles, local files only."""
-
-    def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint in the place of ``path``."""
-        checkpoint.write_ckpt(checkpoint_, path)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; ``weights_only`` is always on, whatever is asked."""
-        return checkpoint.read_ckpt(str(path))
-
-
-def run_checkpoint() -> ModelCheckpoint:
-    """Return the callback that keeps ``best.ckpt`` (highest validation top-1) and ``last.ckpt``."""
-    return ModelCheckpoint(
-        filename="best",
-        monitor="val/top1",
-        mode="max",
-        save_last=True,
-        auto_insert_metric_name=False,
-        enable_version_counter=False,
-    )
 
 
 def fresh_path(path: Path) -> Path:
@@ -80,7 +59,7 @@ class RunFiles(Callback):
     """Writes ``split.csv``, ``quarantine.csv`` and ``model.safetensors`` into the run folder."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write down who is in which split, and which files were left out."""
+        """Write down who is in which split, where the folders do not say, and which files were left out."""
         data, log_dir = _data(trainer), trainer.log_dir  # log_dir is agreed on by all processes
         if (
             data is None
@@ -91,7 +70,8 @@ class RunFiles(Callback):
         ):
             return
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        write_split(data.folder, Path(log_dir) / "split.csv")
+        if data.folder.drawn or data.folder.layout == "file":
+            write_split(data.folder, Path(log_dir) / "split.csv")
         if data.bad_files:
             target = Path(log_dir) / "quarantine.csv"
             quarantine.write_quarantine(data.bad_files, target)
@@ -109,10 +89,56 @@ class RunFiles(Callback):
     @rank_zero_only
     def _ship(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         saver = trainer.checkpoint_callback
-        best = saver.best_model_path if isinstance(saver, ModelCheckpoint) else ""
+        # Without validation nothing is best, and the last weights are what there is.
+        best = saver.best_model_path or saver.last_model_path if isinstance(saver, ModelCheckpoint) else ""
         if best and Path(best).is_file():
             model = checkpoint.load_model(best)
             checkpoint.save_model(Path(best).parent.parent / "model.safetensors", model.spec, model.state)
+
+
+class MetricsLog(CSVLogger):
+    """``metrics.csv``, on the disk at once, which a resumed run carries on.
+
+    Args:
+        root: The folder that holds ``lightning_logs/``.
+        version: The run's number.
+        keep: The step up to which an existing file's rows are kept.
+    """
+
+    def __init__(self, root: str, version: int | str, keep: int = -1) -> None:
+        super().__init__(root, version=version, flush_logs_every_n_steps=1)
+        self._keep = keep
+
+    @property
+    @rank_zero_experiment
+    def experiment(self) -> _Rows:
+        """What writes the rows; made when the first is due."""
+        if self._experiment is None:
+            self._experiment = _Rows(self.log_dir, self._keep)
+        return self._experiment  # type: ignore[return-value]
+
+
+class _Rows(ExperimentWriter):
+    """Rows behind those of an existing file, which Lightning's own would delete."""
+
+    def __init__(self, folder: str, keep: int) -> None:
+        self._keep = keep
+        super().__init__(folder)
+
+    def _check_log_dir_exists(self) -> None:
+        path = Path(self.metrics_file_path)
+        if not path.is_file():
+            return
+        with path.open(encoding="utf-8", newline="") as file:
+            reader = csv.DictReader(file)
+            self.metrics_keys = list(reader.fieldnames or [])
+            rows = [row for row in reader if (row["step"] or "").isdecimal() and int(row["step"]) < self._keep]
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, self.metrics_keys)
+        writer.writeheader()
+        writer.writerows(rows)
+        with checkpoint.atomic_write(path) as file:
+            file.write(text.getvalue().encode())
 
 
 def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -278,8 +304,6 @@ class TestReport(_Collector):
 
 def _history(path: Path) -> list[dict[str, float]]:
     """Return the epochs' figures from a run's ``metrics.csv``, where it has one."""
-    import csv
-
     if not path.is_file():
         return []
     epochs: dict[int, dict[str, float]] = {}

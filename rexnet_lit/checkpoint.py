@@ -2,19 +2,23 @@
 
 Two kinds of file hold a model. ``.safetensors`` is for sharing: weights, and the `ModelSpec` as JSON in the file's
 metadata. ``.ckpt`` is Lightning's, for resuming: it is read with ``weights_only=True``, which refuses everything
-but tensors and plain values, and there is no way to ask for less. Nothing in a file ever reaches an import or a
-parser. Files are written beside their target, flushed to the disk and renamed, so that an interruption leaves the
-previous one.
+but tensors and plain values, and there is no way to ask for less; a SHA-256 at its end (the zip archive's comment)
+shows damage, which torch would load in silence. Nothing in a file ever reaches an import or a parser. Files are
+written beside their target, flushed to the disk and renamed, so that an interruption leaves the previous one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
+import io
 import json
 import os
 import pickle
 import tempfile
+import warnings
+import zipfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -29,6 +33,7 @@ from rexnet_lit.errors import UserError
 from rexnet_lit.spec import DataRecord, ModelSpec
 
 __all__ = [
+    "PREVIOUS",
     "Model",
     "atomic_write",
     "load_model",
@@ -42,6 +47,9 @@ __all__ = [
 
 KEY = "rexnet_lit"
 """Where a ``.ckpt`` and the metadata of a ``.safetensors`` file keep the model's description."""
+
+PREVIOUS = "last.previous.ckpt"
+"""The generation before ``last.ckpt``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,19 +70,26 @@ class Model:
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[IO[bytes]]:
-    """Open a file that takes ``path``'s place when the block ends well, and leaves no trace when it does not."""
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a file that takes ``path``'s place when the block ends well, and leaves no trace when it does not.
+
+    Args:
+        path: The file.
+        previous: Where to keep what was at ``path``.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with os.fdopen(descriptor, "w+b") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
         Path(temporary).chmod(0o666 & ~mask)  # mkstemp makes private files
-        os.replace(temporary, path)  # noqa: PTH105 (Path.replace hides that it is atomic)
+        if previous is not None and path.exists():
+            path.replace(previous)
+        Path(temporary).replace(path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
@@ -87,9 +102,51 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
 
 def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a Lightning checkpoint in the place of ``path``."""
-    with atomic_write(Path(path)) as file:
-        torch.save(content, file)
+    """Write a Lightning checkpoint in the place of ``path``; of ``last.ckpt``, keep the generation before.
+
+    Raises:
+        UserError: The file cannot be written; what was at ``path`` is still there.
+    """
+    file = Path(path)
+    try:
+        with atomic_write(file, file.with_name(PREVIOUS) if file.name == "last.ckpt" else None) as stream:
+            torch.save(content, stream)
+            _seal(stream)
+    except (OSError, RuntimeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+        raise UserError(
+            f"{file}: the checkpoint cannot be written ({reason}); the one before is untouched: make room, "
+            "or set another trainer.default_root_dir, and go on from it"
+        ) from None
+
+
+_SEAL = b"sha256:"
+_SEAL_BYTES = len(_SEAL) + 64
+
+
+def _seal(stream: IO[bytes]) -> None:
+    """Append the checksum of a zip archive to it, as the archive's comment."""
+    stream.seek(-2, os.SEEK_END)  # an archive without a comment ends with the comment's length, 0
+    stream.write(_SEAL_BYTES.to_bytes(2, "little"))
+    stream.seek(0)
+    digest = hashlib.sha256()
+    while block := stream.read(2**20):
+        digest.update(block)
+    stream.write(_SEAL + digest.hexdigest().encode())
+
+
+def _intact(content: bytes) -> bool:
+    """Say whether a checkpoint is as it was written: by its seal, or where it has none by zip's own checksums."""
+    body, seal = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
+    if seal.startswith(_SEAL):
+        return seal == _SEAL + hashlib.sha256(body).hexdigest().encode()
+    if content[-22:-18] != b"PK\5\6":  # what ends an archive without a comment
+        return False
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
 
 
 def _local_file(path: str | os.PathLike[str], key: str) -> Path:
@@ -108,15 +165,23 @@ def read_ckpt(path: str) -> dict[str, Any]:
         UserError: It is missing, damaged, or holds anything that could run code.
     """
     file = _local_file(path, "ckpt_path")
+    raw = file.read_bytes()
+    if raw.startswith(b"\x80"):  # torch's format of old, and any pickle
+        raise UserError(f"{path}: refused, it is a pickle, which could run code; no checkpoint of ours is one")
+    if not _intact(raw):
+        raise UserError(f"{path}: damaged or not a checkpoint (its checksum does not match); use another of the run")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a file that torch did not write is refused below, with a reason
+            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: refused, it holds pickled objects, which could run code; "
             "only checkpoints of tensors and plain values are read"
         ) from None
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise UserError(f"{path}: damaged or not a checkpoint ({str(error).splitlines()[0]})") from None
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from None
     if not isinstance(content, dict):
         raise UserError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
     return content
@@ -131,7 +196,7 @@ def read_record(checkpoint: Mapping[str, Any], where: str) -> tuple[ModelSpec, D
     try:
         record = checkpoint[KEY]
         spec, data = ModelSpec.from_json(record["spec"], where), DataRecord(**json.loads(record["data"]))
-    except (KeyError, TypeError, ValueError):
+    except (KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{where}: rexnet_lit did not write this checkpoint; it says nothing of the model") from None
     return spec, data
 
@@ -179,8 +244,11 @@ def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
         return Model(file, ModelSpec.from_json(description, str(file)), state, _run_data(file))
     content = read_ckpt(str(file))
     spec, data = read_record(content, str(file))
-    prefix = "network."
-    state = {name.removeprefix(prefix): t for name, t in content["state_dict"].items() if name.startswith(prefix)}
+    tensors, prefix = content.get("state_dict"), "network."
+    pairs = tensors.items() if isinstance(tensors, dict) else ()
+    state = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
+    if not state or not all(isinstance(t, Tensor) for t in state.values()):
+        raise UserError(f"{file}: it holds no weights of a network; use another checkpoint of the run")
     return Model(file, spec, state, data)
 
 

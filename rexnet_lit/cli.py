@@ -12,10 +12,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from rexnet_lit import __version__
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import Stopped, UserError
 
 __all__ = ["main"]
 
@@ -32,6 +33,8 @@ def _check(args: argparse.Namespace) -> int:
 
     from rexnet_lit import doctor
 
+    if not Path(args.dir).is_dir():
+        raise UserError(f"check: there is no folder {args.dir!r}")
     checkup = doctor.check(args.dir)
     if args.json:
         print(json.dumps(checkup.to_dict(), indent=2))  # noqa: T201
@@ -73,7 +76,7 @@ def _export(args: argparse.Namespace) -> int:
     from rexnet_lit.export import export
 
     difference = export(args.model, args.format, args.output)
-    size = os.path.getsize(args.output) / 1e6  # noqa: PTH202
+    size = Path(args.output).stat().st_size / 1e6
     print(  # noqa: T201
         f"{args.output}: {size:.1f} MB; agrees with the model to {difference:.1g} in probability on 4 photographs"
     )
@@ -136,12 +139,16 @@ def main(argv: Sequence[str]) -> int:
         argv: The arguments, without the program's name.
 
     Returns:
-        The exit code: 0; 1 for findings of `check` and for our own faults; 2 for a mistake the user can mend.
+        The exit code: 0; 1 for findings of `check` and for our own faults; 2 for a mistake the user can mend; 143
+        and 130 where SIGTERM and Ctrl-C have stopped it.
     """
     arguments = [a for a in argv if a != "--debug"]
     debug = len(arguments) < len(argv) or os.environ.get("REXNET_LIT_DEBUG") == "1"
     try:
         return _dispatch(arguments)
+    except Stopped as stop:
+        print(f"rexnet-lit: {stop}", file=sys.stderr)  # noqa: T201
+        return stop.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does

@@ -9,11 +9,12 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
+import signal
 import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler
 
 from rexnet_lit import decode, process, quarantine
 from rexnet_lit.errors import UserError
-from rexnet_lit.folder import ImageFolder, Samples, Split, list_images, scan
+from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan
 from rexnet_lit.spec import DataRecord, EvalRecipe
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform
 
@@ -70,9 +71,10 @@ class BatchSampler(DistributedSampler[Batch]):
 
     Args:
         size: N, the number of images.
-        batch_size: Images of a batch in one process, at most.
+        batch_size: Images of a batch in one process, at most (2 and 3 may be exceeded where one would stay alone).
         order: Maps an epoch to the indices (N,) in training order; None for evaluation.
-        epoch: Says which epoch it is, asked at each ``iter``; `set_epoch`'s answer without it.
+        position: Says which epoch it is and how many of its batches are done, asked at each ``iter``; by default
+            the epoch of the last `set_epoch`, from its start.
         rank: This process.
         world_size: Number of processes.
     """
@@ -82,14 +84,14 @@ class BatchSampler(DistributedSampler[Batch]):
         size: int,
         batch_size: int,
         order: Callable[[int], NDArray[np.int64]] | None = None,
-        epoch: Callable[[], int] | None = None,
+        position: Callable[[], tuple[int, int]] | None = None,
         rank: int = 0,
         world_size: int = 1,
     ) -> None:
         super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._size, self._batch_size, self._order, self._current_epoch = size, batch_size, order, epoch
-        per_step = batch_size * world_size
-        self._steps = math.ceil(size / per_step)
+        self._size, self._batch_size, self._order, self._position = size, batch_size, order, position
+        # At 2 or 3 a batch, some numbers of images leave one alone: the batches then grow instead.
+        self._steps = max(1, min(math.ceil(size / (batch_size * world_size)), size // (2 * world_size)))
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """Return the indices of this process's batches in ``epoch``."""
@@ -103,13 +105,73 @@ class BatchSampler(DistributedSampler[Batch]):
         return chunks[self.rank :: self.num_replicas]
 
     def __iter__(self) -> Iterator[Batch]:
-        epoch = self._current_epoch() if self._current_epoch else self.epoch
-        return (Batch(epoch, indices) for indices in self.batches(epoch))
+        epoch, done = self._position() if self._position else (self.epoch, 0)
+        return (Batch(epoch, indices) for indices in self.batches(epoch)[done:])
 
     def __len__(self) -> int:
         if self._order is not None:
             return self._steps
         return len(range(self.rank * self._batch_size, self._size, self._batch_size * self.num_replicas))
+
+
+def training_position(trainer: pl.Trainer) -> tuple[int, int]:
+    """Return the epoch that is due and how many of its batches are done, right also while a run is resumed.
+
+    ``trainer.current_epoch`` is not: a resumed run asks for its batches before Lightning has set it.
+    """
+    epoch: Any = trainer.fit_loop.epoch_progress.current
+    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    midway = epoch.started > epoch.processed
+    return epoch.processed, batch.processed if midway else 0
+
+
+class Loader(DataLoader[Any]):
+    """A loader of `Batch` keys whose failures are named.
+
+    Lightning sees by the two state methods that it can be resumed; it needs no state, since its sampler asks the
+    trainer.
+    """
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return nothing: there is nothing to remember."""
+        return {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take nothing."""
+
+    def __iter__(self) -> Any:  # torch's iterators have no public type
+        """Yield the batches.
+
+        Raises:
+            UserError: A worker has died or hangs.
+        """
+        due, done = list(self.sampler), 0
+        try:
+            for batch in super().__iter__():
+                done += 1
+                yield batch
+        except RuntimeError as error:
+            reason = str(error)
+            if "DataLoader" not in reason:
+                raise
+            timed_out = "timed out" in reason
+            what = f"gave nothing for {self.timeout:g} s" if timed_out else "died"
+            hint = "the disk may be stuck" if timed_out else "memory, or /dev/shm, may be full"
+            paths = cast(ImageDataset, self.dataset).samples.paths
+            names = ", ".join(repr(paths[int(i)]) for i in due[min(done, len(due) - 1)].indices[:8])
+            raise UserError(
+                f"a data loading worker {what} ({reason.splitlines()[0]}) before the batch of {names}, ...; {hint}: "
+                "set a smaller data.num_workers (0 reads in the main process) or data.batch_size"
+            ) from None
+
+
+def _start_worker(number: int) -> None:
+    """Leave Ctrl-C, which a terminal sends to every process, to the main one: it saves, and ends the workers."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+_TIMEOUT = 300
+"""Seconds to wait for a batch of a worker before it is said to hang."""
 
 
 class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
@@ -249,6 +311,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.train_size: int | None = image_size
         self.bad_files: list[quarantine.BadFile] = []
         self._datasets: dict[str, ImageDataset] = {}
+        self._fingerprints: dict[str, str] | None = None
         self.folder: ImageFolder | None = None
         self.class_names = class_names or ()
         if root is not None:
@@ -274,6 +337,18 @@ class ImageFolderDataModule(pl.LightningDataModule):
             raise UserError("data.root is not set; say which folder of images: --data.root DIR")
         return {name: self._datasets[name].samples if name in self._datasets else samples
                 for name, samples in self.folder.splits.items()}  # fmt: skip
+
+    def fingerprints(self) -> dict[str, str]:
+        """Return what tells one set of images from another, by split: of training and validation."""
+        if self._fingerprints is None:
+            splits = self.splits()
+            names: tuple[Split, ...] = ("train", "val")
+            self._fingerprints = {
+                f"{name} images": f"{len(splits[name])}, fingerprint {fingerprint(splits[name])[:12]}"
+                for name in names
+                if name in splits
+            }
+        return self._fingerprints
 
     def prepare_data(self) -> None:
         """Look for unreadable files in one process; the others find the answer in the cache."""
@@ -344,16 +419,18 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 f"{dataset.samples.root}: {len(dataset)} training image(s) for {world} process(es); "
                 "each needs at least 2 (BatchNorm cannot train on one): add images"
             )
-        epoch = (lambda: trainer.current_epoch) if trainer is not None and order is not None else None
+        position = (lambda: training_position(trainer)) if trainer is not None and order is not None else None
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         workers = process.auto_num_workers(on_gpu) if self.num_workers is None else self.num_workers
-        return DataLoader(
+        return Loader(
             dataset,
-            sampler=BatchSampler(len(dataset), self.batch_size, order, epoch, rank, world),
+            sampler=BatchSampler(len(dataset), self.batch_size, order, position, rank, world),
             batch_size=None,  # the sampler's items are whole batches already
             num_workers=workers,
             persistent_workers=workers > 0 and name in ("train", "val"),
             pin_memory=on_gpu,
+            timeout=_TIMEOUT if workers else 0,
+            worker_init_fn=_start_worker,
             # A loader without its own generator draws from the global one each time it is iterated.
             generator=torch.Generator().manual_seed(run_seed()),
         )

@@ -1,4 +1,4 @@
-"""The one exception that stands for a mistake a user can mend.
+"""The exceptions that the command line turns into one line: a mistake a user can mend, and being told to stop.
 
 Everything below the command line raises `UserError`; the command line prints it as one line and exits with 2.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
-__all__ = ["UserError", "did_you_mean"]
+__all__ = ["Stopped", "UserError", "did_you_mean"]
 
 
 class UserError(Exception):
@@ -16,6 +16,14 @@ class UserError(Exception):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.split()))
+
+
+class Stopped(Exception):  # noqa: N818 (no error)
+    """The process was told to stop, and has saved what there was; it exits with 128 + the signal's number."""
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
@@ -96,7 +97,8 @@ class RexNetModule(pl.LightningModule):
         spec = model.spec
         module = cls(spec.backbone, pretrained=False, head=spec.head, class_names=spec.class_names)
         module.spec = spec
-        network.load_weights(module.network, model.state, str(model.path))
+        if not network.load_weights(module.network, model.state, str(model.path)):
+            raise UserError(f"{model.path}: its head does not fit its description; re-create the file")
         return module
 
     def _start_from(self, path: str) -> None:
@@ -137,6 +139,10 @@ class RexNetModule(pl.LightningModule):
             strategies.freeze_batchnorm(self.network, self.strategy_settings, epoch)
         return self
 
+    def on_train_start(self) -> None:
+        """Freeze what the strategy freezes in this epoch, which on a resume is known only now."""
+        self.on_train_epoch_start()
+
     def on_train_epoch_start(self) -> None:
         """Freeze what the strategy freezes in this epoch."""
         strategies.freeze(self.network, self.strategy_settings, self.current_epoch)
@@ -165,9 +171,8 @@ class RexNetModule(pl.LightningModule):
         self.val_metrics.update(self(images), targets)
 
     def on_validation_epoch_end(self) -> None:
-        """Log the validation metrics, which torchmetrics has gathered over all processes."""
-        self.log_dict(self.val_metrics.compute(), prog_bar=True)
-        self.val_metrics.reset()
+        """Log the validation metrics, which torchmetrics gathers over all processes."""
+        self.log_dict(self.val_metrics, prog_bar=True)
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the probabilities (B, K) of images (B, 3, H, W)."""
@@ -178,8 +183,7 @@ class RexNetModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
-        self.log_dict(self.test_metrics.compute())
-        self.test_metrics.reset()
+        self.log_dict(self.test_metrics)
 
     def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the probabilities (B, K) of images (B, 3, H, W)."""
@@ -189,11 +193,28 @@ class RexNetModule(pl.LightningModule):
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped every optimiser step."""
         optimizer = strategies.build_optimizer(self.network, self.optimizer_settings)
-        total = int(self.trainer.estimated_stepping_batches)
-        epochs = self.trainer.max_epochs
-        per_epoch = total / epochs if epochs and epochs > 0 else total
+        per_epoch, total = self._steps()
         scheduler = LambdaLR(optimizer, lambda step: lr_factor(self.schedule_settings, step, total, per_epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _steps(self) -> tuple[int, int]:
+        """Return the optimiser steps of an epoch and of the run.
+
+        Lightning's ``estimated_stepping_batches`` would start the loader's workers at once: on the batches of the
+        first epoch, when a run is resumed in another.
+        """
+        trainer, data = self.trainer, getattr(self.trainer, "datamodule", None)
+        if data is None:  # someone's own loaders
+            total, epochs = int(trainer.estimated_stepping_batches), trainer.max_epochs
+            return (math.ceil(total / epochs) if epochs and epochs > 0 else total), total
+        limit, batches = trainer.limit_train_batches, len(data.train_dataloader())
+        batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+        per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+        ends = [] if trainer.max_epochs in (None, -1) else [per_epoch * int(trainer.max_epochs)]
+        ends += [trainer.max_steps] if trainer.max_steps >= 0 else []
+        if not ends and self.schedule_settings.name == "cosine":
+            raise UserError("model.schedule: a cosine needs an end; set trainer.max_epochs or trainer.max_steps")
+        return per_epoch, min(ends, default=2**62)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Keep the moving average of the weights where ``ema`` asks for it."""

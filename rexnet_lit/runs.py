@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import re
 import sys
 import warnings
@@ -13,25 +14,26 @@ from typing import Any
 import jsonargparse
 import yaml
 from jsonargparse import ArgumentError, Namespace
+from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rexnet_lit import checkpoint, report
 from rexnet_lit.callbacks import (
-    AtomicCheckpointIO,
     EpochLine,
+    MetricsLog,
     PredictionWriter,
     RunFiles,
     TestReport,
     figures,
     fresh_path,
     print_rows,
-    run_checkpoint,
 )
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, did_you_mean
+from rexnet_lit.guards import AtomicCheckpointIO, FiniteLoss, RunCheckpoint, find_last
 from rexnet_lit.module import RexNetModule
 from rexnet_lit.transforms import AugmentSettings
 
@@ -89,6 +91,8 @@ class RexNetCLI(LightningCLI):
         fit = self._adding == "fit"
         parser.add_class_arguments(ImageFolderDataModule, "data", skip={"class_names"}, instantiate=fit)
         if fit:
+            help_ = "resume although images, batch size or processes are others than the checkpoint's"
+            parser.add_argument("--accept_changes", type=bool, default=False, help=help_)
             parser.add_lightning_class_args(RexNetModule, "model")
             for key in ("num_classes", "class_names", "image_size"):
                 parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
@@ -98,19 +102,48 @@ class RexNetCLI(LightningCLI):
         self.config = self._parse(parser, args)
         command = self.config["subcommand"]
         if command == "fit":
+            self._prepare_fit(self.config["fit"])
             return
         path = self.config[command].get("ckpt_path")
         if not path:
             raise UserError(f"{command} needs a model: --ckpt_path MODEL (a .ckpt or .safetensors file of a run)")
         self.file = checkpoint.load_model(path)
-        defaults = {f"data.{key}": value for key, value in dataclasses.asdict(self.file.data).items()}
-        if command == "predict":
-            defaults = {}
+        defaults: dict[str, Any] = {}
         home = _run_folder(self.file.path)
         if home is not None:
             defaults["trainer.default_root_dir"] = str(home.parent.parent)
+        if command != "predict":
+            defaults |= {f"data.{key}": value for key, value in dataclasses.asdict(self.file.data).items()}
+            if self.config[command]["data"]["root"] is not None:  # another folder has other splits
+                defaults["data.split_file"] = None
+            elif home is not None and (home / "split.csv").is_file():
+                defaults["data.split_file"] = str(home / "split.csv")
         self._subcommand_parsers[command].set_defaults(defaults)
         self.config = self._parse(parser, args)
+
+    def _prepare_fit(self, config: Namespace) -> None:
+        """Find and read the checkpoint to resume."""
+        self.resumed: dict[str, Any] = {}
+        path = config["ckpt_path"]
+        if path is None:
+            return
+        if path == "last":
+            found, skipped = find_last(Path(config["trainer"]["default_root_dir"] or "."))
+            for line in skipped:
+                print(line, flush=True)  # noqa: T201
+            path = str(found.absolute())
+        elif Path(path).suffix == ".safetensors":
+            raise UserError(
+                f"ckpt_path: {path} holds weights only, which cannot be resumed; to start a new run from them, "
+                "use model.weights instead"
+            )
+        self.resumed = checkpoint.read_ckpt(path)
+        checkpoint.read_record(self.resumed, path)
+        missing = [key for key in ("epoch", "global_step", "loops", "optimizer_states") if key not in self.resumed]
+        if missing:
+            raise UserError(f"ckpt_path: {path} cannot be resumed, it lacks {', '.join(missing)}; use model.weights")
+        config["ckpt_path"] = path
+        print(f"resuming {path}, after {self.resumed['global_step']} steps", flush=True)  # noqa: T201
 
     def _parse(self, parser: LightningArgumentParser, args: list[str]) -> Namespace:
         try:
@@ -131,6 +164,10 @@ class RexNetCLI(LightningCLI):
             if not self.config["fit"]["data"]["root"]:
                 raise UserError("data.root is not set; say which folder of images: --data.root DIR")
             super().instantiate_classes()
+            config = self.config["fit"]  # the run folder's config.yaml is good from any folder
+            for group, key in (("data", "root"), ("data", "split_file"), ("model", "weights")):
+                path = config[group][key]
+                config[group][key] = None if path is None else str(Path(path).absolute())
             return
         self.model = RexNetModule.from_model(self.file)
         settings = self.config[self.subcommand]["data"].as_dict()
@@ -161,19 +198,37 @@ class RexNetCLI(LightningCLI):
         callbacks: list[Any] = [RichProgressBar(leave=True)] if settings["enable_progress_bar"] and terminal else []
         if self.subcommand == "fit":
             callbacks += [RunFiles(), EpochLine(lines=not terminal)]
+            callbacks.append(FiniteLoss())
             if settings["logger"] in (None, True):
-                board = TensorBoardLogger(settings["default_root_dir"] or ".", default_hp_metric=False)
-                settings["logger"] = [board, CSVLogger(board.save_dir, version=board.version)]
+                settings["logger"] = self._loggers(settings["default_root_dir"] or ".")
             if settings["logger"] is not False:
                 callbacks.append(LearningRateMonitor("step"))
             if settings["enable_checkpointing"] is not False:
-                callbacks.append(run_checkpoint())
+                callbacks.append(RunCheckpoint(accept_changes=self.config["fit"]["accept_changes"]))
         else:
             settings["logger"] = False
             settings["enable_checkpointing"] = False
             self.save_config_callback = None
             callbacks.append(self._writer()) if self.subcommand != "validate" else None
-        return self._instantiate_trainer({**settings, **kwargs}, callbacks)
+        try:
+            return self._instantiate_trainer({**settings, **kwargs}, callbacks)
+        except (ValueError, TypeError, MisconfigurationException) as error:
+            raise UserError(f"trainer: {error}") from None
+
+    def _loggers(self, root: str) -> list[Logger]:
+        """Return the loggers of a new run folder; of a resumed run its own, less what was logged after the save."""
+        home = _run_folder(Path(self.config["fit"]["ckpt_path"])) if self.resumed else None
+        if home is None:
+            board = TensorBoardLogger(root, default_hp_metric=False)
+            return [board, MetricsLog(board.save_dir, board.version)]
+        root, version, step = (
+            str(home.parent.parent),
+            int(home.name.removeprefix("version_")),
+            self.resumed["global_step"],
+        )
+        self.save_config_kwargs["overwrite"] = True
+        board = TensorBoardLogger(root, version=version, default_hp_metric=False, purge_step=step + 1)
+        return [board, MetricsLog(root, version, keep=step)]
 
     def _writer(self) -> TestReport | PredictionWriter:
         root = Path(self._get(self.config_init, "trainer")["default_root_dir"] or ".")
@@ -189,7 +244,19 @@ class RexNetCLI(LightningCLI):
     # Running
 
     def before_fit(self) -> None:
-        """Say what is about to happen."""
+        """Say what is about to happen.
+
+        Raises:
+            UserError: A callback monitors what nobody logs.
+        """
+        logged = ["train/loss", "train/loss_step", *map(str, self.model.val_metrics.keys())]
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+            monitor = getattr(callback, "monitor", None)
+            if monitor is not None and monitor not in logged:
+                raise UserError(
+                    f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}, which nobody logs"
+                    f"{did_you_mean(monitor, logged)}; there are {', '.join(logged)}"
+                )
         if not self.trainer.is_global_zero:
             return
         data, model = self.datamodule, self.model
@@ -295,7 +362,9 @@ def _load_yaml(text: str, command: str) -> Any:
 
 def _one_line(message: str, known: list[str]) -> str:
     """Return the parser's complaint as one line, with the nearest key where one is not known."""
-    unknown = re.search(r"(?:unrecognized arguments: --|Key '|[Nn]o action for key \"|nested key ')([\w.]+)", message)
+    unknown = re.search(
+        r"(?:unrecognized arguments: --|accept option '|Key '|[Nn]o action for key \"|nested key ')([\w.]+)", message
+    )
     hint = did_you_mean(unknown.group(1), known) if unknown else ""
     lines = [line.strip() for line in message.splitlines() if line.strip()]
     return " ".join(lines) + hint
@@ -303,14 +372,14 @@ def _one_line(message: str, known: list[str]) -> str:
 
 def _quieten() -> None:
     """Leave on the screen what a user needs."""
+    os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's own calls
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     for message in (
         ".*does not have many workers.*",
         ".*The number of training batches .* is smaller than the logging interval.*",
         ".*Checkpoint directory .* exists and is not empty.*",
-        ".*instantiate_classes.*",
-        ".*JSONARGPARSE_DEPRECATION_WARNINGS.*",
+        ".*Experiment logs directory .* exists and is not empty.*",  # TensorBoard and metrics.csv share it
         ".*GPU available but not used.*",
         ".*isinstance\\(treespec, LeafSpec\\).*",
     ):

@@ -36,6 +36,10 @@ class StrategySettings:
 
     name: Literal["full", "linear_probe"] = "full"
 
+    def __post_init__(self) -> None:
+        if self.name not in STRATEGIES:
+            raise UserError(f"model.strategy.name is {self.name!r}; expected one of {', '.join(STRATEGIES)}")
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimizerSettings:
@@ -59,6 +63,12 @@ class OptimizerSettings:
         for key, low, high in (("lr", 0, 100), ("layer_decay", 0, 1)):
             if not low < getattr(self, key) <= high:
                 raise UserError(f"model.optimizer.{key} is {getattr(self, key)}; expected above {low} and up to {high}")
+        from timm.optim import list_optimizers
+
+        known = [str(name) for name in list_optimizers()]
+        if self.name.lower() not in known:
+            near = did_you_mean(self.name, known)
+            raise UserError(f"model.optimizer.name: timm has no optimiser {self.name!r}{near}")
         if not self.weight_decay >= 0 or not 0 <= self.momentum < 1:
             raise UserError("model.optimizer: weight_decay must be 0 or more and momentum from 0 to below 1")
 
@@ -100,26 +110,25 @@ def build_optimizer(network: nn.Module, settings: OptimizerSettings) -> torch.op
     """Return timm's optimiser over all parameters, decay and layer-wise rates by group.
 
     Raises:
-        UserError: timm knows no optimiser of that name, or it refuses the settings.
+        UserError: The optimiser refuses the settings.
     """
     from timm import optim
 
-    known = [str(name) for name in optim.list_optimizers()]
-    if settings.name.lower() not in known:
-        raise UserError(
-            f"model.optimizer.name: timm has no optimiser {settings.name!r}{did_you_mean(settings.name, known)}"
-        )
     groups: list[dict[str, Any]]
+    trains = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
+    network.requires_grad_(True)  # timm leaves out what is frozen now, and a later epoch may unfreeze it
     if settings.layer_decay == 1.0:
         groups = optim.param_groups_weight_decay(network, settings.weight_decay)
     else:
         groups = optim.param_groups_layer_decay(network, settings.weight_decay, layer_decay=settings.layer_decay)
+    for parameter, flag in trains:
+        parameter.requires_grad_(flag)
     for group in groups:  # timm leaves the scale to its own schedulers
         group["lr"] = settings.lr * group.pop("lr_scale", 1.0)
     try:
         optimizer = optim.create_optimizer_v2(
             groups, opt=settings.name, lr=settings.lr, weight_decay=0.0, momentum=settings.momentum
         )
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"model.optimizer: {settings.name} refuses its settings: {error}") from None
     return optimizer

@@ -94,6 +94,7 @@ class ImageFolder:
         notes: One line each: what the user should know.
         clutter: How many files and folders were left out.
         layout: ``split`` (DIR/train/CLASS), ``flat`` (DIR/CLASS) or ``file`` (a CSV).
+        drawn: Whether val or test was drawn from train.
     """
 
     root: Path
@@ -102,6 +103,7 @@ class ImageFolder:
     notes: tuple[str, ...] = ()
     clutter: int = 0
     layout: Layout = "flat"
+    drawn: bool = False
 
 
 def scan(
@@ -172,11 +174,11 @@ def survey(
     _check_classes(found, names, class_names is not None, layout, problems, notes)
     if class_names is None and "val" not in found and val_fraction == 0:
         problems.append("there is no val split and data.val_fraction is 0; training needs one to choose by")
-    _draw_missing(found, val_fraction, test_fraction, notes)
+    drawn = _draw_missing(found, val_fraction, test_fraction, notes)
     splits = {
         split: _samples(where, found[split], names) for split in SPLITS if any(map(len, found.get(split, {}).values()))
     }
-    return ImageFolder(where, names, splits, tuple(notes), walk.clutter, layout), problems
+    return ImageFolder(where, names, splits, tuple(notes), walk.clutter, layout, drawn), problems
 
 
 def _read_folders(
@@ -316,12 +318,12 @@ def _check_classes(
         problems.append(f"one class, {quoted(names[0])}; a classifier needs at least 2; {_LAYOUT}")
 
 
-def _draw_missing(found: Found, val_fraction: float, test_fraction: float, notes: list[str]) -> None:
-    """Take val (and test, if asked for) from train where they are not given."""
+def _draw_missing(found: Found, val_fraction: float, test_fraction: float, notes: list[str]) -> bool:
+    """Take val (and test, if asked for) from train where they are not given; say whether anything was taken."""
     val = 0.0 if "val" in found else val_fraction
     test = 0.0 if "test" in found else test_fraction
     if (val == 0 and test == 0) or "train" not in found:
-        return
+        return False
     if len(found) > 1:
         notes.append("val is drawn from train" if val else "test is drawn from train")
     drawn = {name: draw(paths, val, test) for name, paths in found["train"].items()}
@@ -332,6 +334,7 @@ def _draw_missing(found: Found, val_fraction: float, test_fraction: float, notes
     for split, share in shares.items():
         if share:
             found[split] = {name: parts[split] for name, parts in drawn.items()}
+    return True
 
 
 def _samples(root: Path, by_class: dict[str, PathList], names: tuple[str, ...]) -> Samples:

@@ -1,0 +1,268 @@
+"""What keeps a run safe: its checkpoints, what it does when told to stop, and losses that are no numbers.
+
+A checkpoint holds no random state, because there is none: order, augmentation and dropout are functions of (seed,
+epoch, position). So a run that goes on from ``last.ckpt`` ends with the weights of one that was never interrupted,
+bit for bit on a CPU, if nothing that decides them has changed; `RunCheckpoint` compares that.
+"""
+
+from __future__ import annotations
+
+import json
+import shlex
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
+
+from rexnet_lit import checkpoint
+from rexnet_lit.data import BatchSampler, ImageFolderDataModule, run_seed
+from rexnet_lit.errors import Stopped, UserError
+
+__all__ = ["AtomicCheckpointIO", "FiniteLoss", "RunCheckpoint", "find_last"]
+
+_SIGNALS = (signal.SIGTERM, signal.SIGINT)
+
+
+class AtomicCheckpointIO(TorchCheckpointIO):
+    """Lightning's checkpoint reader and writer, made safe: atomic writes, no pickles, local files only."""
+
+    def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        """Write a checkpoint in the place of ``path``."""
+        checkpoint.write_ckpt(checkpoint_, path)
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        """Read a checkpoint; ``weights_only`` is always on, whatever is asked."""
+        return checkpoint.read_ckpt(str(path))
+
+
+class RunCheckpoint(ModelCheckpoint):
+    """Keeps ``best.ckpt`` (highest validation top-1) and ``last.ckpt``.
+
+    ``last.ckpt`` is written at the end of each epoch, every ``every`` seconds within one, and when the process is
+    told to stop by SIGTERM or Ctrl-C: then the running step (or validation) is finished first.
+
+    Args:
+        every: Seconds between saves within an epoch.
+        accept_changes: Go on although the images, the batch size or the processes are others than before.
+    """
+
+    def __init__(self, every: float = 600.0, accept_changes: bool = False) -> None:
+        super().__init__(
+            filename="best",
+            monitor="val/top1",
+            mode="max",
+            save_last=True,
+            auto_insert_metric_name=False,
+            enable_version_counter=False,
+        )
+        self._every, self._accept_changes = every, accept_changes
+        self._saved = time.monotonic()
+        self._told: signal.Signals | None = None
+        self._handlers: dict[signal.Signals, Any] = {}
+
+    # Saving
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        # The gradients of half a step are in no checkpoint; and where validation is next, the save comes after it.
+        if (batch_idx + 1) % trainer.accumulate_grad_batches or _tries_out(trainer):
+            return
+        if trainer.is_last_batch or (trainer.val_check_batch and (batch_idx + 1) % trainer.val_check_batch == 0):
+            return
+        due = self._told is not None or time.monotonic() - self._saved > self._every
+        if trainer.strategy.reduce_boolean_decision(due, all=False):
+            self._save_last(trainer)
+            self._stop_if_told(trainer)
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Wait: `on_train_epoch_end` saves."""
+
+    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Save the last and, where it is, the best weights."""
+        if _tries_out(trainer):
+            return
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor in candidates:
+            self._save_topk_checkpoint(trainer, candidates)
+        self._save_last(trainer)
+        self._stop_if_told(trainer)
+
+    def _save_last(self, trainer: pl.Trainer) -> None:
+        self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
+        self._saved = time.monotonic()
+
+    # Stopping
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Take the signals over, from Lightning too, which would save nothing."""
+        if threading.current_thread() is not threading.main_thread():
+            return
+
+        def told(number: int, frame: Any) -> None:
+            again, self._told = self._told is not None, signal.Signals(number)
+            if again and trainer.validating:
+                raise Stopped(number, f"stopped during validation; {self._how_to_go_on(trainer)}")
+            if trainer.is_global_zero and not again:
+                where = "this validation" if trainer.validating else "this step"
+                print(f"{self._told.name}: saving and stopping after {where}", flush=True)  # noqa: T201
+
+        self._handlers = {number: signal.signal(number, told) for number in _SIGNALS}
+
+    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+        told = self._told is not None
+        if trainer.strategy.reduce_boolean_decision(told, all=False):
+            name = (self._told or signal.SIGTERM).name
+            done = trainer.fit_loop.epoch_loop.batch_idx + 1
+            batches = f"batch {done} of {trainer.num_training_batches}"
+            where = f"stopped by {name} after {batches} of epoch {trainer.current_epoch + 1}"
+            raise Stopped(int(self._told or signal.SIGTERM), f"{where}; {self._how_to_go_on(trainer)}")
+
+    def _how_to_go_on(self, trainer: pl.Trainer) -> str:
+        last = Path(self.dirpath or "") / "last.ckpt"
+        config = last.parent.parent / "config.yaml"
+        if not last.is_file():
+            return "nothing was saved yet"
+        if not config.is_file():
+            return f"all is saved in {last}"
+        parts = (shlex.quote(str(path)) for path in (config, last))
+        return "go on with: python -m rexnet_lit fit --config {} --ckpt_path {}".format(*parts)
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Give the signals back."""
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+        self._handlers = {}
+
+    # Going on
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Write down what an exact resume depends on."""
+        checkpoint[_KEY] = json.dumps(_conditions(trainer))
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Refuse to go on where the run would silently be another.
+
+        Raises:
+            UserError: Something has changed and ``accept_changes`` is not set; all of it is named.
+        """
+        then, now = json.loads(checkpoint.get(_KEY, "{}")), _conditions(trainer)
+        changed = [f"{name} ({then[name]} then, {now[name]} now)" for name in now if then.get(name) != now[name]]
+        if changed and not self._accept_changes:
+            raise UserError(
+                f"ckpt_path: since the checkpoint these have changed: {'; '.join(changed)}; set them back, "
+                "or go on nevertheless with --accept_changes true"
+            )
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take the best score over; a run folder may have been moved since."""
+        self.best_model_score = state_dict["best_model_score"]
+        self.kth_value = state_dict["kth_value"]
+        if self.best_model_score is not None:
+            self.best_model_path = self.kth_best_model_path = str(Path(self.dirpath or "") / "best.ckpt")
+            self.best_k_models = {self.best_model_path: self.best_model_score}
+        self.last_model_path = str(Path(self.dirpath or "") / "last.ckpt")
+
+
+def _tries_out(trainer: pl.Trainer) -> bool:
+    return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
+
+
+_KEY = "rexnet_lit_run"
+
+
+def _conditions(trainer: pl.Trainer) -> dict[str, Any]:
+    """Return, by setting, what decides a run's weights beside its settings."""
+    data = getattr(trainer, "datamodule", None)
+    conditions: dict[str, Any] = {
+        "seed_everything": run_seed(),
+        "processes": trainer.world_size,
+        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+    }
+    if isinstance(data, ImageFolderDataModule):
+        conditions |= {"data.batch_size": data.batch_size, "data.sampler": data.sampler, **data.fingerprints()}
+    return conditions
+
+
+def find_last(root: Path) -> tuple[Path, list[str]]:
+    """Find the newest checkpoint that can be resumed, in the run folders below ``root``.
+
+    Returns:
+        The ``last.ckpt`` (or the generation before it), and why newer files were passed over, a line each.
+
+    Raises:
+        UserError: There is none.
+    """
+    runs = root / "lightning_logs"
+    found = sorted(
+        (file for name in ("last.ckpt", checkpoint.PREVIOUS) for file in runs.glob(f"version_*/checkpoints/{name}")),
+        key=lambda file: file.stat().st_mtime_ns,
+        reverse=True,
+    )
+    skipped: list[str] = []
+    for file in found:
+        try:
+            checkpoint.read_record(checkpoint.read_ckpt(str(file)), str(file))
+        except UserError as error:
+            skipped.append(f"skipped: {error}")
+        else:
+            return file, skipped
+    reasons = "".join(f"; {reason}" for reason in skipped)
+    raise UserError(
+        f"ckpt_path: there is no checkpoint to resume below {runs}{reasons}; "
+        "name a file, or leave --ckpt_path out to start a new run"
+    )
+
+
+class FiniteLoss(Callback):
+    """Ends a run whose loss is no number, before it reaches the weights (on a GPU: within ten steps) or a file."""
+
+    def __init__(self) -> None:
+        self._sum: Tensor | None = None
+        self._steps = 0
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Look at the loss; on a GPU, where looking waits for the step, now and then."""
+        self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
+        self._steps += 1
+        if loss.device.type == "cpu" or self._steps % 10 == 0:
+            self._look(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Look before anything is written."""
+        self._look(trainer)
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        total, self._sum = self._sum, None
+        if total is None or bool(torch.isfinite(total)):
+            return
+        batch = trainer.fit_loop.epoch_loop.batch_idx
+        raise UserError(
+            f"the loss is {float(total):g} at epoch {trainer.current_epoch + 1}, batch {batch + 1}"
+            f"{_files(trainer, batch)}; set a smaller model.optimizer.lr or a longer model.schedule.warmup_epochs, "
+            "or trainer.gradient_clip_val: 1.0; the last checkpoint is from before"
+        )
+
+
+def _files(trainer: pl.Trainer, batch: int) -> str:
+    """Return the names of a training batch's images, where they are ours."""
+    loader: Any = trainer.train_dataloader
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, BatchSampler):
+        return ""
+    paths = loader.dataset.samples.paths
+    names = [repr(paths[int(i)]) for i in sampler.batches(trainer.current_epoch)[batch]]
+    return f" (images {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
