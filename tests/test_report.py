@@ -15,8 +15,16 @@ import numpy as np
 import pytest
 
 from rexnet_lit.errors import UserError
-from rexnet_lit.report import Predictions, compute_metrics, visible, write_predictions, write_report
-from rexnet_lit.report import page as report
+from rexnet_lit.report import (
+    Predictions,
+    compute_metrics,
+    figures,
+    metrics,
+    page,
+    visible,
+    write_predictions,
+    write_report,
+)
 
 HOSTILE = ("<script>alert(1)</script>", "=cmd()", "$x_1$", "猫", "line\nbreak\u202e", "raw\udcff", "a;b,\"c'")
 
@@ -129,20 +137,20 @@ def test_wilson_interval():
 
     for right, count in ((350, 360), (1, 1), (0, 7), (5, 10)):
         expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
-        assert report._wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert metrics.wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_percentages_are_never_rounded_to_all_or_nothing():
     nbsp = "\u00a0"
     shares = (0, 0.0001, 0.9722, 0.99999, 1)
-    assert [report._percent(s) for s in shares] == [x + nbsp + "%" for x in ("0", "0.1", "97.2", "99.9", "100")]
+    assert [metrics.percent(s) for s in shares] == [x + nbsp + "%" for x in ("0", "0.1", "97.2", "99.9", "100")]
 
 
 def test_top_k_takes_the_first_of_equals_as_argmax_does():
     probs = np.full((2, 8), 1 / 8, np.float32)
-    assert report._top_k(probs, 3).tolist() == [[0, 1, 2]] * 2
+    assert metrics.top_k_classes(probs, 3).tolist() == [[0, 1, 2]] * 2
     probs = np.random.default_rng(0).random((3000, 20), np.float32)
-    np.testing.assert_array_equal(report._top_k(probs, 5), np.argsort(-probs, axis=1, kind="stable")[:, :5])
+    np.testing.assert_array_equal(metrics.top_k_classes(probs, 5), np.argsort(-probs, axis=1, kind="stable")[:, :5])
 
 
 def test_confusion_equals_scikit_learn():
@@ -150,8 +158,8 @@ def test_confusion_equals_scikit_learn():
 
     p = predictions(300, list("abcdefg"), pull=1.0)
     answers = p.probs.argmax(1)
-    pairs = report._confused_pairs(p.targets, answers, 7)
-    classes, counts, shares = report._confusion(p.targets, answers, 7, pairs)
+    pairs = metrics.confused_pairs(p.targets, answers, 7)
+    classes, counts, shares = metrics.confusion(p.targets, answers, 7, pairs)
     expected = confusion_matrix(p.targets, answers)
     np.testing.assert_array_equal(counts, expected)
     np.testing.assert_allclose(shares, confusion_matrix(p.targets, answers, normalize="true"))
@@ -164,9 +172,9 @@ def test_many_classes_show_the_most_confused():
     targets, answers = np.arange(40).repeat(3), np.arange(40).repeat(3)
     answers[:] = targets
     answers[targets == 30] = 7
-    pairs = report._confused_pairs(targets, answers, 40)
+    pairs = metrics.confused_pairs(targets, answers, 40)
     assert pairs == [(30, 7, 3)]
-    classes, counts, _ = report._confusion(targets, answers, 40, pairs)
+    classes, counts, _ = metrics.confusion(targets, answers, 40, pairs)
     assert len(classes) == 25
     assert counts[classes.index(30), classes.index(7)] == 3
 
@@ -285,10 +293,10 @@ def test_hostile_names_stay_text(tmp_path):
 
 def test_names_in_figures():
     # Cut in the middle; a script that DejaVu Sans lacks (it warns, and warnings are errors here) is an index.
-    assert report._figure_name("Great spotted woodpecker 12", 0) == "Great spo…ecker 12"
-    assert len(report._figure_name("x" * 500, 0)) == report.NAME_LENGTH
-    assert report._figure_name("Кошка $x_1$", 0) == "Кошка $x_1$"
-    assert report._figure_name("猫", 7) == "#7"
+    assert figures.figure_name("Great spotted woodpecker 12", 0) == "Great spo…ecker 12"
+    assert len(figures.figure_name("x" * 500, 0)) == figures.NAME_LENGTH
+    assert figures.figure_name("Кошка $x_1$", 0) == "Кошка $x_1$"
+    assert figures.figure_name("猫", 7) == "#7"
 
 
 # Files
@@ -332,7 +340,7 @@ def test_report_of_the_digits(tmp_path):
     assert "naive Bayes" in text
     assert "Training" in text
     # Only what is shown is read, and once.
-    assert len(read) == len(set(read)) <= report.WORST + report.UNSURE
+    assert len(read) == len(set(read)) <= page.WORST + page.UNSURE
     table = rows_of(tmp_path / "r" / "per_class.csv")
     assert table[0] == ["class", "precision", "recall", "f1", "support"]
     assert float(table[4][3]) == metrics["per_class"]["3"]["f1"]
@@ -357,9 +365,9 @@ def test_smallest_reports(tmp_path, answers, targets, headline):
 
 def test_history_without_curves_is_left_out(tmp_path):
     rows = [{"lr": 0.1, "train/loss": float("nan")}, {}]
-    assert report._draw_history(rows, report.LIGHT) is None
-    assert report._draw_history([], report.LIGHT) is None
-    assert report._draw_history([*rows, {"val/loss": 3.0}], report.DARK)
+    assert figures.draw_history(rows, figures.LIGHT) is None
+    assert figures.draw_history([], figures.LIGHT) is None
+    assert figures.draw_history([*rows, {"val/loss": 3.0}], figures.DARK)
 
 
 def test_unreadable_images_are_grey(tmp_path):
@@ -368,12 +376,12 @@ def test_unreadable_images_are_grey(tmp_path):
 
     p = predictions(12, ["x", "y"], pull=0)
     write_report(tmp_path, p, read_image=broken, title="t", facts={})
-    assert (report._thumbnail(broken, "a") == 160).all()
+    assert (figures.thumbnail(broken, "a") == 160).all()
 
 
 def test_thumbnails_keep_their_aspect():
     def shape(height, width):
-        return report._thumbnail(lambda _: np.zeros((height, width, 3), np.uint8), "a").shape
+        return figures.thumbnail(lambda _: np.zeros((height, width, 3), np.uint8), "a").shape
 
     assert shape(300, 400) == (120, 160, 3)
     assert shape(2000, 3) == (160, 1, 3)
@@ -387,7 +395,7 @@ def test_thumbnails_keep_their_colours():
 
     red = np.zeros((100, 100, 3), np.uint8)
     red[..., 0] = 255
-    data = base64.b64decode(report._thumbnail_uri(red).split(",")[1])
+    data = base64.b64decode(figures.thumbnail_uri(red).split(",")[1])
     blue, _, shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[50, 50]  # OpenCV is BGR
     assert blue < 10
     assert shown > 245
@@ -420,7 +428,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise RuntimeError("in the middle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(report, "_cell", broken)
+        patch.setattr(metrics, "_cell", broken)
         with pytest.raises(RuntimeError, match="middle"):
             write_predictions(p, path)
     assert [f.name for f in tmp_path.iterdir()] == ["p.csv"]
