@@ -140,13 +140,11 @@ def export(model: str, kind: str, output: str) -> float:
     Raises:
         UserError: The model cannot be read, a package is missing, or the export disagrees with the model.
     """
+    folder = _output_folder(Path(output), Path(model))
     classifier = load(model, device="cpu")
     images = _photographs(classifier)
     with torch.no_grad():
         expected = _Deployed(classifier).eval()(torch.from_numpy(images)).numpy()
-    folder = Path(output).absolute().parent
-    if not folder.is_dir():
-        raise UserError(f"--output: there is no folder {str(folder)!r}; make it first")
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary, _quiet():
         written = Path(temporary) / "model"
         check = FORMATS[kind](classifier, torch.from_numpy(images[:2]), written)
@@ -160,6 +158,17 @@ def export(model: str, kind: str, output: str) -> float:
             )
         written.replace(output)
     return difference
+
+
+def _output_folder(output: Path, model: Path) -> Path:
+    folder = output.absolute().parent
+    if not folder.is_dir():
+        raise UserError(f"--output: there is no folder {str(folder)!r}; make it first")
+    if output.is_dir():
+        raise UserError(f"--output: {str(output)!r} is a folder; name a file")
+    if output.exists() and model.exists() and output.samefile(model):
+        raise UserError(f"--output: {str(output)!r} is the model itself; name another file")
+    return folder
 
 
 def _photographs(classifier: Classifier) -> NDArray[np.float32]:

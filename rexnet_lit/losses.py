@@ -25,6 +25,8 @@ class LossSettings:
     label_smoothing: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.name != "cross_entropy":
+            raise UserError(f"model.loss.name is {self.name!r}; expected cross_entropy")
         if not 0 <= self.label_smoothing < 1:
             raise UserError(
                 f"model.loss.label_smoothing is {self.label_smoothing}; expected a fraction from 0 to below 1"

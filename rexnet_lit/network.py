@@ -15,10 +15,12 @@ import socket
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, cast
 
 import timm
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -93,6 +95,8 @@ def build_network(
     """
     check_backbone(backbone)
     head = head or HeadSpec()
+    if head.name not in HEADS:
+        raise UserError(f"model.head.name is {head.name!r}; expected one of {', '.join(HEADS)}")
     network: Any = timm.create_model(
         backbone,
         pretrained=False,
@@ -194,22 +198,29 @@ def load_pretrained(network: nn.Module, backbone: str, *, keep_head: bool = Fals
             f"model.pretrained: {backbone} has no published weights; "
             "set model.pretrained to false, or choose a variant that `python -m rexnet_lit models` lists with weights"
         )
-    load_weights(network, load_file(_hub_file(cfg, backbone)), f"the weights of {backbone}", keep_head=keep_head)
+    file = _hub_file(cfg, backbone)
+    try:
+        state = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise UserError(
+            f"model.pretrained: the weights of {backbone} in the local cache are damaged ({error}); "
+            f"delete {Path(file).parents[2]} and run again"
+        ) from None
+    load_weights(network, state, f"the weights of {backbone}", keep_head=keep_head)
 
 
 def _hub_file(cfg: Any, backbone: str) -> str:
     """Return the local path of a variant's weights, downloading them when they are not in the cache."""
-    from huggingface_hub import constants, hf_hub_download
-    from huggingface_hub.errors import LocalEntryNotFoundError
+    from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     repository, _, revision = cfg.hf_hub_id.partition("@")
     if repository.endswith("/"):
         repository += f"{cfg.architecture}.{cfg.tag}"
     wanted = {"repo_id": repository, "filename": "model.safetensors", "revision": revision or None}
-    try:
-        return str(hf_hub_download(**wanted, local_files_only=True))
-    except LocalEntryNotFoundError:
-        pass
+    # Not hf_hub_download(local_files_only=True): it asks the hub who we are, and waits 3 s where there is no network.
+    cached = try_to_load_from_cache(**wanted)
+    if isinstance(cached, str):
+        return cached
     try:
         if not urllib.request.getproxies():  # fail at once, not after half a minute of retries
             socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)

@@ -8,9 +8,10 @@ classifier.predict(["cat.jpg", "dog.jpg"], top_k=3)
 
 from __future__ import annotations
 
+import itertools
 import os
-from collections.abc import Iterator, Sequence
-from pathlib import Path
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
@@ -20,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rexnet_lit import checkpoint, decode, network
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.spec import ModelSpec
 from rexnet_lit.transforms import EvalTransform
 
@@ -29,7 +30,12 @@ __all__ = ["Classifier", "ImageLike", "Prediction", "load"]
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any]"
 """A path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
 
+Images: TypeAlias = "ImageLike | Iterable[ImageLike]"
+"""One image, or several: a list, a generator such as ``Path.glob``, or an array (N, H, W, 3)."""
+
 _BATCH = 32
+_MAP_CELLS = 4
+"""Cells a side of the coarsest feature map that can still say where something is."""
 
 
 class Prediction(NamedTuple):
@@ -61,16 +67,16 @@ class Classifier:
         """One name per logit."""
         return self.spec.class_names
 
-    def logits(self, images: ImageLike | Sequence[ImageLike]) -> Tensor:
+    def logits(self, images: Images) -> Tensor:
         """Return the logits (N, K) on the CPU."""
         with torch.inference_mode():
             return torch.cat([self.network(batch).float().cpu() for batch in self._batches(images)])
 
-    def probabilities(self, images: ImageLike | Sequence[ImageLike]) -> NDArray[np.float32]:
+    def probabilities(self, images: Images) -> NDArray[np.float32]:
         """Return the probabilities (N, K) of all classes."""
         return self.logits(images).softmax(1).numpy()
 
-    def predict(self, images: ImageLike | Sequence[ImageLike], top_k: int = 5) -> list[list[Prediction]]:
+    def predict(self, images: Images, top_k: int = 5) -> list[list[Prediction]]:
         """Name what is in each image.
 
         Args:
@@ -91,7 +97,7 @@ class Classifier:
             for row_c, row_p in zip(classes.tolist(), probs.tolist(), strict=True)
         ]
 
-    def embed(self, images: ImageLike | Sequence[ImageLike]) -> NDArray[np.float32]:
+    def embed(self, images: Images) -> NDArray[np.float32]:
         """Return the pooled features (N, C): what the head sees, for search and clustering."""
         with torch.inference_mode():
             parts = [network.embed(self.network, batch).float().cpu() for batch in self._batches(images)]
@@ -111,16 +117,22 @@ class Classifier:
             UserError: There is no such class.
         """
         if target is not None and target not in self.class_names:
-            raise UserError(
-                f"explain: there is no class {target!r}; the model knows {', '.join(self.class_names[:20])}"
-            )
+            near = did_you_mean(target, self.class_names) or f"; it knows {', '.join(self.class_names[:20])}"
+            raise UserError(f"explain: the model has no class {target!r}{near}")
         model = cast(Any, self.network)
-        batch = next(self._batches(image))
+        batch = self._batch([image])
+        blocks, maps = [model.stem, *model.features], [batch]
         with torch.no_grad():
-            features = model.forward_features(batch)
+            for block in blocks:
+                maps.append(block(maps[-1]))
+        # The last features are 1/32 of the view: of small views earlier ones must do, or there is nothing to map.
+        chosen = max(i for i, m in enumerate(maps) if i == 1 or min(m.shape[2:]) >= _MAP_CELLS)
         with torch.enable_grad():
-            features = features.clone().requires_grad_()
-            logits = model.forward_head(features)
+            features = maps[chosen].clone().requires_grad_()
+            last = features
+            for block in blocks[chosen:]:
+                last = block(last)
+            logits = model.forward_head(last)
             index = int(logits.argmax()) if target is None else self.class_names.index(target)
             (gradient,) = torch.autograd.grad(logits[0, index], features)
         weights = gradient.mean((2, 3), keepdim=True)
@@ -132,15 +144,27 @@ class Classifier:
         """Return what the network sees of an image: uint8 (S, S, 3)."""
         return self._transform.crop(_pixels(image, self._transform.min_size))
 
-    def _batches(self, images: ImageLike | Sequence[ImageLike]) -> Iterator[Tensor]:
-        several = isinstance(images, Sequence) and not isinstance(images, str | bytes)
-        items: Sequence[ImageLike] = images if several else [cast(ImageLike, images)]  # type: ignore[assignment]
-        if not items:
+    def _batch(self, images: list[ImageLike]) -> Tensor:
+        """Return the network's input (N, 3, S, S)."""
+        views = [self._transform(_pixels(image, self._transform.min_size)) for image in images]
+        return torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2).to(self.device)
+
+    def _batches(self, images: Images) -> Iterator[Tensor]:
+        rest = _each(images)
+        empty = True
+        while chunk := list(itertools.islice(rest, _BATCH)):
+            empty = False
+            yield self._batch(chunk)
+        if empty:
             raise UserError("there are no images to predict: the list is empty")
-        for start in range(0, len(items), _BATCH):
-            views = [self._transform(_pixels(i, self._transform.min_size)) for i in items[start : start + _BATCH]]
-            stacked = torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2)
-            yield stacked.to(self.device)
+
+
+def _each(images: Images) -> Iterator[ImageLike]:
+    """Return the images one by one."""
+    several = isinstance(images, Iterable) and not isinstance(images, str | bytes | os.PathLike | Image.Image)
+    if isinstance(images, np.ndarray):
+        several = images.ndim == 4
+    return iter(cast("Iterable[ImageLike]", images)) if several else iter([cast("ImageLike", images)])
 
 
 def _pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
@@ -158,7 +182,10 @@ def _pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
         image = Image.fromarray(image)
     if not isinstance(image, Image.Image):
         raise UserError(f"a {type(image).__name__} is no image; expected a path, a PIL image or an array")
-    return decode.from_pil(image)
+    try:
+        return decode.from_pil(image)
+    except decode.DecodeError as error:
+        raise UserError(f"this PIL image cannot be used ({error})") from None
 
 
 def load(model: str | os.PathLike[str], device: str | torch.device | None = None) -> Classifier:
@@ -173,7 +200,7 @@ def load(model: str | os.PathLike[str], device: str | torch.device | None = None
         UserError: The file is missing, damaged, unsafe or not ours; or the published weights cannot be had.
     """
     name = os.fspath(model)
-    if name.startswith("rexnet") and "://" not in name and Path(name).suffix not in (".ckpt", ".safetensors"):
+    if re.fullmatch(r"rexnetr?_\w+(\.\w+)?", name) and not name.endswith((".ckpt", ".safetensors")):
         return Classifier(*_published(name), device)
     file = checkpoint.load_model(model, "model")
     spec = file.spec

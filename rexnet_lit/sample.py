@@ -32,24 +32,25 @@ def write_sample(folder: str) -> dict[str, int]:
     """
     from sklearn.datasets import load_digits
 
-    root = Path(folder)
+    root = Path(folder).absolute()  # "." has no name
     if root.exists() and (not root.is_dir() or any(root.iterdir())):
         raise UserError(f"sample: {folder!r} exists and is not empty; name a new folder")
     digits = load_digits()
     root.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{root.name}.", dir=root.parent))
     counts = dict.fromkeys(_SPLITS, 0)
-    for digit in range(10):
-        members = np.random.default_rng(digit).permutation(np.flatnonzero(digits.target == digit))
-        bounds = np.cumsum([round(share * len(members)) for share in _SHARES])
-        for split, indices in zip(_SPLITS, np.split(members, bounds), strict=True):
-            target = temporary / split / str(digit)
-            target.mkdir(parents=True)
-            for index in indices:
-                grey = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
-                large = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
-                (target / f"{index:04d}.png").write_bytes(cv2.imencode(".png", large)[1].tobytes())
-            counts[split] += len(indices)
-    temporary.chmod(0o755)  # mkdtemp makes private folders
-    temporary.replace(root)  # whole or not at all
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as temporary:
+        for digit in range(10):
+            members = np.random.default_rng(digit).permutation(np.flatnonzero(digits.target == digit))
+            bounds = np.cumsum([round(share * len(members)) for share in _SHARES])
+            for split, indices in zip(_SPLITS, np.split(members, bounds), strict=True):
+                target = Path(temporary) / split / str(digit)
+                target.mkdir(parents=True)
+                for index in indices:
+                    grey = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
+                    large = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+                    (target / f"{index:04d}.png").write_bytes(cv2.imencode(".png", large)[1].tobytes())
+                counts[split] += len(indices)
+        root.mkdir(exist_ok=True)
+        for split in _SPLITS:  # nothing half written is ever in place
+            (Path(temporary) / split).replace(root / split)
     return counts

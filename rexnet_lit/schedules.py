@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal
+from typing import Literal, get_args
 
 from rexnet_lit.errors import UserError
 
 __all__ = ["ScheduleSettings", "lr_factor"]
+
+ScheduleName = Literal["cosine", "step", "constant"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,13 +26,17 @@ class ScheduleSettings:
         gamma: Factor of each drop of ``step``.
     """
 
-    name: Literal["cosine", "step", "constant"] = "cosine"
+    name: ScheduleName = "cosine"
     warmup_epochs: float = 1.0
     min_factor: float = 0.01
     step_epochs: float = 10.0
     gamma: float = 0.1
 
     def __post_init__(self) -> None:
+        if self.name not in get_args(ScheduleName):
+            raise UserError(
+                f"model.schedule.name is {self.name!r}; expected one of {', '.join(get_args(ScheduleName))}"
+            )
         if self.warmup_epochs < 0:
             raise UserError(f"model.schedule.warmup_epochs is {self.warmup_epochs}; expected 0 or more")
         if not 0 <= self.min_factor <= 1:

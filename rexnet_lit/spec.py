@@ -124,7 +124,7 @@ class ModelSpec:
                 eval_recipe=EvalRecipe(**recipe),
                 format_version=version,
             )
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{where}: its model description cannot be read ({error!r}); re-create the file") from None
 
 

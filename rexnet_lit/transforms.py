@@ -144,7 +144,9 @@ class TrainTransform:
             if augment.hflip:
                 steps.append(A.HorizontalFlip(p=augment.hflip))
         if augment.transforms is not None:
-            steps += build_pipeline(augment.transforms)
+            own = build_pipeline(augment.transforms)
+            _try_out(own, image_size)
+            steps += own
         else:
             steps += _CHANGES[augment.name](augment)
         if augment.erasing:
@@ -195,7 +197,7 @@ def _randaugment(augment: AugmentSettings) -> list[Any]:
         A.Equalize(p=1),
         A.InvertImg(p=1),
         A.Rotate(limit=(-turn, turn), fill=_FILL, p=1),
-        A.Posterize(num_bits=max(1, round(8 - 4 * m)), p=1),
+        A.Posterize(num_bits=min(7, round(8 - 4 * m)), p=1),
         A.Solarize(threshold_range=(1 - m, 1 - m), p=1),
         A.ColorJitter(brightness=colour, contrast=(1, 1), saturation=(1, 1), hue=(0, 0), p=1),
         A.ColorJitter(brightness=(1, 1), contrast=colour, saturation=(1, 1), hue=(0, 0), p=1),
@@ -212,6 +214,27 @@ def _randaugment(augment: AugmentSettings) -> list[Any]:
 _CHANGES = {"none": _none, "light": _none, "medium": _medium, "heavy": _heavy, "randaugment": _randaugment}
 
 
+def _try_out(steps: list[Any], size: int) -> None:
+    """Refuse steps that do not map an image to an image of the same size, before a loader worker meets them.
+
+    Raises:
+        UserError: One of them raises, resizes, normalises, or makes a tensor.
+    """
+    image: Any = np.tile(np.linspace(0, 255, size, dtype=np.uint8)[:, None, None], (1, size, 3))
+    for number, step in enumerate(steps):
+        here, name = f"data.augment.transforms[{number}]", type(step).__name__
+        try:
+            result = A.Compose([step], seed=0)(image=image)["image"]
+        except Exception as error:
+            raise UserError(f"{here}: {name} fails on an image: {error}") from None
+        if getattr(result, "dtype", None) != np.uint8 or result.shape != image.shape:
+            raise UserError(
+                f"{here}: {name} must map uint8 {image.shape} to the same; got {type(result).__name__} of "
+                f"{getattr(result, 'dtype', None)} {tuple(getattr(result, 'shape', ()))} (resizing and normalisation "
+                "are done for you)"
+            )
+
+
 def build_pipeline(steps: Sequence[Any], where: str = "data.augment.transforms") -> list[Any]:
     """Build albumentations from plain data.
 
@@ -223,6 +246,8 @@ def build_pipeline(steps: Sequence[Any], where: str = "data.augment.transforms")
     Raises:
         UserError: A name or an argument that albumentations does not know.
     """
+    if not isinstance(steps, list | tuple):
+        raise UserError(f"{where}: expected a list of transforms, got {steps!r}")
     built = []
     for number, step in enumerate(steps):
         here = f"{where}[{number}]"
