@@ -1,0 +1,454 @@
+"""The command line: mistakes in one line, the small commands, and the main job from end to end."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import pickle
+import re
+import socket
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from cli_tools import NAMES, fails, lively_model, rexnet, write_dataset, write_pictures
+
+from rexnet_lit import cli
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+QUICK = ("fit", "--config", CONFIGS / "quickstart.yaml", "--trainer.default_root_dir", "runs")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three classes that no test writes to."""
+    return write_dataset(tmp_path_factory.mktemp("pictures") / "data", train=4, val=2, test=2)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Work in an empty folder: what a command writes by mistake lands here."""
+    monkeypatch.chdir(tmp_path)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--model.backbone", "rexnet_101"), "model.backbone: no ReXNet is named 'rexnet_101'; did you mean 'rexnet_1"),
+        (("--model.backbone", "resnet50"), "did you mean 'rexnet"),
+        (("--data.batchsize", "8"), "--data.batchsize 8; did you mean 'data.batch_size'"),
+        (("--model.optimzer.lr", "1"), "did you mean 'model.optimizer.lr'"),
+        (("--config", "unknown.yaml"), "trainer.max_epoch'; did you mean 'trainer.max_epochs'"),
+        (("--config", "broken.yaml"), "line 2"),
+        (("--config", "none.yaml"), "none.yaml"),
+        (("--data.batch_size", "many"), "data.batch_size"),
+        (("--data.image_size", "big"), "data.image_size"),
+        (("--data.augment", "lihgt"), "data.augment.name"),
+        (("--model.head", "conv"), "model.head.name"),
+        (("--model.head.dropout", "2"), "model.head.dropout is 2.0"),
+        (("--trainer.accelerator", "warp"), "accelerator='warp'"),
+        (("--model.optimizer.name", "adamx"), "did you mean 'adamax'"),
+        (("--model.weights", "gone.safetensors"), "model.weights: there is no file 'gone.safetensors'"),
+        (("--model.weights", "https://example.com/w.safetensors"), "local files only"),
+        (("--ckpt_path", "gone.ckpt"), "ckpt_path: there is no file 'gone.ckpt'"),
+        (("--ckpt_path", "last"), "ckpt_path"),
+        (("--ckpt_path", "https://example.com/m.ckpt"), "local files only"),
+        (("--data.image_size", "16"), "data.image_size is 16"),
+        (("--data.val_fraction", "2"), "data.val_fraction is 2.0"),
+    ],
+    ids=lambda value: "=".join(map(str, value)) if isinstance(value, tuple) else "",
+)
+def test_a_wrong_setting(pictures, capsys, arguments, expected):
+    Path("unknown.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    Path("broken.yaml").write_text("model: [\n")
+    line = fails(capsys, *QUICK, "--data.root", pictures, *arguments)
+    assert expected in line
+    assert "rexnet" not in arguments[0] or "<class" not in line
+    assert not Path("runs").exists()  # nothing was begun
+
+
+def test_a_wrong_folder(tmp_path, capsys):
+    assert "data.root is not set" in fails(capsys, *QUICK)
+    assert "'gone': no such folder" in fails(capsys, *QUICK, "--data.root", "gone")
+    root = write_dataset(tmp_path / "data", train=2, val=2)
+    (root / "train" / "zebra").mkdir()
+    (root / "train" / "yak").mkdir()
+    line = fails(capsys, *QUICK, "--data.root", root)
+    assert "hold no images" in line
+    assert "'yak'" in line
+    assert "'zebra'" in line
+    (root / "train" / "zebra").rmdir()
+    (root / "train" / "yak").rmdir()
+    write_pictures(root / "val" / "zebra", "ring", 1)
+    line = fails(capsys, *QUICK, "--data.root", root)
+    assert "in val, but not in train: 'zebra'" in line
+
+
+def test_no_network(pictures, capsys, monkeypatch, tmp_path):
+    """Pretrained weights asked for and not to be had: both ways out in one line, and never random ones."""
+    from huggingface_hub import constants
+
+    def unreachable(*args, **kwargs):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--model.pretrained", "true")
+    for words in ("model.pretrained", "neither in the local cache", "model.weights", "model.pretrained to false"):
+        assert words in line
+    assert not Path("runs").exists()
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--model.backbone", "rexnetr_100", "--model.pretrained=true")
+    assert "rexnetr_100 has no published weights" in line
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "export"])
+def test_a_wrong_model(command, capsys, monkeypatch):
+    def no_request(*args, **kwargs):
+        raise AssertionError("a request was made")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_request)
+    monkeypatch.setattr(socket, "create_connection", no_request)
+    torch.save({"state_dict": {}, "bomb": Bomb()}, "zip.ckpt")
+    Path("plain.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    Path("newer.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=4))
+    Path("text.ckpt").write_text("hello: world\n" * 9)
+    Path("empty.ckpt").touch()
+    Path("empty.safetensors").touch()
+    torch.save({"state_dict": {}}, "foreign.ckpt")
+    cases = {
+        "gone.ckpt": "there is no file 'gone.ckpt'",
+        "https://example.com/model.ckpt": "local files only",
+        "zip.ckpt": "zip.ckpt: refused",
+        "plain.ckpt": "plain.ckpt: ",
+        "newer.ckpt": "newer.ckpt: ",
+        "text.ckpt": "text.ckpt: ",
+        "empty.ckpt": "empty.ckpt: damaged",
+        "empty.safetensors": "empty.safetensors: damaged",
+        "foreign.ckpt": "rexnet_lit did not write this",
+    }
+    for model, expected in cases.items():
+        if command == "export":
+            line = fails(capsys, command, model, "--format", "safetensors", "--output", "out.safetensors")
+        else:
+            line = fails(capsys, command, "--ckpt_path", model)
+        assert expected in line
+    assert not Path("exploded").exists()
+    if command != "export":
+        assert "needs a model: --ckpt_path MODEL" in fails(capsys, command)
+
+
+def test_a_wrong_command(capsys):
+    assert "invalid choice: 'tset'" in fails(capsys, "tset")
+    assert "required: DIR" in fails(capsys, "check")
+    assert "unrecognized arguments: --jsn" in fails(capsys, "check", ".", "--jsn")
+    assert "required: COMMAND" in fails(capsys)
+
+
+def test_predict_says_what_is_missing(tmp_path, capsys):
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    assert "data.predict_path is not set" in fails(capsys, "predict", "--ckpt_path", model)
+    line = fails(capsys, "predict", "--ckpt_path", model, "--data.predict_path", "gone")
+    assert "gone" in line
+    assert "data.root" in fails(capsys, "test", "--ckpt_path", model)
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    from rexnet_lit import UserError
+
+    with pytest.raises(UserError, match="no file"):
+        cli.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x", "--debug"])
+    monkeypatch.setenv("REXNET_LIT_DEBUG", "1")
+    with pytest.raises(UserError, match="no file"):
+        cli.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x"])
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch):
+    def broken(argv):
+        raise ZeroDivisionError("our own")
+
+    monkeypatch.setattr(cli, "_dispatch", broken)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["models"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(KeyboardInterrupt(), 130), (PermissionError(13, "Permission denied", "runs"), 2)]
+)
+def test_other_endings(error, code, monkeypatch, capsys):
+    def ends(argv):
+        raise error
+
+    monkeypatch.setattr(cli, "_dispatch", ends)
+    assert cli.main(["models"]) == code
+    assert len(capsys.readouterr().err.splitlines()) == (code == 2)
+
+
+# The small commands
+
+
+def test_check(pictures, tmp_path, capsys):
+    assert cli.main(["check", str(pictures), "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+    assert cli.main(["check", str(pictures)]) == 0
+    capsys.readouterr()
+    root = write_dataset(tmp_path / "data", train=2, val=2)
+    (root / "train" / "zebra").mkdir()
+    assert cli.main(["check", str(root), "--json"]) == 1
+    assert "zebra" in json.dumps(json.loads(capsys.readouterr().out))
+    assert cli.main(["check", str(root)]) == 1
+    assert "zebra" in capsys.readouterr().out
+    assert "no folder 'gone'" in fails(capsys, "check", "gone")
+
+
+def test_models_lists_the_ten(capsys):
+    assert cli.main(["models"]) == 0
+    out = capsys.readouterr().out
+    names = re.findall(r"^\s*(rexnetr?_\d+)\s", out, re.MULTILINE)
+    assert len(names) == len(set(names)) == 10
+    # features.md and timm's results table.
+    assert re.search(r"rexnet_100 +4,796,873 .* 1280 +nav_in1k +77\.862", out)
+
+
+def test_sample(capsys):
+    assert cli.main(["sample", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "10 classes" in out
+    counts = {split: len(list(Path("digits", split).rglob("*.png"))) for split in ("train", "val", "test")}
+    assert sum(counts.values()) == 1797
+    assert all(f"{n} {split}" in out for split, n in counts.items())
+    assert sorted(f.name for f in Path("digits/val").iterdir()) == list("0123456789")
+    assert [f.name for f in Path().iterdir()] == ["digits"]
+    assert "not empty" in fails(capsys, "sample", "digits")
+    Path("empty").mkdir()
+    assert cli.main(["sample", "empty"]) == 0
+
+
+def test_help_and_version(capsys):
+    assert cli.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "check", "models", "sample", "export"):
+        assert re.search(rf"^ +{command} ", out, re.MULTILINE)
+    assert cli.main(["--version"]) == 0
+    assert "rexnet_lit " in capsys.readouterr().out
+
+
+# The main job
+
+
+def files_of(folder):
+    return {str(f.relative_to(folder)) for f in Path(folder).rglob("*") if f.is_file()}
+
+
+def rows_of(path):
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A fit of two epochs in a process of its own: its folder, which holds only the data and what the run wrote."""
+    base = tmp_path_factory.mktemp("fitted")
+    write_dataset(base / "data", train=8, val=4, test=4)
+    before = files_of(base)
+    out, err = rexnet(
+        *QUICK[:3],
+        *("--data.root", "data", "--data.num_workers", 2, "--data.batch_size", 8),
+        *("--trainer.max_epochs", 2, "--trainer.default_root_dir", "runs"),
+        cwd=base,
+    )
+    return base, out, err, files_of(base) - before
+
+
+def test_fit_writes_the_contracts_files_and_nothing_else(fitted):
+    base, out, err, written = fitted
+    assert err == ""
+    assert "24 train, 12 val, 12 test" in out
+    assert len(re.findall(r"^epoch \d/2 ", out, re.MULTILINE)) == 2
+    assert "Fit finished" in out
+    assert re.search(r"^  next +python -m rexnet_lit test --ckpt_path \S+model\.safetensors$", out, re.MULTILINE)
+
+    folder = "runs/lightning_logs/version_0"
+    written = {f for f in written if not f.startswith("cache/")}  # the user's cache: which files were readable
+    events = {f for f in written if "events.out.tfevents" in f}
+    assert len(events) == 1
+    assert written - events - {f"{folder}/hparams.yaml"} == {
+        f"{folder}/{name}"
+        for name in (
+            "config.yaml",
+            "metrics.csv",
+            "model.safetensors",
+            "checkpoints/best.ckpt",
+            "checkpoints/last.ckpt",
+            "checkpoints/last.previous.ckpt",
+        )
+    }
+    config = yaml.safe_load((base / folder / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 2  # the command line beats the config
+    assert config["data"]["image_size"] == 32
+    epochs = rows_of(base / folder / "metrics.csv")
+    assert {"train/loss", "val/loss", "val/top1", "val/macro_f1", "val/ece"} <= set(epochs[0])
+
+
+def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, monkeypatch):
+    """In a process of its own, in another folder; then predict and export here."""
+    import rexnet_lit
+
+    base, _, _, _ = fitted
+    run = base / "runs" / "lightning_logs" / "version_0"
+    model = run / "model.safetensors"
+    before = files_of(base)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out, err = rexnet("test", "--ckpt_path", model, "--data.num_workers", 2, cwd=elsewhere)
+    assert err == ""
+    assert "Test: 12 images" in out
+    assert str(run / "report" / "report.html") in out
+    assert {f for f in files_of(elsewhere) if not f.startswith("cache/")} == set()
+    assert {Path(f).name for f in files_of(base) - before} == {
+        *("metrics.json", "per_class.csv", "predictions.csv", "report.html"),
+        *("confusion.png", "mistakes.png", "calibration.png", "history.png"),
+    }
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    assert {"top1", "macro_f1", "nll", "ece", "count", "per_class"} == set(metrics)  # top5 needs more classes
+    assert metrics["count"] == 12
+    assert set(metrics["per_class"]) == set(NAMES)
+    classifier = rexnet_lit.load(model, device="cpu")
+    rows = rows_of(run / "report" / "predictions.csv")
+    assert len(rows) == 12
+    shown = [classifier.predict(base / "data" / row["path"], top_k=1)[0][0] for row in rows]
+    assert [float(row["prob_1"]) for row in rows] == pytest.approx([p.prob for p in shown], abs=1e-5)
+    assert metrics["top1"] == pytest.approx(sum(r["target"] == r["label_1"] for r in rows) / 12)
+
+    # Predict: a flat folder of unlabelled pictures, then one picture.
+    flat = tmp_path / "flat"
+    for name in NAMES:
+        write_pictures(flat, name, 2, start=500)
+    (flat / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    monkeypatch.chdir(elsewhere)
+    argv = ["predict", "--ckpt_path", str(model), "--data.num_workers", "0", "--data.predict_path"]
+    assert cli.main([*argv, str(flat), "--data.predict_output", "out/names.csv"]) == 0
+    assert "out/names.csv" in capsys.readouterr().out
+    rows = rows_of("out/names.csv")
+    assert list(rows[0]) == ["path", "label_1", "prob_1", "label_2", "prob_2", "label_3", "prob_3"]
+    assert [row["path"] for row in rows] == sorted(f.name for f in flat.iterdir() if f.name != "broken.png")
+    assert [row["path"] for row in rows_of("out/quarantine.csv")] == ["broken.png"]
+    for row in rows:
+        best = classifier.predict(flat / row["path"])[0]
+        assert [row[f"label_{k}"] for k in (1, 2, 3)] == [p.label for p in best]
+        assert [float(row[f"prob_{k}"]) for k in (1, 2, 3)] == pytest.approx([p.prob for p in best], abs=1e-5)
+    before = files_of(base)
+    assert cli.main([*argv, str(flat / "disc 500.png")]) == 0  # no output given: into the run's folder
+    (made,) = files_of(base) - before
+    assert made.startswith("runs/")
+    assert made.endswith("predictions.csv")
+    assert f"{base / made}" in capsys.readouterr().out
+    assert {f for f in files_of(elsewhere) if not f.startswith("cache/")} == {"out/names.csv", "out/quarantine.csv"}
+
+    # Export: the checkpoint's weights are the shared file's.
+    assert (
+        cli.main(["export", str(run / "checkpoints/best.ckpt"), "--format=safetensors", "--output=m.safetensors"]) == 0
+    )
+    capsys.readouterr()
+    pictures = sorted(flat.glob("disc*.png"))
+    torch.testing.assert_close(
+        rexnet_lit.load("m.safetensors", device="cpu").logits(pictures), classifier.logits(pictures)
+    )
+
+
+def test_validate_equals_the_fits_best_epoch(fitted, capsys):
+    base, _, _, _ = fitted
+    run = base / "runs" / "lightning_logs" / "version_0"
+    best = max(float(row["val/top1"]) for row in rows_of(run / "metrics.csv") if row["val/top1"])
+    argv = ["validate", "--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--data.num_workers", "0"]
+    assert cli.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "Validation: 12 images" in out
+    assert f"{best:.4f}" in re.search(r"top1 +(\S+)", out).group(1)
+    assert not Path("lightning_logs").exists()
+
+
+def test_a_split_that_was_drawn_stays_drawn(tmp_path, capsys):
+    """Bare class folders: what `test` sees is split.csv's test rows, after a picture has joined the folder too."""
+    for name in NAMES:
+        write_pictures(tmp_path / "data" / name, name, 12)
+    fit = [*QUICK, "--data.root", "data", "--data.test_fraction", "0.25", "--data.batch_size", "8"]
+    fit += ["--trainer.max_epochs", "1", "--data.num_workers", "0", "--trainer.limit_train_batches", "2"]
+    assert cli.main([str(a) for a in fit]) == 0
+    run = Path("runs/lightning_logs/version_0")
+    split = rows_of(run / "split.csv")
+    drawn = {row["path"] for row in split if row["split"] == "test"}
+    assert len(drawn) == 9
+    assert len(split) == 36
+    assert {name: [r["split"] for r in split].count(name) for name in ("train", "val", "test")} == {
+        "train": 21,
+        "val": 6,
+        "test": 9,
+    }
+    for seed in range(40, 44):
+        write_pictures(tmp_path / "data" / "bars", "bars", 1, start=seed)
+    for model in ("model.safetensors", "checkpoints/best.ckpt"):
+        assert cli.main(["test", "--ckpt_path", str(run / model), "--data.num_workers", "0"]) == 0
+        tested = {row["path"] for row in rows_of(run / "report" / "predictions.csv")}
+        assert tested == drawn, model
+    capsys.readouterr()
+
+
+def test_two_processes_measure_what_one_does(tmp_path, capsys):
+    """21 images in batches of 8 on two processes, gloo: no image is padded in, none is lost."""
+    root = write_dataset(tmp_path / "data", train=2, val=7)
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    argv = ["validate", "--ckpt_path", str(model), "--data.root", str(root), "--data.num_workers", "0"]
+    assert cli.main([*argv, "--trainer.accelerator", "cpu"]) == 0
+    alone = capsys.readouterr().out
+    overlay = CONFIGS / "hardware" / "ddp_sim.yaml"
+    together, err = rexnet(*argv, "--config", overlay, "--data.batch_size", 8, cwd=tmp_path)
+    assert together == alone
+    assert err == ""
+
+
+@pytest.mark.slow
+def test_two_processes_fit(tmp_path, capsys):
+    """DDP with the overlay; the last epoch's figures are what one process measures on last.ckpt."""
+    write_dataset(tmp_path / "data", train=7, val=7)
+    fit = [*QUICK, "--config", CONFIGS / "hardware" / "ddp_sim.yaml", "--data.root", "data", "--data.batch_size", 6]
+    out, err = rexnet(*fit, "--trainer.max_epochs", 2, "--data.num_workers", 1, cwd=tmp_path)
+    assert err == ""
+    assert "on 2 x cpu" in out
+    assert out.count("Fit finished") == 1
+    last = rows_of("runs/lightning_logs/version_0/metrics.csv")
+    loss = [float(row["val/loss"]) for row in last if row["val/loss"]][-1]
+    assert (
+        cli.main(
+            [
+                "validate",
+                "--ckpt_path",
+                "runs/lightning_logs/version_0/checkpoints/last.ckpt",
+                "--trainer.accelerator=cpu",
+            ]
+        )
+        == 0
+    )
+    assert f"{loss:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_validation_split_smaller_than_a_batch_on_two_processes(tmp_path):
+    root = write_dataset(tmp_path / "data", train=2, val=2)
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    overlay = CONFIGS / "hardware" / "ddp_sim.yaml"
+    out, _ = rexnet("validate", "--ckpt_path", model, "--data.root", root, "--config", overlay, cwd=tmp_path)
+    assert "Validation: 6 images" in out

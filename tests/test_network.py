@@ -1,0 +1,275 @@
+"""The network: all ten variants, heads, and weights that travel to and from timm."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+from torch import nn
+
+from rexnet_lit import checkpoint, network, predictor
+from rexnet_lit.errors import UserError
+from rexnet_lit.spec import EvalRecipe, HeadSpec, ModelSpec
+
+# Parameters with 1000 classes, and the pooled features' width: timm's, as listed in shared/features.md.
+VARIANTS = {
+    "rexnet_100": (4_796_873, 1280),
+    "rexnet_130": (7_557_091, 1664),
+    "rexnet_150": (9_728_593, 1920),
+    "rexnet_200": (16_366_620, 2560),
+    "rexnet_300": (34_708_792, 3840),
+    "rexnetr_100": (4_883_304, 1280),
+    "rexnetr_130": (7_608_080, 1664),
+    "rexnetr_150": (9_782_256, 1920),
+    "rexnetr_200": (16_522_432, 2560),
+    "rexnetr_300": (34_810_008, 3840),
+}
+# Millions at 224 px. The paper (arXiv:2007.00992, table 5) rounds them to 0.40, 0.66, 0.88 and 1.5 B.
+MULTIPLY_ADDS = {"rexnet_100": 398.4, "rexnet_130": 662.2, "rexnet_150": 875.8, "rexnet_200": 1528.9}
+
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def rows() -> dict[str, network.Variant]:
+    return {variant.name: variant for variant in network.variants()}
+
+
+def test_there_are_these_variants(rows):
+    assert list(rows) == list(VARIANTS)
+    assert {name: (v.parameters, v.features) for name, v in rows.items()} == VARIANTS
+
+
+def test_weights_and_published_top1(rows):
+    assert {name: v.weights for name, v in rows.items() if v.weights and not name.startswith("rexnetr")} == {
+        name: ("nav_in1k",) for name in VARIANTS if not name.startswith("rexnetr")
+    }
+    assert set(rows["rexnetr_200"].weights) == set(rows["rexnetr_300"].weights) == {"sw_in12k_ft_in1k", "sw_in12k"}
+    assert not any(rows[f"rexnetr_{width}"].weights for width in (100, 130, 150))
+    assert rows["rexnet_100"].top1 == {"nav_in1k": "77.862"}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_multiply_adds_counted_by_layer(rows, name):
+    """Each output value of a layer costs its inputs' number: channels of its group x kernel."""
+    with torch.device("meta"):
+        model = timm.create_model(name).eval()
+        total = 0
+
+        def count(layer, inputs, output):
+            nonlocal total
+            total += output.numel() * layer.weight[0].numel()
+
+        for layer in model.modules():
+            if isinstance(layer, nn.Conv2d | nn.Linear):
+                layer.register_forward_hook(count)
+        model(torch.empty(1, 3, 224, 224))
+    assert rows[name].multiply_adds == pytest.approx(total, rel=1e-3)
+    if name in MULTIPLY_ADDS:
+        assert rows[name].multiply_adds / 1e6 == pytest.approx(MULTIPLY_ADDS[name], rel=0.01)
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_variant_learns_is_saved_and_loads_with_equal_logits(name, tmp_path):
+    torch.manual_seed(0)
+    model = network.build_network(name, 5, drop_path_rate=0.1).train()
+    images, targets = torch.randn(2, 3, 64, 64), torch.tensor([1, 3])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    loss = nn.functional.cross_entropy(model(images), targets)
+    # A head drawn for five classes starts at guessing: ln 5.
+    assert loss.item() == pytest.approx(1.609, abs=0.4)
+    loss.backward()
+    assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in model.parameters())
+    before = model.head.fc.weight.detach().clone()
+    optimizer.step()
+    assert not torch.equal(model.head.fc.weight, before)
+
+    spec = ModelSpec(name, tuple("abcde"), eval_recipe=EvalRecipe(64))
+    checkpoint.save_model(tmp_path / "model.safetensors", spec, model.state_dict())
+    loaded = predictor.load(tmp_path / "model.safetensors", device="cpu")
+    model.eval().to(memory_format=torch.channels_last)
+    with torch.no_grad():
+        logits = model(images)
+        assert torch.equal(loaded.network(images), logits)
+        assert torch.isfinite(logits).all()
+        features = network.embed(model, images)
+    assert features.shape == (2, VARIANTS[name][1])
+    assert loaded.spec == spec
+
+
+@pytest.mark.parametrize("name", ["rexnet_99", "resnet50", "rexnet_100.nope", ""])
+def test_an_unknown_backbone_is_one_line(name):
+    for build in (network.check_backbone, network.eval_recipe, lambda n: network.build_network(n, 2)):
+        with pytest.raises(UserError, match=rf"^model.backbone: no ReXNet is named {name!r}; (did you mean|known:)"):
+            build(name)
+
+
+# --- heads ----------------------------------------------------------------------------------------
+
+
+def test_a_linear_head_makes_timm_s_own_state_dict():
+    ours, theirs = network.build_network("rexnet_100", 7), timm.create_model("rexnet_100", num_classes=7)
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(theirs.eval()(images), ours.eval()(images))
+    assert network.load_weights(ours, timm.create_model("rexnet_100", num_classes=7).state_dict(), "timm")
+
+
+def test_heads_by_hand():
+    """Logits from the pooled features by plain matrix products."""
+    for head in (HeadSpec("linear"), HeadSpec("mlp", hidden=6, dropout=0.5)):
+        model = network.build_network("rexnet_100", 4, head).eval()
+        images = torch.randn(2, 3, 32, 32)
+        with torch.no_grad():
+            x, weights = network.embed(model, images), model.state_dict()
+            if head.name == "mlp":
+                x = x @ weights["head.fc.0.weight"].T + weights["head.fc.0.bias"]
+                assert x.shape == (2, 6)
+                x = x * torch.sigmoid(x)
+                x = x @ weights["head.fc.3.weight"].T + weights["head.fc.3.bias"]
+            else:
+                x = x @ weights["head.fc.weight"].T + weights["head.fc.bias"]
+            torch.testing.assert_close(model(images), x)
+
+
+def test_dropout_and_drop_path_reach_the_network():
+    model = network.build_network("rexnet_100", 4, HeadSpec("linear", dropout=0.35), drop_path_rate=0.2)
+    assert model.head.drop.p == 0.35 if hasattr(model.head, "drop") else model.head.drop_rate == 0.35
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert max(rates) == pytest.approx(0.2)
+    assert rates == sorted(rates)
+    torch.manual_seed(0)
+    features = torch.ones(1, 1280, 1, 1)
+    model.train()
+    seen = {model.forward_head(features).sum().item() for _ in range(5)}
+    assert len(seen) == 5  # other features are dropped each time
+
+
+def test_an_unknown_head_is_one_line():
+    with pytest.raises(UserError, match=r"model.head.name is 'cosin'; expected one of linear, mlp"):
+        network.build_network("rexnet_100", 2, HeadSpec("cosin"))  # type: ignore[arg-type]
+
+
+def test_a_head_for_other_classes_is_left_as_it_was_built():
+    source = network.build_network("rexnet_100", 7)
+    for target, keep, kept in (
+        (network.build_network("rexnet_100", 3), True, False),
+        (network.build_network("rexnet_100", 7, HeadSpec("mlp", 8)), True, False),
+        (network.build_network("rexnet_100", 7), False, False),
+        (network.build_network("rexnet_100", 7), True, True),
+    ):
+        before = {k: v.clone() for k, v in target.state_dict().items()}
+        assert network.load_weights(target, source.state_dict(), "file", keep_head=keep) is kept
+        wanted = source.state_dict()
+        for name, tensor in target.state_dict().items():
+            replaced = name.startswith("head.fc.") and not kept
+            assert torch.equal(tensor, before[name] if replaced else wanted[name])
+
+
+@pytest.mark.parametrize("given", ["rexnet_130", "rexnetr_100", "resnet18"])
+def test_weights_of_another_architecture_are_one_line(given):
+    model = network.build_network("rexnet_100", 3)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    state = timm.create_model(given, num_classes=3).state_dict()
+    with pytest.raises(UserError, match=r"^x\.safetensors does not fit this backbone: .* set model.backbone"):
+        network.load_weights(model, state, "x.safetensors")
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())  # nothing half loaded
+
+
+def test_weights_without_a_tensor_are_refused():
+    model = network.build_network("rexnet_100", 3)
+    state = model.state_dict()
+    del state["stem.conv.weight"]
+    with pytest.raises(UserError, match=r"1 tensors missing, 0 unknown, 0 of another shape \(such as stem.conv.weight"):
+        network.load_weights(model, state, "x")
+
+
+# --- published settings and weights ---------------------------------------------------------------
+
+
+def test_eval_recipes_are_the_weights_own():
+    plain = network.eval_recipe("rexnet_100")
+    assert plain == EvalRecipe(224, 0.875, "bicubic", (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    assert network.eval_recipe("rexnet_150.nav_in1k") == plain
+    assert network.eval_recipe("rexnet_100", 96).image_size == 96
+    # features.md: the sw_* weights were tested whole, at 288 px.
+    for tag in ("sw_in12k_ft_in1k", "sw_in12k"):
+        recipe = network.eval_recipe(f"rexnetr_200.{tag}")
+        assert (recipe.image_size, recipe.crop_pct) == (288, 1.0)
+    assert network.train_size("rexnetr_200.sw_in12k") == 224
+    assert network.published_classes("rexnetr_200.sw_in12k") == 11_821
+    assert network.published_classes("rexnet_100") == 1000
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty hub cache, the same whether the hub's client is imported already or not."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def put(hub: Path, repository: str, state: dict[str, torch.Tensor]) -> None:
+    """Lay weights into the cache as huggingface_hub does."""
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    folder = hub / f"models--{repository.replace('/', '--')}"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(revision)
+    (folder / "snapshots" / revision).mkdir(parents=True)
+    safetensors.torch.save_file(state, folder / "snapshots" / revision / "model.safetensors")
+
+
+def test_published_weights_come_from_the_local_cache(hub, no_network):
+    theirs = timm.create_model("rexnet_100").eval()
+    put(hub, "timm/rexnet_100.nav_in1k", theirs.state_dict())
+    ours = network.build_network("rexnet_100", 3)
+    head = ours.head.fc.weight.detach().clone()
+    network.load_pretrained(ours, "rexnet_100")
+    assert torch.equal(ours.head.fc.weight, head)
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        assert torch.equal(ours.eval().forward_features(images), theirs.forward_features(images))
+
+    classifier = predictor.load("rexnet_100", device="cpu")
+    assert torch.equal(classifier.network.head.fc.weight, theirs.head.fc.weight)
+    assert len(classifier.class_names) == 1000
+    assert classifier.class_names[0].startswith("tench")
+    assert classifier.class_names[258].lower().startswith("samoyed")  # ImageNet-1k's number of the Samoyed
+    assert not no_network, "the cache was enough"
+
+
+@pytest.mark.parametrize("name", ["rexnet_100", "rexnetr_200.sw_in12k"])
+def test_published_weights_that_cannot_be_had_name_the_ways_out(hub, no_network, name):
+    model = network.build_network(name, 3)
+    before = model.stem.conv.weight.detach().clone()
+    with pytest.raises(UserError) as error:
+        network.load_pretrained(model, name)
+    message = str(error.value)
+    assert message.startswith(f"model.pretrained: the weights of {name} are neither in the local cache")
+    assert "model.weights" in message
+    assert "model.pretrained to false" in message
+    assert "\n" not in message
+    assert torch.equal(model.stem.conv.weight, before)
+    assert no_network, "the hub was not asked"
+
+
+def test_a_variant_without_published_weights(hub, no_network):
+    with pytest.raises(UserError, match=r"model.pretrained: rexnetr_100 has no published weights"):
+        network.load_pretrained(network.build_network("rexnetr_100", 3), "rexnetr_100")
+    assert not no_network
+
+
+def test_damaged_published_weights_are_one_line(hub, no_network):
+    put(hub, "timm/rexnet_100.nav_in1k", {"a": torch.zeros(1)})
+    with pytest.raises(UserError, match="the weights of rexnet_100"):
+        network.load_pretrained(network.build_network("rexnet_100", 3), "rexnet_100")
+    file = next(hub.rglob("model.safetensors"))
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(UserError, match=r"the weights of rexnet_100 .*damaged"):
+        network.load_pretrained(network.build_network("rexnet_100", 3), "rexnet_100")
