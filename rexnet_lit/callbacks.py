@@ -5,6 +5,7 @@ Everything here hangs on Lightning's hooks and writes on the first process only.
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import shlex
@@ -26,6 +27,7 @@ from torch import Tensor
 
 from rexnet_lit import checkpoint, decode, quarantine, report
 from rexnet_lit.data import ImageFolderDataModule
+from rexnet_lit.errors import UserError
 from rexnet_lit.folder import write_split
 from rexnet_lit.module import RexNetModule
 
@@ -82,9 +84,10 @@ class RunFiles(Callback):
         self._ship(trainer, pl_module)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Ship what there is when the run is stopped early."""
+        """Ship what there is when the run is stopped early; what stopped it is told, not what this may meet."""
         if trainer.state.fn == "fit":
-            self._ship(trainer, pl_module)
+            with contextlib.suppress(OSError, UserError):
+                self._ship(trainer, pl_module)
 
     @rank_zero_only
     def _ship(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:

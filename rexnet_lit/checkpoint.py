@@ -80,7 +80,7 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:
-        with os.fdopen(descriptor, "w+b") as file:
+        with os.fdopen(descriptor, "wb") as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
@@ -108,31 +108,23 @@ def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
         UserError: The file cannot be written; what was at ``path`` is still there.
     """
     file = Path(path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # into memory first: written straight to a full disk, torch does not say why it fails
+    sealed = buffer.getbuffer()
+    sealed[-2:] = _SEAL_BYTES.to_bytes(2, "little")  # the archive ends with the length of its comment, 0
     try:
         with atomic_write(file, file.with_name(PREVIOUS) if file.name == "last.ckpt" else None) as stream:
-            torch.save(content, stream)
-            _seal(stream)
-    except (OSError, RuntimeError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error).splitlines()[0]
+            stream.write(sealed)
+            stream.write(_SEAL + hashlib.sha256(sealed).hexdigest().encode())
+    except OSError as error:
         raise UserError(
-            f"{file}: the checkpoint cannot be written ({reason}); the one before is untouched: make room, "
-            "or set another trainer.default_root_dir, and go on from it"
+            f"{file}: the checkpoint cannot be written ({error.strerror or error}); the one before is untouched: "
+            "make room, or set another trainer.default_root_dir, and go on from it"
         ) from None
 
 
 _SEAL = b"sha256:"
 _SEAL_BYTES = len(_SEAL) + 64
-
-
-def _seal(stream: IO[bytes]) -> None:
-    """Append the checksum of a zip archive to it, as the archive's comment."""
-    stream.seek(-2, os.SEEK_END)  # an archive without a comment ends with the comment's length, 0
-    stream.write(_SEAL_BYTES.to_bytes(2, "little"))
-    stream.seek(0)
-    digest = hashlib.sha256()
-    while block := stream.read(2**20):
-        digest.update(block)
-    stream.write(_SEAL + digest.hexdigest().encode())
 
 
 def _intact(content: bytes) -> bool:

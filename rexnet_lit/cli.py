@@ -174,6 +174,11 @@ def user_message(error: BaseException) -> str | None:
         return " ".join(str(error).split())
     if kind == "OutOfMemoryError" or "out of memory" in str(error):
         return "out of memory; set a smaller data.batch_size or data.image_size"
+    if kind == "RuntimeError" and str(error).startswith("DataLoader worker"):  # raised wherever it is noticed
+        return (
+            f"a data loading worker died ({' '.join(str(error).split())}); memory, or /dev/shm, may be full: "
+            "set a smaller data.num_workers (0 reads in the main process) or data.batch_size"
+        )
     if kind == "MisconfigurationException":
         return " ".join(str(error).split())
     return None

@@ -7,6 +7,7 @@ hands out whole batches as `Batch` keys; the dataset turns a key into tensors.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 import signal
@@ -139,38 +140,72 @@ class Loader(DataLoader[Any]):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take nothing."""
 
+    def start(self) -> None:
+        """Start the workers now, if they are to stay.
+
+        A process that forks copies, page by page, what it writes to afterwards. Once a training step has filled its
+        memory, a fork costs seconds.
+        """
+        if self.persistent_workers:
+            super().__iter__()
+
     def __iter__(self) -> Any:  # torch's iterators have no public type
         """Yield the batches.
 
         Raises:
             UserError: A worker has died or hangs.
         """
-        due, done = list(self.sampler), 0
-        try:
-            for batch in super().__iter__():
-                done += 1
-                yield batch
-        except RuntimeError as error:
-            reason = str(error)
-            if "DataLoader" not in reason:
-                raise
-            timed_out = "timed out" in reason
-            what = f"gave nothing for {self.timeout:g} s" if timed_out else "died"
-            hint = "the disk may be stuck" if timed_out else "memory, or /dev/shm, may be full"
-            paths = cast(ImageDataset, self.dataset).samples.paths
-            names = ", ".join(repr(paths[int(i)]) for i in due[min(done, len(due) - 1)].indices[:8])
-            raise UserError(
-                f"a data loading worker {what} ({reason.splitlines()[0]}) before the batch of {names}, ...; {hint}: "
-                "set a smaller data.num_workers (0 reads in the main process) or data.batch_size"
-            ) from None
+        batches: Any = None
+        due, done, waited = list(self.sampler), 0, 0.0
+        while True:
+            try:
+                if batches is None:
+                    batches = super().__iter__()
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                # Torch looks whether its workers live when this much time is up; asked again, it waits on.
+                waited += self.timeout
+                timed_out = "timed out" in str(error)
+                if timed_out and waited < _PATIENCE:
+                    if batches is None:
+                        self._iterator = None  # what it has begun cannot be asked for again: start new workers
+                    continue
+                if "DataLoader" not in str(error):
+                    raise
+                raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
+            done, waited = done + 1, 0.0
+            yield batch
+
+    def _failure(self, batch: Batch, timed_out: bool, reason: str) -> UserError:
+        what = f"gave nothing for {_PATIENCE:g} s" if timed_out else "died"
+        hint = "the disk may be stuck" if timed_out else "memory, or /dev/shm, may be full"
+        paths = cast(ImageDataset, self.dataset).samples.paths
+        names = ", ".join(repr(paths[int(i)]) for i in batch.indices[:8])
+        return UserError(
+            f"a data loading worker {what} ({reason.splitlines()[0]}) before the batch of {names}, ...; {hint}: "
+            "set a smaller data.num_workers (0 reads in the main process) or data.batch_size"
+        )
 
 
-def _start_worker(number: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to every process, to the main one: it saves, and ends the workers."""
+def _start_worker(number: int, niceness: int = 0) -> None:
+    """Leave signals, which a terminal sends to every process, to the main one: it saves, and ends the workers.
+
+    Args:
+        number: The worker's.
+        niceness: How far to stand back behind the training step, where both want the CPU.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if niceness and hasattr(os, "nice"):
+        os.nice(niceness)
 
 
-_TIMEOUT = 300
+_POLL = 10
+"""Seconds after which to see whether a loader's workers are alive."""
+
+_PATIENCE = 300
 """Seconds to wait for a batch of a worker before it is said to hang."""
 
 
@@ -411,7 +446,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         keep = np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad])
         return samples.take(keep)
 
-    def _loader(self, name: str, order: Callable[[int], NDArray[np.int64]] | None = None) -> DataLoader[Any]:
+    def _loader(self, name: str, order: Callable[[int], NDArray[np.int64]] | None = None) -> Loader:
         dataset, trainer = self._datasets[name], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         if order is not None and len(dataset) < 2 * world:
@@ -429,8 +464,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             num_workers=workers,
             persistent_workers=workers > 0 and name in ("train", "val"),
             pin_memory=on_gpu,
-            timeout=_TIMEOUT if workers else 0,
-            worker_init_fn=_start_worker,
+            timeout=_POLL if workers else 0,
+            worker_init_fn=functools.partial(_start_worker, niceness=0 if on_gpu else 10),
             # A loader without its own generator draws from the global one each time it is iterated.
             generator=torch.Generator().manual_seed(run_seed()),
         )
@@ -442,7 +477,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation split, in order."""
-        return self._loader("val")
+        loader = self._loader("val")
+        loader.start()
+        return loader
 
     def test_dataloader(self) -> DataLoader[Any]:
         """Batches of the test split, in order."""

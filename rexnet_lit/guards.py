@@ -102,7 +102,10 @@ class RunCheckpoint(ModelCheckpoint):
     # Stopping
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take the signals over, from Lightning too, which would save nothing."""
+        """Take the signals over, from Lightning too, which would save nothing; remove what a killed save has left."""
+        if trainer.is_global_zero and self.dirpath:
+            for debris in Path(self.dirpath).glob(".*.ckpt.*"):
+                debris.unlink(missing_ok=True)
         if threading.current_thread() is not threading.main_thread():
             return
 

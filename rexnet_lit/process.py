@@ -30,6 +30,7 @@ def tune() -> bool:
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     if os.environ.get("REXNET_LIT_TUNE") == "0" or sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks the kernel for huge pages
     mallopt = ctypes.CDLL(None).mallopt
     # -1 is "never": the most that fits mallopt's int, 2 GiB, is less than a step at 224 px gives back.
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 256 * 2**20))

@@ -1,0 +1,189 @@
+"""Whole runs in processes of their own that start in a moment: forked from one that has imported everything.
+
+Each is `python -m rexnet_lit` but for the start, and for `trouble`: what goes wrong, and at which step.
+"""
+
+from __future__ import annotations
+
+import functools
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+_FORKS = multiprocessing.get_context("forkserver")
+_FORKS.set_forkserver_preload(["rexnet_lit.runs", "rexnet_lit.cli", "run_tools"])
+
+
+class Done(NamedTuple):
+    """How a run ended: the exit code (negative: killed by that signal), and what it printed."""
+
+    code: int
+    out: str
+
+
+def fit(cwd: Path, *argv: object, trouble: tuple[str, int] | None = None, save_every: float = 600.0) -> Done:
+    """Run ``fit`` on ``cwd/data`` for 3 epochs of a few steps each; ``argv`` is added."""
+    command = [
+        "fit", "--config", CONFIGS / "quickstart.yaml", "--data.root", "data", "--trainer.default_root_dir", "runs",
+        "--trainer.accelerator", "cpu", "--data.batch_size", 4, "--data.num_workers", 0, "--trainer.max_epochs", 3,
+        "--model.drop_path_rate", 0.1, *argv,
+    ]  # fmt: skip
+    return command_line(cwd, *command, trouble=trouble, save_every=save_every)
+
+
+def command_line(
+    cwd: Path, *argv: object, trouble: tuple[str, int] | None = None, save_every: float = 600.0, timeout: float = 300
+) -> Done:
+    """Run a command in ``cwd``."""
+    log = Path(cwd) / "screen.txt"
+    arguments = ([str(a) for a in argv], str(cwd), str(log), trouble, save_every)
+    process = _FORKS.Process(target=_run, args=arguments)  # type: ignore[attr-defined]
+    process.start()
+    process.join(timeout)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        raise TimeoutError(f"{argv} has not ended in {timeout} s:\n{log.read_text()}")
+    return Done(process.exitcode, log.read_text())
+
+
+def _run(argv: list[str], cwd: str, log: str, trouble: tuple[str, int] | None, save_every: float) -> None:
+    multiprocessing.set_start_method("fork", force=True)  # Linux's default until 3.14, for the loaders' workers
+    os.chdir(cwd)
+    screen = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(screen, 1)
+    os.dup2(screen, 2)
+    sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
+    os.environ.update(XDG_CACHE_HOME=str(Path(cwd) / "cache"), CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    from rexnet_lit import __main__, guards, runs
+
+    runs.RunCheckpoint = functools.partial(guards.RunCheckpoint, every=save_every)  # type: ignore[misc,assignment]
+    if trouble is not None:
+        _TROUBLES[trouble[0]](trouble[1])
+    sys.argv = ["rexnet-lit", *argv]
+    code = __main__.main()
+    sys.stdout.flush()
+    os._exit(code)
+
+
+def at_step(step: int, what: Any, hook: str = "on_train_batch_start") -> None:
+    """Have ``what(module)`` happen in a module's hook, when so many optimiser steps are done."""
+    from rexnet_lit.module import RexNetModule
+
+    before, due = getattr(RexNetModule, hook), [step]
+
+    def hooked(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.trainer.global_step in due:
+            due.clear()
+            what(self)
+        return before(self, *args, **kwargs)
+
+    setattr(RexNetModule, hook, hooked)
+
+
+def _signalled(number: signal.Signals, hook: str, step: int) -> None:
+    at_step(step, lambda module: os.kill(os.getpid(), number), hook)
+
+
+def _nan(step: int) -> None:
+    from rexnet_lit.module import RexNetModule
+
+    before = RexNetModule.training_step
+
+    def spoilt(self: Any, batch: Any, batch_idx: int) -> Any:
+        loss = before(self, batch, batch_idx)
+        return loss * float("nan") if self.trainer.global_step == step else loss
+
+    RexNetModule.training_step = spoilt  # type: ignore[method-assign]
+
+
+def _full_disk(step: int) -> None:
+    """No file may grow beyond 1 MB: what the kernel says to a write is real."""
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    at_step(step, lambda module: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
+
+
+def _worker_dies(step: int) -> None:
+    at_step(step, lambda module: os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL))
+
+
+def _worker_hangs(step: int) -> None:
+    from rexnet_lit import data
+
+    data._POLL, data._PATIENCE = 1, 3
+    read = data.ImageDataset.read
+
+    def slow(self: Any, index: int) -> Any:
+        if index == 7:
+            time.sleep(60)
+        return read(self, index)
+
+    data.ImageDataset.read = slow  # type: ignore[method-assign]
+
+
+def _start_up(step: int) -> None:
+    from rexnet_lit import data
+
+    scan = data.scan
+
+    def told(*args: Any, **kwargs: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return scan(*args, **kwargs)
+
+    data.scan = told  # type: ignore[assignment]
+
+
+_TROUBLES = {
+    "kill": functools.partial(_signalled, signal.SIGKILL, "on_train_batch_start"),
+    "kill in validation": functools.partial(_signalled, signal.SIGKILL, "validation_step"),
+    "term": functools.partial(_signalled, signal.SIGTERM, "on_train_batch_start"),
+    "term in validation": functools.partial(_signalled, signal.SIGTERM, "validation_step"),
+    "term at start-up": _start_up,
+    "ctrl-c": functools.partial(_signalled, signal.SIGINT, "on_train_batch_start"),
+    "nan": _nan,
+    "full disk": _full_disk,
+    "worker dies": _worker_dies,
+    "worker hangs": _worker_hangs,
+}
+
+
+def weights(cwd: Path, version: int = 0) -> dict[str, torch.Tensor]:
+    """The tensors of a run's last checkpoint: weights, their average, the optimiser's."""
+    from rexnet_lit import checkpoint
+
+    content = checkpoint.read_ckpt(str(run_folder(cwd, version) / "checkpoints" / "last.ckpt"))
+    found: dict[str, torch.Tensor] = {}
+
+    def collect(name: str, value: Any) -> None:
+        if isinstance(value, torch.Tensor):
+            found[name] = value
+        elif isinstance(value, dict):
+            for key, part in value.items():
+                collect(f"{name}.{key}", part)
+        elif isinstance(value, list | tuple):
+            for number, part in enumerate(value):
+                collect(f"{name}.{number}", part)
+
+    for key in ("state_dict", "current_model_state", "averaging_state", "optimizer_states"):
+        collect(key, content.get(key))
+    return found
+
+
+def differing(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> list[str]:
+    """The names of tensors that are not the same bit for bit."""
+    assert a.keys() == b.keys()
+    return [name for name in a if not torch.equal(a[name], b[name])]
+
+
+def run_folder(cwd: Path, version: int = 0) -> Path:
+    """The run's folder."""
+    return Path(cwd) / "runs" / "lightning_logs" / f"version_{version}"

@@ -1,0 +1,378 @@
+"""A run survives: killed, told to stop, a full disk, a bad worker, a loss that is no number (faults.md B, C, D, F)."""
+
+from __future__ import annotations
+
+import csv
+import os
+import re
+import shutil
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from run_tools import command_line, differing, fit, run_folder, weights
+
+from rexnet_lit import checkpoint
+from rexnet_lit.errors import UserError
+from rexnet_lit.guards import find_last
+
+STEPS = 18  # of a run here: 3 epochs of 6
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, make_shapes):
+    """An empty folder but for the dataset: 24 training images in 3 classes."""
+    root = tmp_path_factory.mktemp("home")
+    make_shapes(root / "data", train=8, val=3, test=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """The weights of a run that nothing has interrupted, by its settings."""
+    known = {}
+
+    def of(*settings):
+        if settings not in known:
+            cwd = another(home, home.parent / f"whole{len(known)}")
+            done = fit(cwd, *settings)
+            assert done.code == 0, done.out
+            known[settings] = weights(cwd)
+        return known[settings]
+
+    return of
+
+
+def another(home: Path, cwd: Path) -> Path:
+    cwd.mkdir(exist_ok=True)
+    (cwd / "data").symlink_to(home / "data")
+    return cwd
+
+
+@pytest.fixture
+def cwd(home, tmp_path):
+    return another(home, tmp_path / "cwd")
+
+
+def resumed(cwd, *settings, version=0):
+    """Resume the run and return its weights."""
+    done = fit(cwd, *settings, "--ckpt_path", "last")
+    assert done.code == 0, done.out
+    assert "Fit finished" in done.out
+    assert [f.name for f in (cwd / "runs" / "lightning_logs").iterdir()] == [f"version_{version}"]
+    return weights(cwd, version)
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+EMA = ("--model.ema", 0.9)
+ACCUMULATE = ("--trainer.accumulate_grad_batches", 4)
+WORKERS = ("--data.num_workers", 2)
+
+
+@pytest.mark.parametrize(
+    ("step", "save_every", "settings"),
+    [
+        (9, -1, ()),  # mid-epoch; the last save is of the step before
+        (3, -1, ACCUMULATE),
+        (9, 600, (*WORKERS, *EMA)),  # saved at the end of an epoch only
+        pytest.param(12, -1, EMA, marks=pytest.mark.slow),  # an epoch's first step
+        pytest.param(11, -1, WORKERS, marks=pytest.mark.slow),  # an epoch's last step
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)
+def test_killed_and_resumed_it_ends_with_the_same_weights(whole, cwd, step, save_every, settings):
+    assert fit(cwd, *settings, trouble=("kill", step), save_every=save_every).code == -9
+    assert differing(resumed(cwd, *settings), whole(*settings)) == []
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_does_not_matter(whole):
+    assert differing(whole(*WORKERS), whole()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), (*EMA, *WORKERS), (*ACCUMULATE, *EMA)], ids=str)
+@pytest.mark.parametrize("save_every", [-1, 600])
+def test_killed_at_every_step(whole, home, tmp_path, settings, save_every):
+    steps = 6 if ACCUMULATE[0] in settings else STEPS
+    bad = []
+    for step in range(steps):
+        cwd = another(home, tmp_path / f"step{step}")
+        assert fit(cwd, *settings, trouble=("kill", step), save_every=save_every).code == -9
+        if not (run_folder(cwd) / "checkpoints" / "last.ckpt").exists():
+            assert step < (2 if save_every < 0 else 7)
+            shutil.rmtree(cwd / "runs")
+            assert fit(cwd, *settings).code == 0  # nothing was saved: it starts again
+            bad += [step] if differing(weights(cwd), whole(*settings)) else []
+        else:
+            bad += [step] if differing(resumed(cwd, *settings), whole(*settings)) else []
+        shutil.rmtree(cwd)
+    assert bad == []
+
+
+@pytest.mark.slow
+def test_killed_in_validation(whole, cwd):
+    assert fit(cwd, trouble=("kill in validation", 12)).code == -9
+    assert differing(resumed(cwd), whole()) == []
+
+
+def test_the_history_is_kept_and_not_doubled(cwd):
+    assert fit(cwd, trouble=("kill", 14)).code == -9
+    resumed(cwd, "--trainer.log_every_n_steps", 1)
+    rows = rows_of(run_folder(cwd) / "metrics.csv")
+    assert [int(row["epoch"]) for row in rows if row["val/top1"]] == [0, 1, 2]
+    assert [int(row["epoch"]) for row in rows if row["train/loss"]] == [0, 1, 2]
+
+
+# --- told to stop ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "where"),
+    [
+        (("term", 8), 143, "SIGTERM after batch 3 of 6 of epoch 2"),
+        (("ctrl-c", 8), 130, "SIGINT after batch 3 of 6 of epoch 2"),
+        # It validates, then saves.
+        pytest.param(("term", 11), 143, "SIGTERM after batch 6 of 6 of epoch 2", marks=pytest.mark.slow),
+        (("term in validation", 12), 143, "SIGTERM after batch 6 of 6 of epoch 2"),
+    ],
+    ids=str,
+)
+def test_told_to_stop_it_saves_and_says_how_to_go_on(whole, cwd, trouble, code, where):
+    done = fit(cwd, trouble=trouble)
+    assert done.code == code, done.out
+    assert where in done.out
+    assert "Traceback" not in done.out
+    config, last = re.search(
+        r"go on with: python -m rexnet_lit fit --config (\S+) --ckpt_path (\S+)$", done.out, re.M
+    ).groups()
+    assert (cwd / config).is_file()
+    assert checkpoint.read_ckpt(str(cwd / last))["global_step"] == int(where.split()[3]) + 6
+    assert differing(resumed(cwd), whole()) == []
+
+
+def test_the_command_that_it_prints_goes_on(whole, cwd):
+    done = fit(cwd, trouble=("term", 8))
+    command = done.out.rpartition("go on with: python -m rexnet_lit ")[2].split()
+    done = command_line(cwd, *command)
+    assert done.code == 0, done.out
+    assert differing(weights(cwd), whole()) == []
+    assert yaml.safe_load((run_folder(cwd) / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
+
+
+def test_told_at_start_up(cwd):
+    done = fit(cwd, trouble=("term at start-up", 0))
+    assert done.code == 143
+    assert "Traceback" not in done.out
+    assert not (cwd / "runs").exists()
+
+
+# --- what may fail --------------------------------------------------------------------------------
+
+
+def failed(done, *expected):
+    assert done.code == 2, done.out
+    assert "Traceback" not in done.out
+    line = done.out.splitlines()[-1]
+    assert line.startswith("rexnet-lit: error: ")
+    for words in expected:
+        assert words in line
+    return line
+
+
+def test_a_loss_that_is_no_number(whole, cwd):
+    done = fit(cwd, trouble=("nan", 8))
+    line = failed(done, "the loss is nan at epoch 2, batch 3 (images '", "model.optimizer.lr")
+    named = re.findall(r"'(\S+?/\S+?\.(?:png|jpg))'", line)
+    assert len(named) == 4
+    assert all((cwd / "data" / name).is_file() for name in named)
+    assert differing(resumed(cwd), whole()) == []  # from the last good epoch
+
+
+def test_a_full_disk(whole, cwd):
+    done = fit(cwd, trouble=("full disk", 7))
+    failed(done, ".ckpt: the checkpoint cannot be written (File too large)", "the one before is untouched")
+    folder = run_folder(cwd) / "checkpoints"
+    assert {f.name for f in folder.iterdir()} <= {"best.ckpt", "last.ckpt", checkpoint.PREVIOUS}  # no debris
+    assert checkpoint.read_ckpt(str(folder / "last.ckpt"))["global_step"] == 6
+    assert differing(resumed(cwd), whole()) == []
+
+
+def test_a_worker_that_dies(whole, cwd):
+    done = fit(cwd, "--data.num_workers", 1, trouble=("worker dies", 8))
+    failed(done, "a data loading worker died", "memory", "data.num_workers")
+    assert differing(resumed(cwd), whole()) == []
+
+
+def test_a_worker_that_hangs(cwd):
+    done = fit(cwd, "--data.num_workers", 1, trouble=("worker hangs", 0))
+    line = failed(done, "a data loading worker gave nothing for 3 s", "data.num_workers")
+    assert re.search(r"before the batch of '\S+/\S+\.(png|jpg)'", line)
+
+
+# --- what a resume refuses ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(home):
+    """A run of one epoch, to be resumed."""
+    cwd = another(home, home.parent / "stopped")
+    assert fit(cwd, "--trainer.max_epochs", 1).code == 0
+    return cwd
+
+
+@pytest.fixture
+def run(home, stopped, cwd):
+    shutil.copytree(stopped / "runs", cwd / "runs")
+    return cwd
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (("--data.batch_size", 6), "data.batch_size (4 then, 6 now)"),
+        (("--seed_everything", 5), "seed_everything (0 then, 5 now)"),
+        (
+            ("--data.sampler", "balanced", "--trainer.accumulate_grad_batches", 2),
+            "data.sampler (shuffle then, balanced",
+        ),
+        (("--model.backbone", "rexnet_130"), "rexnet_100"),
+        (("--model.head", "mlp"), "linear head"),
+    ],
+    ids=str,
+)
+def test_a_resume_refuses_what_would_be_another_run(run, settings, expected):
+    line = failed(fit(run, *settings, "--ckpt_path", "last"), expected)
+    assert ("--accept_changes true" in line) == (" then, " in line)
+
+
+def test_a_resume_refuses_changed_images_unless_told(run, home, make_shapes):
+    (run / "data").unlink()
+    shutil.copytree(home / "data", run / "data")
+    shutil.copy(run / "data/train/circle/train_000.jpg", run / "data/train/circle/new.jpg")
+    failed(
+        fit(run, "--ckpt_path", "last"), "train images (24, fingerprint", "then, 25, fingerprint", "--accept_changes"
+    )
+    done = fit(run, "--ckpt_path", "last", "--accept_changes", "true")
+    assert done.code == 0, done.out
+
+
+def test_other_classes_are_refused(run, make_shapes):
+    (run / "data").unlink()
+    make_shapes(run / "data", train=8, val=3, test=0, classes=("x", "y", "z"))
+    failed(fit(run, "--ckpt_path", "last"), "classes (3: circle, cross, square) differ", "x, y, z", "model.weights")
+
+
+def test_the_newest_valid_checkpoint(run):
+    folder = run_folder(run) / "checkpoints"
+    shutil.copy(folder / "last.ckpt", folder / checkpoint.PREVIOUS)
+    content = bytearray((folder / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1  # a flipped bit, which torch loads in silence
+    (folder / "last.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match=r"last\.ckpt: damaged"):
+        checkpoint.read_ckpt(str(folder / "last.ckpt"))
+    done = fit(run, "--ckpt_path", "last")
+    assert done.code == 0
+    assert re.search(r"^skipped: \S+last\.ckpt: damaged", done.out, re.M)
+    assert re.search(rf"^resuming \S+{re.escape(checkpoint.PREVIOUS)}, after 6 steps$", done.out, re.M)
+    (folder / "last.ckpt").write_bytes(content)
+    (folder / checkpoint.PREVIOUS).write_bytes(content[: len(content) // 2])
+    line = failed(fit(run, "--ckpt_path", "last"), "there is no checkpoint to resume below runs/lightning_logs")
+    assert line.count("skipped: ") == 2
+
+
+def test_every_flipped_byte_is_seen(tmp_path):
+    path = tmp_path / "last.ckpt"
+    checkpoint.write_ckpt({"weights": torch.arange(6.0)}, path)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"damaged|refused"):
+            checkpoint.read_ckpt(str(path))
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint to resume"):
+        find_last(tmp_path)
+
+
+def test_weights_cannot_be_resumed(run):
+    model = run_folder(run) / "model.safetensors"
+    failed(fit(run, "--ckpt_path", model), "holds weights only", "model.weights")
+
+
+def test_a_moved_run_goes_on_and_knows_its_best(run):
+    shutil.move(run / "runs", run / "elsewhere")
+    last = run / "elsewhere/lightning_logs/version_0/checkpoints/last.ckpt"
+    done = fit(run, "--ckpt_path", last)
+    assert done.code == 0, done.out
+    assert not (run / "runs").exists()
+    best = checkpoint.read_ckpt(str(last.with_name("best.ckpt")))
+    state = next(v for k, v in best["callbacks"].items() if k.startswith("RunCheckpoint"))
+    tops = [float(row["val/top1"]) for row in rows_of(last.parents[1] / "metrics.csv") if row["val/top1"]]
+    assert len(tops) == 3
+    assert float(state["best_model_score"]) == pytest.approx(max(tops))
+
+
+def test_a_monitor_that_nobody_logs(cwd):
+    config = {"trainer": {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/los"}}]}}
+    (cwd / "early.yaml").write_text(yaml.safe_dump(config))
+    failed(fit(cwd, "--config", "early.yaml"), "EarlyStopping monitors 'val/los'", "did you mean 'val/loss'")
+
+
+# --- the save itself ------------------------------------------------------------------------------
+
+
+SAVE_CALLS = [(os, n) for n in ("open", "close", "fsync", "fdopen", "replace", "rename", "chmod", "unlink", "umask")]
+SAVE_CALLS += [(tempfile, "mkstemp")]
+
+
+def save(folder: Path, value: float) -> None:
+    checkpoint.write_ckpt({"value": torch.full((4096,), value)}, folder / "last.ckpt")
+
+
+def save_and_die(folder: Path, value: float, last_call: int) -> int:
+    """Save in a forked process that ends, without any clean-up, at so many calls; return its exit code."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    seen = 0
+
+    def guarded(call):
+        def wrapper(*args, **kwargs):
+            nonlocal seen
+            seen += 1
+            if seen == last_call:
+                os._exit(9)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    for module, name in SAVE_CALLS:
+        setattr(module, name, guarded(getattr(module, name)))
+    save(folder, value)
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the child only writes a file
+def test_killed_at_every_boundary_of_a_save(tmp_path):
+    """The process ends before each call that a save makes to the system: one of two generations is always whole."""
+    for last_call in range(1, 50):
+        save(tmp_path, 1.0)
+        save(tmp_path, 2.0)
+        code = save_and_die(tmp_path, 3.0, last_call)
+        files = [tmp_path / name for name in ("last.ckpt", checkpoint.PREVIOUS) if (tmp_path / name).exists()]
+        values = [checkpoint.read_ckpt(str(file))["value"][0].item() for file in files]
+        assert values in ([2.0, 1.0], [2.0], [3.0, 2.0]), last_call
+        if code == 0:
+            break
+    assert code == 0
+    assert last_call > 6
