@@ -313,7 +313,7 @@ class RexNetCLI(LightningCLI):
 
 def _run_folder(model: Path) -> Path | None:
     """Return the run folder (``.../lightning_logs/version_N``) that ``model`` lies in, None where it lies elsewhere."""
-    for folder in list(model.absolute().parents)[:2]:
+    for folder in list(Path(os.path.abspath(model)).parents)[:2]:  # noqa: PTH100 (no links resolved)
         if re.fullmatch(r"version_\d+", folder.name) and folder.parent.name == "lightning_logs":
             return folder
     return None
