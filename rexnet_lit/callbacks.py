@@ -177,6 +177,10 @@ class EpochLine(Callback):
         self._best: dict[str, float] = {}
         self._best_epoch = -1
 
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Note the time: a run that is resumed within an epoch does not start that epoch."""
+        self.on_train_epoch_start(trainer, pl_module)
+
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the time: the epoch's first batch is loaded after this."""
         self._start, self._images = time.monotonic(), 0

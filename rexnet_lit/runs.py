@@ -19,6 +19,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit import checkpoint, report
 from rexnet_lit.callbacks import (
@@ -130,7 +131,7 @@ class RexNetCLI(LightningCLI):
         if path == "last":
             found, skipped = find_last(Path(config["trainer"]["default_root_dir"] or "."))
             for line in skipped:
-                print(line, flush=True)  # noqa: T201
+                rank_zero_only(print)(line, flush=True)
             path = str(found.absolute())
         elif Path(path).suffix == ".safetensors":
             raise UserError(
@@ -143,7 +144,7 @@ class RexNetCLI(LightningCLI):
         if missing:
             raise UserError(f"ckpt_path: {path} cannot be resumed, it lacks {', '.join(missing)}; use model.weights")
         config["ckpt_path"] = path
-        print(f"resuming {path}, after {self.resumed['global_step']} steps", flush=True)  # noqa: T201
+        rank_zero_only(print)(f"resuming {path}, after {self.resumed['global_step']} steps", flush=True)
 
     def _parse(self, parser: LightningArgumentParser, args: list[str]) -> Namespace:
         try:

@@ -61,6 +61,7 @@ def resumed(cwd, *settings, version=0):
     done = fit(cwd, *settings, "--ckpt_path", "last")
     assert done.code == 0, done.out
     assert "Fit finished" in done.out
+    assert all(float(seconds) < 200 for seconds in re.findall(r"\((\S+) s; training", done.out))
     assert [f.name for f in (cwd / "runs" / "lightning_logs").iterdir()] == [f"version_{version}"]
     return weights(cwd, version)
 
