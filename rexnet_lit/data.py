@@ -1,283 +1,38 @@
-"""Datasets and loaders: a folder of class folders becomes batches, in an order that is a pure function.
-
-What a batch holds depends on (seed, epoch, index) alone: not on workers, not on when it was asked for. The sampler
-hands out whole batches as `Batch` keys; the dataset turns a key into tensors.
-"""
+"""The LightningDataModule: from a folder of class folders to loaders."""
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
 import os
-import signal
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, DistributedSampler
+from torch.utils.data import DataLoader
 
 from rexnet_lit import decode, process, quarantine
 from rexnet_lit.errors import UserError
 from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan
+from rexnet_lit.loader import (
+    BatchSampler,
+    ImageDataset,
+    Loader,
+    SamplerName,
+    training_order,
+    training_position,
+)
 from rexnet_lit.spec import DataRecord, EvalRecipe
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform
 
-__all__ = ["Batch", "BatchSampler", "ImageDataset", "ImageFolderDataModule", "run_seed"]
-
-SamplerName = Literal["shuffle", "balanced", "balanced_sqrt"]
+__all__ = ["ImageFolderDataModule", "run_seed"]
 
 
 def run_seed() -> int:
     """Return the run's seed: what ``seed_everything`` was called with, 0 without it."""
     return int(os.environ.get("PL_GLOBAL_SEED", "0"))
-
-
-@dataclasses.dataclass(frozen=True)
-class Batch:
-    """A batch by its images' indices: what the sampler hands to the dataset."""
-
-    epoch: int
-    indices: NDArray[np.int64]
-
-
-def training_order(targets: NDArray[np.int64], sampler: SamplerName, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the indices of one epoch, (N,), in training order.
-
-    ``balanced`` draws with replacement so that every class is met equally often, ``balanced_sqrt`` in proportion
-    to the square root of its images (Mahajan et al. 2018).
-    """
-    rng = np.random.default_rng((seed, epoch))
-    if sampler == "shuffle":
-        return rng.permutation(len(targets))
-    counts = np.bincount(targets)
-    weights = counts[targets] ** (-1.0 if sampler == "balanced" else -0.5)
-    return rng.choice(len(targets), size=len(targets), p=weights / weights.sum())
-
-
-class BatchSampler(DistributedSampler[Batch]):
-    """Hands each process its batches of an epoch.
-
-    Training batches differ in size by one image at most: no image is dropped or repeated, and no last batch of
-    one is formed, which ReXNet's BatchNorm could not train on. Evaluation batches are in order, without padding.
-
-    It is a `DistributedSampler` so that Lightning leaves it in place.
-
-    Args:
-        size: N, the number of images.
-        batch_size: Images of a batch in one process, at most (2 and 3 may be exceeded where one would stay alone).
-        order: Maps an epoch to the indices (N,) in training order; None for evaluation.
-        position: Says which epoch it is and how many of its batches are done, asked at each ``iter``; by default
-            the epoch of the last `set_epoch`, from its start.
-        rank: This process.
-        world_size: Number of processes.
-    """
-
-    def __init__(
-        self,
-        size: int,
-        batch_size: int,
-        order: Callable[[int], NDArray[np.int64]] | None = None,
-        position: Callable[[], tuple[int, int]] | None = None,
-        rank: int = 0,
-        world_size: int = 1,
-    ) -> None:
-        super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._size, self._batch_size, self._order, self._position = size, batch_size, order, position
-        # At 2 or 3 a batch, some numbers of images leave one alone: the batches then grow instead.
-        self._steps = max(1, min(math.ceil(size / (batch_size * world_size)), size // (2 * world_size)))
-
-    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Return the indices of this process's batches in ``epoch``."""
-        if self._order is not None:
-            chunks = np.array_split(self._order(epoch), self._steps * self.num_replicas)
-        else:
-            chunks = [
-                np.arange(start, min(start + self._batch_size, self._size))
-                for start in range(0, self._size, self._batch_size)
-            ]
-        return chunks[self.rank :: self.num_replicas]
-
-    def __iter__(self) -> Iterator[Batch]:
-        epoch, done = self._position() if self._position else (self.epoch, 0)
-        return (Batch(epoch, indices) for indices in self.batches(epoch)[done:])
-
-    def __len__(self) -> int:
-        if self._order is not None:
-            return self._steps
-        return len(range(self.rank * self._batch_size, self._size, self._batch_size * self.num_replicas))
-
-
-def training_position(trainer: pl.Trainer) -> tuple[int, int]:
-    """Return the epoch that is due and how many of its batches are done, right also while a run is resumed.
-
-    ``trainer.current_epoch`` is not: a resumed run asks for its batches before Lightning has set it.
-    """
-    epoch: Any = trainer.fit_loop.epoch_progress.current
-    batch: Any = trainer.fit_loop.epoch_loop.batch_progress.current
-    midway = epoch.started > epoch.processed
-    return epoch.processed, batch.processed if midway else 0
-
-
-class Loader(DataLoader[Any]):
-    """A loader of `Batch` keys whose failures are named.
-
-    Lightning sees by the two state methods that it can be resumed; it needs no state, since its sampler asks the
-    trainer.
-    """
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return nothing: there is nothing to remember."""
-        return {}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing."""
-
-    def start(self) -> None:
-        """Start the workers now, if they are to stay.
-
-        A process that forks copies, page by page, what it writes to afterwards. Once a training step has filled its
-        memory, a fork costs seconds.
-        """
-        if self.persistent_workers:
-            super().__iter__()
-
-    def __iter__(self) -> Any:  # torch's iterators have no public type
-        """Yield the batches.
-
-        Raises:
-            UserError: A worker has died or hangs.
-        """
-        batches: Any = None
-        due, done, waited = list(self.sampler), 0, 0.0
-        while True:
-            try:
-                if batches is None:
-                    batches = super().__iter__()
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                # Torch looks whether its workers live when this much time is up; asked again, it waits on.
-                waited += self.timeout
-                timed_out = "timed out" in str(error)
-                if timed_out and waited < _PATIENCE:
-                    if batches is None:
-                        self._iterator = None  # what it has begun cannot be asked for again: start new workers
-                    continue
-                if "DataLoader" not in str(error):
-                    raise
-                raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
-            done, waited = done + 1, 0.0
-            yield batch
-
-    def _failure(self, batch: Batch, timed_out: bool, reason: str) -> UserError:
-        what = f"gave nothing for {_PATIENCE:g} s" if timed_out else "died"
-        hint = "the disk may be stuck" if timed_out else "memory, or /dev/shm, may be full"
-        paths = cast(ImageDataset, self.dataset).samples.paths
-        names = ", ".join(repr(paths[int(i)]) for i in batch.indices[:8])
-        return UserError(
-            f"a data loading worker {what} ({reason.splitlines()[0]}) before the batch of {names}, ...; {hint}: "
-            "set a smaller data.num_workers (0 reads in the main process) or data.batch_size"
-        )
-
-
-def _start_worker(number: int, niceness: int = 0) -> None:
-    """Leave signals, which a terminal sends to every process, to the main one: it saves, and ends the workers.
-
-    Args:
-        number: The worker's.
-        niceness: How far to stand back behind the training step, where both want the CPU.
-    """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if niceness and hasattr(os, "nice"):
-        os.nice(niceness)
-
-
-_POLL = 10
-"""Seconds after which to see whether a loader's workers are alive."""
-
-_PATIENCE = 300
-"""Seconds to wait for a batch of a worker before it is said to hang."""
-
-
-class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images by batch: a `Batch` in, ((B, 3, S, S) float32, (B,) int64) out.
-
-    The images' memory is channels_last.
-
-    Args:
-        samples: Paths and targets.
-        transform: How an image becomes a tensor.
-        seed: The run's.
-        images: Decoded images by index, instead of reading files (``data.cache``).
-    """
-
-    def __init__(
-        self,
-        samples: Samples,
-        transform: TrainTransform | EvalTransform,
-        seed: int,
-        images: list[NDArray[np.uint8]] | None = None,
-    ) -> None:
-        self.samples, self.transform, self.seed, self.images = samples, transform, seed, images
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def read(self, index: int) -> NDArray[np.uint8]:
-        """Return image ``index`` as uint8 (H, W, 3).
-
-        A training image that has become unreadable is replaced by the next one of its class.
-
-        Raises:
-            UserError: An evaluation image, or all of a class, have become unreadable.
-        """
-        if self.images is not None:
-            return self.images[index]
-        try:
-            return decode.read(self.samples.path(index), self.transform.min_size)
-        except decode.DecodeError as error:
-            if isinstance(self.transform, EvalTransform):
-                raise UserError(
-                    f"{self.samples.path(index)}: can no longer be read ({error}); "
-                    "restore the file, or remove it and start again"
-                ) from None
-            warnings.warn(
-                f"{self.samples.path(index)!r} can no longer be read ({error}); "
-                "the next readable image of its class stands in for it",
-                stacklevel=2,
-            )
-        return self._stand_in(index)
-
-    def _stand_in(self, index: int) -> NDArray[np.uint8]:
-        same = np.flatnonzero(self.samples.targets == self.samples.targets[index])
-        for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
-            try:
-                return decode.read(self.samples.path(int(other)), self.transform.min_size)
-            except decode.DecodeError:
-                continue
-        raise UserError(f"{self.samples.path(index)}: no image of its class can be read any longer; restore the files")
-
-    def _load(self, index: int, epoch: int) -> Tensor:
-        image = self.read(index)
-        if isinstance(self.transform, EvalTransform):
-            return self.transform(image)
-        seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
-        return self.transform(image, int(seed))
-
-    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        images = [self._load(int(i), batch.epoch) for i in batch.indices]
-        stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one straight copy
-        return stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])
 
 
 class ImageFolderDataModule(pl.LightningDataModule):
@@ -457,18 +212,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         position = (lambda: training_position(trainer)) if trainer is not None and order is not None else None
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         workers = process.auto_num_workers(on_gpu) if self.num_workers is None else self.num_workers
-        return Loader(
-            dataset,
-            sampler=BatchSampler(len(dataset), self.batch_size, order, position, rank, world),
-            batch_size=None,  # the sampler's items are whole batches already
-            num_workers=workers,
-            persistent_workers=workers > 0 and name in ("train", "val"),
-            pin_memory=on_gpu,
-            timeout=_POLL if workers else 0,
-            worker_init_fn=functools.partial(_start_worker, niceness=0 if on_gpu else 10),
-            # A loader without its own generator draws from the global one each time it is iterated.
-            generator=torch.Generator().manual_seed(run_seed()),
-        )
+        sampler = BatchSampler(len(dataset), self.batch_size, order, position, rank, world)
+        return Loader(dataset, sampler, workers, stays=name in ("train", "val"), on_gpu=on_gpu, seed=run_seed())
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the training split, augmented, in an order of their own each epoch."""

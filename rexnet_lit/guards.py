@@ -22,8 +22,9 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
 from rexnet_lit import checkpoint
-from rexnet_lit.data import BatchSampler, ImageFolderDataModule, run_seed
+from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import Stopped, UserError
+from rexnet_lit.loader import BatchSampler
 
 __all__ = ["AtomicCheckpointIO", "FiniteLoss", "RunCheckpoint", "find_last"]
 

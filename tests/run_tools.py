@@ -117,17 +117,17 @@ def _worker_dies(step: int) -> None:
 
 
 def _worker_hangs(step: int) -> None:
-    from rexnet_lit import data
+    from rexnet_lit import loader
 
-    data._POLL, data._PATIENCE = 1, 3
-    read = data.ImageDataset.read
+    loader._POLL, loader._PATIENCE = 1, 3
+    read = loader.ImageDataset.read
 
     def slow(self: Any, index: int) -> Any:
         if index == 7:
             time.sleep(60)
         return read(self, index)
 
-    data.ImageDataset.read = slow  # type: ignore[method-assign]
+    loader.ImageDataset.read = slow  # type: ignore[method-assign]
 
 
 def _start_up(step: int) -> None:

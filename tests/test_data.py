@@ -12,9 +12,10 @@ from conftest import draw_shape
 from PIL import Image
 
 from rexnet_lit.cli import user_message
-from rexnet_lit.data import Batch, BatchSampler, ImageDataset, ImageFolderDataModule, training_order
+from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
 from rexnet_lit.folder import PathList, Samples
+from rexnet_lit.loader import Batch, BatchSampler, ImageDataset, training_order
 from rexnet_lit.spec import EvalRecipe
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform
 

@@ -16,7 +16,7 @@ LAYERS = (
     ("errors", "process"),  # what even L0 stands on
     ("spec", "image_header", "decode", "folder"),  # L0
     ("sample", "quarantine", "transforms", "network", "metrics", "schedules", "losses", "strategies"),  # L1
-    ("data", "checkpoint"),  # L2
+    ("loader", "data", "checkpoint"),  # L2
     ("doctor", "module", "report", "predictor", "export"),  # L3
     ("guards", "callbacks", "runs", "cli", "__main__"),  # L4
 )
