@@ -21,6 +21,7 @@ from rexnet_lit.loader import (
     ImageDataset,
     Loader,
     SamplerName,
+    build_loader,
     training_order,
     training_position,
 )
@@ -213,7 +214,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
         workers = process.auto_num_workers(on_gpu) if self.num_workers is None else self.num_workers
         sampler = BatchSampler(len(dataset), self.batch_size, order, position, rank, world)
-        return Loader(dataset, sampler, workers, stays=name in ("train", "val"), on_gpu=on_gpu, seed=run_seed())
+        return build_loader(dataset, sampler, workers, stays=name in ("train", "val"), on_gpu=on_gpu, seed=run_seed())
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the training split, augmented, in an order of their own each epoch."""

@@ -27,7 +27,16 @@ from rexnet_lit.errors import UserError
 from rexnet_lit.folder import Samples
 from rexnet_lit.transforms import EvalTransform, TrainTransform
 
-__all__ = ["Batch", "BatchSampler", "ImageDataset", "Loader", "SamplerName", "training_order", "training_position"]
+__all__ = [
+    "Batch",
+    "BatchSampler",
+    "ImageDataset",
+    "Loader",
+    "SamplerName",
+    "build_loader",
+    "training_order",
+    "training_position",
+]
 
 SamplerName = Literal["shuffle", "balanced", "balanced_sqrt"]
 
@@ -82,7 +91,8 @@ class BatchSampler(DistributedSampler[Batch]):
         world_size: int = 1,
     ) -> None:
         super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
-        self._size, self._batch_size, self._order, self._position = size, batch_size, order, position
+        self._size, self._order, self._position = size, order, position
+        self._batch_size = min(batch_size, max(1, size // world_size))  # so that each process evaluates something
         # At 2 or 3 a batch, some numbers of images leave one alone: the batches then grow instead.
         self._steps = max(1, min(math.ceil(size / (batch_size * world_size)), size // (2 * world_size)))
 
@@ -123,31 +133,7 @@ class Loader(DataLoader[Any]):
 
     Lightning sees by the two state methods that it can be resumed; it needs no state, since its sampler asks the
     trainer.
-
-    Args:
-        dataset: The images.
-        sampler: Their order; its items are whole batches.
-        num_workers: Processes that read.
-        stays: Whether the workers outlive an epoch.
-        on_gpu: Whether the batches go to one.
-        seed: The run's.
     """
-
-    def __init__(
-        self, dataset: ImageDataset, sampler: BatchSampler, num_workers: int, *, stays: bool, on_gpu: bool, seed: int
-    ) -> None:
-        super().__init__(
-            dataset,
-            sampler=sampler,
-            batch_size=None,
-            num_workers=num_workers,
-            persistent_workers=stays and num_workers > 0,
-            pin_memory=on_gpu,
-            timeout=_POLL if num_workers else 0,
-            worker_init_fn=functools.partial(_start_worker, niceness=0 if on_gpu else 10),
-            # A loader without its own generator draws from the global one each time it is iterated.
-            generator=torch.Generator().manual_seed(seed),
-        )
 
     def state_dict(self) -> dict[str, Any]:
         """Return nothing: there is nothing to remember."""
@@ -203,6 +189,33 @@ class Loader(DataLoader[Any]):
             f"a data loading worker {what} ({reason.splitlines()[0]}) before the batch of {names}, ...; {hint}: "
             "set a smaller data.num_workers (0 reads in the main process) or data.batch_size"
         )
+
+
+def build_loader(
+    dataset: ImageDataset, sampler: BatchSampler, num_workers: int, *, stays: bool, on_gpu: bool, seed: int
+) -> Loader:
+    """Return a loader.
+
+    Args:
+        dataset: The images.
+        sampler: Their order; its items are whole batches.
+        num_workers: Processes that read.
+        stays: Whether the workers outlive an epoch.
+        on_gpu: Whether the batches go to one.
+        seed: The run's.
+    """
+    return Loader(  # no `__init__` of its own: Lightning makes another of the same arguments for predictions
+        dataset,
+        sampler=sampler,
+        batch_size=None,
+        num_workers=num_workers,
+        persistent_workers=stays and num_workers > 0,
+        pin_memory=on_gpu,
+        timeout=_POLL if num_workers else 0,
+        worker_init_fn=functools.partial(_start_worker, niceness=0 if on_gpu else 10),
+        # A loader without its own generator draws from the global one each time it is iterated.
+        generator=torch.Generator().manual_seed(seed),
+    )
 
 
 def _start_worker(number: int, niceness: int = 0) -> None:

@@ -237,8 +237,9 @@ def main() -> None:
         images = steps // 3 * BATCH  # of training; ours never leaves a smaller last batch
         names = conftest.SHAPES[:3] if images % 3 == 0 else conftest.SHAPES[:2] if images % 2 == 0 else ()
         conftest._write_shapes(root / "data", images // len(names), 3, 0, names)
+        sides = Sides(root=root, steps=steps)
         for case in CASES:
-            results = list(case(Sides(root=root, steps=steps)))
+            results = list(case(sides))
             marks = [f"{sum(bool(r[side]) for r in results)} of {len(results)}" for side in (0, 1)]
             print(f"| {case.__doc__} | {marks[0]} | {marks[1]} |", flush=True)
 
