@@ -8,6 +8,7 @@ bit for bit on a CPU, if nothing that decides them has changed; `RunCheckpoint` 
 from __future__ import annotations
 
 import json
+import os
 import shlex
 import signal
 import threading
@@ -116,7 +117,8 @@ class RunCheckpoint(ModelCheckpoint):
                 raise Stopped(number, f"stopped during validation; {self._how_to_go_on(trainer)}")
             if trainer.is_global_zero and not again:
                 where = "this validation" if trainer.validating else "this step"
-                print(f"{self._told.name}: saving and stopping after {where}", flush=True)  # noqa: T201
+                # print() must not be entered twice, and the signal may have come in one.
+                os.write(1, f"{self._told.name}: saving and stopping after {where}\n".encode())
 
         self._handlers = {number: signal.signal(number, told) for number in _SIGNALS}
 
@@ -162,7 +164,8 @@ class RunCheckpoint(ModelCheckpoint):
             UserError: Something has changed and ``accept_changes`` is not set; all of it is named.
         """
         then, now = json.loads(checkpoint.get(_KEY, "{}")), _conditions(trainer)
-        changed = [f"{name} ({then[name]} then, {now[name]} now)" for name in now if then.get(name) != now[name]]
+        differing = (name for name in now if then.get(name) != now[name])
+        changed = [f"{name} ({then.get(name, 'not recorded')} then, {now[name]} now)" for name in differing]
         if changed and not self._accept_changes:
             raise UserError(
                 f"ckpt_path: since the checkpoint these have changed: {'; '.join(changed)}; set them back, "
