@@ -10,6 +10,7 @@ Source: Han et al., "Rethinking Channel Dimensions for Efficient Model Design" (
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import re
 import socket
 import urllib.parse
@@ -23,6 +24,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional
 
 from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.spec import EvalRecipe, HeadSpec
@@ -58,15 +60,32 @@ def _linear(in_features: int, num_classes: int, head: HeadSpec) -> nn.Module:
 
 
 def _mlp(in_features: int, num_classes: int, head: HeadSpec) -> nn.Module:
-    return nn.Sequential(
-        nn.Linear(in_features, head.hidden),
-        nn.SiLU(),
-        nn.Dropout(head.dropout),
-        nn.Linear(head.hidden, num_classes),
-    )
+    widths = [in_features, *[head.hidden] * head.layers]
+    hidden = [
+        layer
+        for narrow, wide in itertools.pairwise(widths)
+        for layer in (nn.Linear(narrow, wide), nn.SiLU(), nn.Dropout(head.dropout))
+    ]
+    return nn.Sequential(*hidden, nn.Linear(head.hidden, num_classes))
 
 
-HEADS: dict[str, Callable[[int, int, HeadSpec], nn.Module]] = {"linear": _linear, "mlp": _mlp}
+class _Cosine(nn.Linear):
+    """Maps features to the cosines of their angles with K vectors, over a temperature."""
+
+    def __init__(self, in_features: int, num_classes: int, temperature: float) -> None:
+        super().__init__(in_features, num_classes, bias=False)
+        self.temperature = temperature
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Map (B, C) to (B, K)."""
+        return functional.linear(functional.normalize(features), functional.normalize(self.weight)) / self.temperature
+
+
+def _cosine(in_features: int, num_classes: int, head: HeadSpec) -> nn.Module:
+    return _Cosine(in_features, num_classes, head.temperature)
+
+
+HEADS: dict[str, Callable[[int, int, HeadSpec], nn.Module]] = {"linear": _linear, "mlp": _mlp, "cosine": _cosine}
 """Each takes the pooled features' width, K and the head's settings; it maps features (B, C) to logits (B, K)."""
 
 
@@ -103,12 +122,14 @@ def build_network(
         num_classes=num_classes,
         drop_rate=head.dropout,
         drop_path_rate=drop_path_rate,
+        global_pool=head.pool,
     )
     network.head.fc = HEADS[head.name](network.head_hidden_size, num_classes, head)
     last = next(m for m in reversed(list(network.head.fc.modules())) if isinstance(m, nn.Linear))
     # timm draws this layer for 1,000 classes: for ten, the first loss is three times that of guessing.
     nn.init.trunc_normal_(last.weight, std=0.01)
-    nn.init.zeros_(last.bias)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
     return network  # type: ignore[no-any-return]
 
 

@@ -18,6 +18,7 @@ FORMAT_VERSION = 1
 """Raised when a file written today could not be read right by yesterday's code."""
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
+Pool = Literal["avg", "max", "avgmax"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,20 +54,32 @@ class HeadSpec:
     """What stands between the backbone's features and the logits.
 
     Args:
-        name: ``linear`` (timm's own) or ``mlp`` (one hidden layer).
-        hidden: Width of the hidden layer of ``mlp``.
+        name: ``linear`` (timm's own), ``mlp`` (hidden layers before it), or ``cosine`` (the angle between features and
+            a class's vector, over a temperature; Gidaris and Komodakis 2018).
+        hidden: Width of the hidden layers of ``mlp``.
         dropout: Share of features dropped before each linear layer while training.
+        layers: Number of hidden layers of ``mlp``.
+        temperature: What the cosine, from -1 to 1, is divided by.
+        pool: How the feature map becomes features: its average, its maximum, or the mean of both (``avgmax``).
     """
 
-    name: Literal["linear", "mlp"] = "linear"
+    name: Literal["linear", "mlp", "cosine"] = "linear"
     hidden: int = 512
     dropout: float = 0.2
+    layers: int = 1
+    temperature: float = 0.05
+    pool: Pool = "avg"
 
     def __post_init__(self) -> None:
+        if self.pool not in get_args(Pool):
+            raise UserError(f"model.head.pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
+        if not self.temperature > 0:
+            raise UserError(f"model.head.temperature is {self.temperature}; expected above 0, such as 0.05")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.head.dropout is {self.dropout}; expected a fraction from 0 to below 1")
-        if self.hidden < 1:
-            raise UserError(f"model.head.hidden is {self.hidden}; expected at least 1")
+        for key in ("hidden", "layers"):
+            if getattr(self, key) < 1:
+                raise UserError(f"model.head.{key} is {getattr(self, key)}; expected at least 1")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -120,21 +120,30 @@ def test_a_linear_head_makes_timm_s_own_state_dict():
     assert network.load_weights(ours, timm.create_model("rexnet_100", num_classes=7).state_dict(), "timm")
 
 
-def test_heads_by_hand():
-    """Logits from the pooled features by plain matrix products."""
-    for head in (HeadSpec("linear"), HeadSpec("mlp", hidden=6, dropout=0.5)):
-        model = network.build_network("rexnet_100", 4, head).eval()
-        images = torch.randn(2, 3, 32, 32)
-        with torch.no_grad():
-            x, weights = network.embed(model, images), model.state_dict()
-            if head.name == "mlp":
-                x = x @ weights["head.fc.0.weight"].T + weights["head.fc.0.bias"]
+@pytest.mark.parametrize("pool", ["avg", "max", "avgmax"])
+@pytest.mark.parametrize("name", ["linear", "mlp", "cosine"])
+def test_heads_by_hand(name, pool):
+    """Logits from the feature map (B, C, h, w) by plain pooling and matrix products."""
+    head = HeadSpec(name, hidden=6, dropout=0.5, layers=2, temperature=0.25, pool=pool)
+    model = network.build_network("rexnet_100", 4, head).eval()
+    images = torch.randn(2, 3, 64, 64)
+    with torch.no_grad():
+        features, w = model.forward_features(images).flatten(2), model.state_dict()
+        mean, highest = features.mean(2), features.amax(2)
+        x = {"avg": mean, "max": highest, "avgmax": (mean + highest) / 2}[pool]
+        torch.testing.assert_close(network.embed(model, images), x)
+        if name == "mlp":
+            for layer in (0, 3):
+                x = x @ w[f"head.fc.{layer}.weight"].T + w[f"head.fc.{layer}.bias"]
                 assert x.shape == (2, 6)
                 x = x * torch.sigmoid(x)
-                x = x @ weights["head.fc.3.weight"].T + weights["head.fc.3.bias"]
-            else:
-                x = x @ weights["head.fc.weight"].T + weights["head.fc.bias"]
-            torch.testing.assert_close(model(images), x)
+            x = x @ w["head.fc.6.weight"].T + w["head.fc.6.bias"]
+        elif name == "linear":
+            x = x @ w["head.fc.weight"].T + w["head.fc.bias"]
+        else:
+            vectors = w["head.fc.weight"]
+            x = (x @ vectors.T) / x.norm(dim=1, keepdim=True) / vectors.norm(dim=1) / 0.25
+        torch.testing.assert_close(model(images), x)
 
 
 def test_dropout_and_drop_path_reach_the_network():
@@ -151,7 +160,7 @@ def test_dropout_and_drop_path_reach_the_network():
 
 
 def test_an_unknown_head_is_one_line():
-    with pytest.raises(UserError, match=r"model.head.name is 'cosin'; expected one of linear, mlp"):
+    with pytest.raises(UserError, match=r"model.head.name is 'cosin'; expected one of linear, mlp, cosine"):
         network.build_network("rexnet_100", 2, HeadSpec("cosin"))  # type: ignore[arg-type]
 
 

@@ -87,6 +87,9 @@ def test_a_newer_format_says_so():
         (lambda: EvalRecipe(interpolation="lanczos"), "interpolation is 'lanczos'"),
         (lambda: HeadSpec(dropout=1.0), "model.head.dropout is 1.0"),
         (lambda: HeadSpec(hidden=0), "model.head.hidden is 0"),
+        (lambda: HeadSpec(layers=0), "model.head.layers is 0"),
+        (lambda: HeadSpec(temperature=0), "model.head.temperature is 0"),
+        (lambda: HeadSpec(pool="mean"), "model.head.pool is 'mean'; expected one of avg, max, avgmax"),
     ],
 )
 def test_wrong_settings(make, message):
