@@ -6,11 +6,13 @@ import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rexnet_lit import decode, process, quarantine
@@ -18,6 +20,7 @@ from rexnet_lit.errors import UserError
 from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan
 from rexnet_lit.loader import (
     BatchSampler,
+    FeatureDataset,
     ImageDataset,
     Loader,
     SamplerName,
@@ -26,7 +29,7 @@ from rexnet_lit.loader import (
     training_position,
 )
 from rexnet_lit.spec import DataRecord, EvalRecipe
-from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform
+from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform, build_mix
 
 __all__ = ["ImageFolderDataModule", "run_seed"]
 
@@ -102,6 +105,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.train_size: int | None = image_size
         self.bad_files: list[quarantine.BadFile] = []
         self._datasets: dict[str, ImageDataset] = {}
+        self._features: dict[str, FeatureDataset] = {}
         self._fingerprints: dict[str, str] | None = None
         self.folder: ImageFolder | None = None
         self.class_names = class_names or ()
@@ -153,6 +157,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         Raises:
             UserError: Too many images cannot be read, or a split that is needed is missing.
         """
+        self._features = {}  # they are another network's
         recipe, train_size = self._recipe()
         evaluate = EvalTransform(recipe)
         if stage == "predict":
@@ -175,7 +180,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             samples = self._without_bad(splits[name])
             transform = TrainTransform(self.augment, recipe, train_size) if name == "train" else evaluate
             images = _decode_all(samples, transform.min_size) if self.cache == "ram" else None
-            self._datasets[name] = ImageDataset(samples, transform, run_seed(), images)
+            mix = build_mix(self.augment, self.num_classes) if name == "train" else None
+            self._datasets[name] = ImageDataset(samples, transform, run_seed(), images, mix)
 
     def _recipe(self) -> tuple[EvalRecipe, int]:
         """Return the eval recipe and the training size: the model's where there is one."""
@@ -202,6 +208,48 @@ class ImageFolderDataModule(pl.LightningDataModule):
         keep = np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad])
         return samples.take(keep)
 
+    def compute_features(
+        self, name: Split, embed: Callable[[Tensor], Tensor], views: int = 1, *, evaluate: bool = False
+    ) -> Tensor:
+        """Return the features (V, N, C), float32, of a split's images; each process computes its share.
+
+        Args:
+            name: The split, which `setup` has made.
+            embed: Maps images (B, 3, S, S) to features (B, C).
+            views: V: epochs whose augmentation to use.
+            evaluate: Use the eval recipe instead.
+        """
+        dataset, trainer = self._datasets[name], self.trainer
+        if trainer is None:
+            raise RuntimeError("compute_features needs a trainer")
+        if evaluate:
+            dataset = ImageDataset(dataset.samples, EvalTransform(self._recipe()[0]), 0)
+        strategy, workers, on_gpu = trainer.strategy, *self._workers()
+        found: Tensor | None = None
+        for view in range(views):
+            sampler = BatchSampler(
+                len(dataset), self.batch_size, rank=trainer.global_rank, world_size=trainer.world_size
+            )
+            sampler.set_epoch(view)
+            loader = build_loader(dataset, sampler, workers, stays=False, on_gpu=on_gpu, seed=0)
+            for indices, (images, _) in zip(sampler.batches(view), loader, strict=True):
+                features = embed(images.to(strategy.root_device)).float()
+                if found is None:
+                    found = features.new_zeros(views, len(dataset), features.shape[1])
+                found[view, torch.from_numpy(indices)] = features
+        assert found is not None  # noqa: S101 (for the type checker: each process has a batch)
+        return cast(Tensor, strategy.reduce(found, reduce_op="sum")).cpu()
+
+    def train_on_features(self, train: Tensor, val: Tensor) -> None:
+        """Hand out features, (V, N, C) of both splits, in the place of images until the next `setup`."""
+        splits: tuple[tuple[Split, Tensor], ...] = (("train", train), ("val", val))
+        self._features = {name: FeatureDataset(self._datasets[name].samples, found) for name, found in splits}
+
+    def _workers(self) -> tuple[int, bool]:
+        """Return the number of loader processes, and whether their batches go to a GPU."""
+        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
+        return process.auto_num_workers(on_gpu) if self.num_workers is None else self.num_workers, on_gpu
+
     def _loader(self, name: str, order: Callable[[int], NDArray[np.int64]] | None = None) -> Loader:
         dataset, trainer = self._datasets[name], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
@@ -211,10 +259,12 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 "each needs at least 2 (BatchNorm cannot train on one): add images"
             )
         position = (lambda: training_position(trainer)) if trainer is not None and order is not None else None
-        on_gpu = trainer is not None and trainer.strategy.root_device.type == "cuda"
-        workers = process.auto_num_workers(on_gpu) if self.num_workers is None else self.num_workers
+        workers, on_gpu = self._workers()
         sampler = BatchSampler(len(dataset), self.batch_size, order, position, rank, world)
-        return build_loader(dataset, sampler, workers, stays=name in ("train", "val"), on_gpu=on_gpu, seed=run_seed())
+        stays = name in ("train", "val")
+        if name in self._features:
+            return build_loader(self._features[name], sampler, 0, stays=stays, on_gpu=on_gpu, seed=run_seed())
+        return build_loader(dataset, sampler, workers, stays=stays, on_gpu=on_gpu, seed=run_seed())
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the training split, augmented, in an order of their own each epoch."""

@@ -30,6 +30,7 @@ from rexnet_lit.transforms import EvalTransform, TrainTransform
 __all__ = [
     "Batch",
     "BatchSampler",
+    "FeatureDataset",
     "ImageDataset",
     "Loader",
     "SamplerName",
@@ -183,7 +184,7 @@ class Loader(DataLoader[Any]):
     def _failure(self, batch: Batch, timed_out: bool, reason: str) -> UserError:
         what = f"gave nothing for {_PATIENCE:g} s" if timed_out else "died"
         hint = "the disk may be stuck" if timed_out else "memory, or /dev/shm, may be full"
-        paths = cast(ImageDataset, self.dataset).samples.paths
+        paths = cast(ImageDataset | FeatureDataset, self.dataset).samples.paths
         names = ", ".join(repr(paths[int(i)]) for i in batch.indices[:8])
         return UserError(
             f"a data loading worker {what} ({reason.splitlines()[0]}) before the batch of {names}, ...; {hint}: "
@@ -192,7 +193,13 @@ class Loader(DataLoader[Any]):
 
 
 def build_loader(
-    dataset: ImageDataset, sampler: BatchSampler, num_workers: int, *, stays: bool, on_gpu: bool, seed: int
+    dataset: ImageDataset | FeatureDataset,
+    sampler: BatchSampler,
+    num_workers: int,
+    *,
+    stays: bool,
+    on_gpu: bool,
+    seed: int,
 ) -> Loader:
     """Return a loader.
 
@@ -248,6 +255,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         transform: How an image becomes a tensor.
         seed: The run's.
         images: Decoded images by index, instead of reading files (``data.cache``).
+        mix: MixUp or CutMix: maps images (B, 3, S, S) and targets (B,) to images and target probabilities (B, K).
     """
 
     def __init__(
@@ -256,8 +264,9 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         transform: TrainTransform | EvalTransform,
         seed: int,
         images: list[NDArray[np.uint8]] | None = None,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.samples, self.transform, self.seed, self.images = samples, transform, seed, images
+        self.samples, self.transform, self.seed, self.images, self.mix = samples, transform, seed, images, mix
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -306,4 +315,29 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = [self._load(int(i), batch.epoch) for i in batch.indices]
         stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one straight copy
-        return stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])
+        inputs, targets = stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])
+        if self.mix is None:
+            return inputs, targets
+        seed = np.random.SeedSequence((self.seed, batch.epoch, *batch.indices.tolist())).generate_state(1)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed))
+            return self.mix(inputs, targets)
+
+
+class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Features in the place of images: a `Batch` in, ((B, C) float32, (B,) int64) out.
+
+    Args:
+        samples: Paths and targets.
+        features: (V, N, C): the images' features in V views, which the epochs take in turn.
+    """
+
+    def __init__(self, samples: Samples, features: Tensor) -> None:
+        self.samples, self.features = samples, features
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        features = self.features[batch.epoch % len(self.features)]
+        return features[torch.from_numpy(batch.indices)], torch.from_numpy(self.samples.targets[batch.indices])

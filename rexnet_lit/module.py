@@ -11,16 +11,17 @@ import lightning.pytorch as pl
 import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from rexnet_lit import checkpoint, network, strategies
-from rexnet_lit.data import run_seed
+from rexnet_lit import checkpoint, network, probe, strategies
+from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import UserError
 from rexnet_lit.losses import LossSettings, build_loss
 from rexnet_lit.metrics import build_metrics
-from rexnet_lit.schedules import ScheduleSettings, lr_factor
+from rexnet_lit.schedules import Plateau, ScheduleSettings, lr_factor
 from rexnet_lit.spec import DataRecord, HeadSpec, ModelSpec
 from rexnet_lit.strategies import OptimizerSettings, StrategySettings
 
@@ -47,6 +48,7 @@ class RexNetModule(pl.LightningModule):
         ema: Decay per step of the exponential moving average of the weights that is then validated and shipped
             (0.999, say); 0 for none.
         drop_path_rate: Stochastic depth: share of residual branches dropped in the last block while training.
+        keep_matching_classes: Where the starting weights know a class by its name, start from their row of the head.
         num_classes: K; from the data.
         class_names: One per logit; from the data.
         image_size: Height and width in pixels; from the data, the backbone's own by default.
@@ -67,6 +69,7 @@ class RexNetModule(pl.LightningModule):
         loss: LossSettings = LossSettings(),  # noqa: B008
         ema: float = 0.0,
         drop_path_rate: float = 0.0,
+        keep_matching_classes: bool = False,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         image_size: int | None = None,
@@ -83,11 +86,16 @@ class RexNetModule(pl.LightningModule):
         self.spec = ModelSpec(backbone, names, head, network.eval_recipe(backbone, image_size))
         self.train_size = image_size or network.train_size(backbone)
         self.network = network.build_network(backbone, len(names), head, drop_path_rate=drop_path_rate)
-        self.loss = build_loss(_settings(LossSettings, loss))
+        self.loss_settings = _settings(LossSettings, loss)
+        self.loss = build_loss(self.loss_settings, [1] * len(names))
+        self._plateau: Plateau | None = None
+        if self._solved and head.name != "linear":
+            raise UserError(f"model.strategy.solver: logistic solves a linear head; model.head.name is {head.name}")
         if weights is not None:
-            self._start_from(weights)
+            self._start_from(weights, keep_matching_classes)
         elif pretrained:
-            network.load_pretrained(self.network, backbone)
+            rows = self._matching_rows(network.published_names(backbone)) if keep_matching_classes else {}
+            network.load_pretrained(self.network, backbone, rows=rows)
         self.val_metrics = build_metrics(len(names), "val/")
         self.test_metrics = build_metrics(len(names), "test/")
 
@@ -101,18 +109,36 @@ class RexNetModule(pl.LightningModule):
             raise UserError(f"{model.path}: its head does not fit its description; re-create the file")
         return module
 
-    def _start_from(self, path: str) -> None:
+    @property
+    def _solved(self) -> bool:
+        """Whether the head is solved rather than learned."""
+        return self.strategy_settings.solver == "logistic"
+
+    @property
+    def _nothing_left(self) -> bool:
+        """Whether there is nothing to learn once the head is solved."""
+        return self._solved and self.strategy_settings.name == "linear_probe"
+
+    def _matching_rows(self, theirs: Sequence[str]) -> dict[int, int]:
+        rows = network.matching_rows(theirs, self.spec.class_names)
+        named = [self.spec.class_names[row] for row in rows]
+        rank_zero_info(f"The starting weights know these classes by name ({_short(tuple(named))}).")
+        return rows
+
+    def _start_from(self, path: str, keep_matching_classes: bool) -> None:
         state, spec = checkpoint.load_starting_weights(path)
         backbone = self.spec.backbone
         if spec is not None and spec.backbone.partition(".")[0] != backbone.partition(".")[0]:
             raise UserError(f"model.weights: {path} is a {spec.backbone}, but model.backbone is {backbone}")
         same_classes = spec is None or (spec.class_names == self.spec.class_names and spec.head == self.spec.head)
-        kept = network.load_weights(self.network, state, f"model.weights: {path}", keep_head=same_classes)
-        rows = state["head.fc.weight"].shape[0] if "head.fc.weight" in state else "another kind of"
+        rows = self._matching_rows(spec.class_names) if spec is not None and keep_matching_classes else {}
+        where = f"model.weights: {path}"
+        kept = network.load_weights(self.network, state, where, keep_head=same_classes, rows=rows)
+        classes = state["head.fc.weight"].shape[0] if "head.fc.weight" in state else "another kind of"
         said = (
             "its head too"
             if kept
-            else f"its head ({rows} classes) is replaced by a new one ({len(self.spec.class_names)})"
+            else f"its head ({classes} classes) is replaced by a new one ({len(self.spec.class_names)})"
         )
         rank_zero_info(f"Starting from {path}: {said}.")
 
@@ -129,7 +155,72 @@ class RexNetModule(pl.LightningModule):
         # Published figures: on GPUs, rexnet_* with its odd channel counts loses by channels_last, rexnetr_* gains.
         if device == "cpu" or self.spec.backbone.startswith("rexnetr"):
             self.network.to(memory_format=torch.channels_last)
+        if stage != "fit":
+            return
+        self.loss = build_loss(self.loss_settings, self._class_counts())
         strategies.freeze(self.network, self.strategy_settings, self.current_epoch)
+        if self.strategy_settings.name == "staged" and isinstance(self.trainer.strategy, DDPStrategy):
+            # DDP looks at the parameters once: all must seem to train then, and later some get no gradient.
+            self.network.requires_grad_(True)
+            self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    def _class_counts(self) -> Sequence[int]:
+        """Return the training images of each class, (K,); all alike where nobody asks."""
+        data, classes = getattr(self.trainer, "datamodule", None), self.spec.num_classes
+        if self.loss_settings.class_weights == "none":
+            return [1] * classes
+        if not isinstance(data, ImageFolderDataModule):
+            raise UserError("model.loss.class_weights: auto counts the images of an ImageFolderDataModule")
+        counts: list[int] = np.bincount(data.splits()["train"].targets, minlength=classes).tolist()
+        return counts
+
+    def on_fit_start(self) -> None:
+        """Compute what of a frozen backbone is needed once: features to train on, the solved head."""
+        settings, data = self.strategy_settings, getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageFolderDataModule):
+            if self._solved:
+                raise UserError("model.strategy.solver: logistic needs an ImageFolderDataModule")
+            return
+        views = settings.views or int(data.augment.fixed)
+        cached = settings.name == "linear_probe" and (views > 0 or self._nothing_left)
+        resumed = self.trainer.ckpt_path is not None
+        if not cached and (resumed or not self._solved):
+            return
+        self.eval()
+        val = data.compute_features("val", self._embed)
+        fixed = data.compute_features("train", self._embed, evaluate=True) if self._solved else None
+        if cached:
+            again = fixed if self._nothing_left else None
+            train = data.compute_features("train", self._embed, views) if again is None else again
+            data.train_on_features(train, val)
+        super().train()  # Lightning expects it so; `on_train_start` freezes
+        if fixed is not None and not resumed:
+            splits = data.splits()
+            self._solve(fixed[0], splits["train"].targets, val[0], splits["val"].targets)
+
+    def _embed(self, images: Tensor) -> Tensor:
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            return network.embed(self.network, images)
+
+    def _solve(self, features: Tensor, targets: Any, val_features: Tensor, val_targets: Any) -> None:
+        """Give the network the best linear head for its features (N, C) and (M, C), on all processes the same."""
+        head = None
+        if self.trainer.is_global_zero:
+            classes = self.spec.num_classes
+            head = probe.solve(features.numpy(), targets, val_features.numpy(), val_targets, classes)
+        head = self.trainer.strategy.broadcast(head)
+        assert head is not None  # noqa: S101 (for the type checker)
+        fc = self.network.get_submodule("head.fc")
+        with torch.no_grad():
+            for name, values in (("weight", head.weight), ("bias", head.bias)):
+                fc.get_parameter(name).copy_(torch.from_numpy(values))
+        rank_zero_info(
+            f"The head is solved on the frozen features: val top-1 {head.top1:.3f}, loss {head.loss:.3f} (C = "
+            f"{head.strength:g})."
+        )
+        if self._nothing_left:
+            rank_zero_info("There is nothing left to train: one epoch, with a learning rate of 0, writes the files.")
+            self.trainer.fit_loop.max_epochs = 1
 
     def train(self, mode: bool = True) -> RexNetModule:
         """Set the mode of what trains; frozen parts stay in eval mode."""
@@ -153,12 +244,12 @@ class RexNetModule(pl.LightningModule):
         key = (run_seed(), self.current_epoch, batch_idx, self.global_rank)
         torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1)[0]))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to logits (B, K)."""
-        return cast(Tensor, self.network(images))
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Map images (B, 3, H, W), or their features (B, C), to logits (B, K)."""
+        return cast(Tensor, self.network(inputs)) if inputs.ndim == 4 else network.classify(self.network, inputs)
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
-        """Return the mean loss of images (B, 3, H, W) and targets (B,)."""
+        """Return the mean loss of images (B, 3, H, W) and targets (B,), or (B, K) after MixUp."""
         images, targets = batch
         loss: Tensor = self.loss(self(images), targets)
         self.log("train/loss_step", loss, prog_bar=True, on_epoch=False)
@@ -173,6 +264,8 @@ class RexNetModule(pl.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, which torchmetrics gathers over all processes."""
         self.log_dict(self.val_metrics, prog_bar=True)
+        if self._plateau is not None and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
+            self._plateau.update(float(self.val_metrics["loss"].compute()))
 
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the probabilities (B, K) of images (B, 3, H, W)."""
@@ -192,9 +285,20 @@ class RexNetModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped every optimiser step."""
-        optimizer = strategies.build_optimizer(self.network, self.optimizer_settings)
+        data, trainer = getattr(self.trainer, "datamodule", None), self.trainer
+        per_step = getattr(data, "batch_size", None)
+        if per_step is not None:
+            per_step *= trainer.accumulate_grad_batches * trainer.world_size
+        optimizer = strategies.build_optimizer(self.network, self.optimizer_settings, per_step)
         per_epoch, total = self._steps()
-        scheduler = LambdaLR(optimizer, lambda step: lr_factor(self.schedule_settings, step, total, per_epoch))
+        settings = self.schedule_settings
+        if self._nothing_left:
+            scheduler = LambdaLR(optimizer, lambda step: 0.0)
+        elif settings.name == "plateau":
+            self._plateau = Plateau.of(settings, total, per_epoch)
+            scheduler = LambdaLR(optimizer, self._plateau)
+        else:
+            scheduler = LambdaLR(optimizer, lambda step: lr_factor(settings, step, total, per_epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     def _steps(self) -> tuple[int, int]:
@@ -212,8 +316,9 @@ class RexNetModule(pl.LightningModule):
         per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
         ends = [] if trainer.max_epochs in (None, -1) else [per_epoch * int(trainer.max_epochs)]
         ends += [trainer.max_steps] if trainer.max_steps >= 0 else []
-        if not ends and self.schedule_settings.name == "cosine":
-            raise UserError("model.schedule: a cosine needs an end; set trainer.max_epochs or trainer.max_steps")
+        if not ends and self.schedule_settings.name in ("cosine", "one_cycle"):
+            name = self.schedule_settings.name
+            raise UserError(f"model.schedule: {name} needs an end; set trainer.max_epochs or trainer.max_steps")
         return per_epoch, min(ends, default=2**62)
 
     def configure_callbacks(self) -> list[pl.Callback]:

@@ -15,7 +15,7 @@ import re
 import socket
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,11 +34,14 @@ __all__ = [
     "Variant",
     "build_network",
     "check_backbone",
+    "classify",
     "embed",
     "eval_recipe",
     "load_pretrained",
     "load_weights",
+    "matching_rows",
     "published_classes",
+    "published_names",
     "train_size",
     "variants",
 ]
@@ -168,12 +171,44 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
     return cast(Tensor, model.forward_head(model.forward_features(images), pre_logits=True))
 
 
+def classify(network: nn.Module, features: Tensor) -> Tensor:
+    """Return the logits (B, K) of what `embed` returned, with the head's dropout while training."""
+    head = cast(Any, network).head
+    return cast(Tensor, head.fc(head.drop(features)))
+
+
 def published_classes(backbone: str) -> int:
     """Return the number of classes of ``backbone``'s published weights."""
     return int(_published(backbone).num_classes)
 
 
-def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str, *, keep_head: bool = True) -> bool:
+def published_names(backbone: str) -> tuple[str, ...]:
+    """Return the class names of ``backbone``'s published weights, synonyms after commas."""
+    from timm.data import imagenet_info
+
+    subset = imagenet_info.infer_imagenet_subset(_published(backbone).to_dict())
+    return tuple(imagenet_info.ImageNetInfo(subset or "imagenet-1k").label_descriptions())
+
+
+def matching_rows(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
+    """Return which of our classes is which of theirs, by name: ``golden_retriever`` is "Golden Retriever, ..."."""
+
+    def plain(name: str) -> str:
+        return re.sub(r"[\W_]+", " ", name.casefold()).strip()
+
+    rows = {plain(synonym): row for row, name in reversed([*enumerate(theirs)]) for synonym in name.split(",")}
+    rows |= {plain(name): row for row, name in enumerate(theirs)}
+    return {row: rows[plain(name)] for row, name in enumerate(ours) if plain(name) in rows}
+
+
+def load_weights(
+    network: nn.Module,
+    state: Mapping[str, Tensor],
+    where: str,
+    *,
+    keep_head: bool = True,
+    rows: Mapping[int, int] | None = None,
+) -> bool:
     """Copy ``state`` into ``network``; a head of another shape is left as it was built.
 
     Args:
@@ -181,6 +216,7 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str, *,
         state: A timm or rexnet_lit state dict.
         where: The file it came from, for the errors.
         keep_head: Whether the head is wanted too where it fits.
+        rows: Where it is not taken over: which of its rows to take for our classes, ours to theirs (`matching_rows`).
 
     Returns:
         Whether the head was loaded.
@@ -202,11 +238,18 @@ def load_weights(network: nn.Module, state: Mapping[str, Tensor], where: str, *,
     own_head = {k: v.shape for k, v in own.items() if k.startswith("head.fc.")}
     fits = keep_head and {k: v.shape for k, v in head.items()} == own_head
     network.load_state_dict({**given, **head} if fits else given, strict=fits)
+    if not fits and rows:
+        with torch.no_grad():
+            for name, tensor in own.items():  # these share the network's memory
+                if name in head and head[name].shape[1:] == tensor.shape[1:]:
+                    tensor[list(rows)] = head[name][list(rows.values())].to(tensor.dtype)
     return fits
 
 
-def load_pretrained(network: nn.Module, backbone: str, *, keep_head: bool = False) -> None:
-    """Load timm's published weights from the local hub cache, or else from the hub.
+def load_pretrained(
+    network: nn.Module, backbone: str, *, keep_head: bool = False, rows: Mapping[int, int] | None = None
+) -> None:
+    """Load timm's published weights from the local hub cache, or else from the hub; the head as in `load_weights`.
 
     Only ``model.safetensors`` is ever read, so nothing is unpickled.
 
@@ -227,7 +270,7 @@ def load_pretrained(network: nn.Module, backbone: str, *, keep_head: bool = Fals
             f"model.pretrained: the weights of {backbone} in the local cache are damaged ({error}); "
             f"delete {Path(file).parents[2]} and run again"
         ) from None
-    load_weights(network, state, f"the weights of {backbone}", keep_head=keep_head)
+    load_weights(network, state, f"the weights of {backbone}", keep_head=keep_head, rows=rows)
 
 
 def _hub_file(cfg: Any, backbone: str) -> str:

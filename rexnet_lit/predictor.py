@@ -211,10 +211,7 @@ def load(model: str | os.PathLike[str], device: str | torch.device | None = None
 
 
 def _published(backbone: str) -> tuple[ModelSpec, nn.Module]:
-    from timm.data import imagenet_info
-
     recipe = network.eval_recipe(backbone)
     net = network.build_network(backbone, network.published_classes(backbone))
     network.load_pretrained(net, backbone, keep_head=True)
-    info = imagenet_info.ImageNetInfo(imagenet_info.infer_imagenet_subset(net) or "imagenet-1k")
-    return ModelSpec(backbone, tuple(info.label_descriptions()), eval_recipe=recipe), net
+    return ModelSpec(backbone, network.published_names(backbone), eval_recipe=recipe), net

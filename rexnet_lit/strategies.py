@@ -8,8 +8,9 @@ To add a strategy, write a function and name it in `STRATEGIES`.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any, Literal
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -20,6 +21,7 @@ __all__ = [
     "STRATEGIES",
     "OptimizerSettings",
     "StrategySettings",
+    "backbone_groups",
     "build_optimizer",
     "freeze",
     "freeze_batchnorm",
@@ -30,15 +32,47 @@ __all__ = [
 class StrategySettings:
     """What trains.
 
+    The backbone's groups are timm's: ``stem``, ``features.0``, ``features.1``, ...: 18 of them in every ReXNet.
+
     Args:
-        name: ``full`` trains everything; ``linear_probe`` trains the head on a frozen backbone.
+        name: ``full`` trains everything; ``linear_probe`` the head on a frozen backbone, whose features are computed
+            once where the augmentation allows it; ``partial`` all but the first groups; ``staged`` the head first,
+            then the upper half of the groups too, then all.
+        frozen: How many groups ``partial`` keeps frozen, counted from the stem.
+        unfreeze_epochs: The epochs, counted from 0, from which ``staged`` trains the upper half, and all.
+        bn: ``frozen`` keeps BatchNorm's running statistics, and normalises by them, in what trains too.
+        solver: ``logistic`` begins with the best linear head for the frozen features (scikit-learn's logistic
+            regression, its regularisation chosen by the validation loss); a ``linear_probe`` is then done.
+        views: How many augmented views of each image a ``linear_probe`` computes features of, to train on them in
+            turn; 0 computes them anew in each epoch, unless the recipe does not augment.
     """
 
-    name: Literal["full", "linear_probe"] = "full"
+    name: Literal["full", "linear_probe", "partial", "staged"] = "full"
+    frozen: int = 9
+    unfreeze_epochs: tuple[int, int] = (1, 2)
+    bn: Literal["train", "frozen"] = "train"
+    solver: Literal["none", "logistic"] = "none"
+    views: int = 0
 
     def __post_init__(self) -> None:
         if self.name not in STRATEGIES:
             raise UserError(f"model.strategy.name is {self.name!r}; expected one of {', '.join(STRATEGIES)}")
+        for key, known in (("bn", ("train", "frozen")), ("solver", ("none", "logistic"))):
+            if getattr(self, key) not in known:
+                raise UserError(f"model.strategy.{key} is {getattr(self, key)!r}; expected one of {', '.join(known)}")
+        object.__setattr__(self, "unfreeze_epochs", tuple(self.unfreeze_epochs))
+        epochs = self.unfreeze_epochs
+        if len(epochs) != 2 or not 0 <= epochs[0] <= epochs[1]:
+            raise UserError(
+                f"model.strategy.unfreeze_epochs is {list(epochs)}; expected two epochs in order, such as [1, 2]"
+            )
+        if not 0 <= self.frozen <= _GROUPS:
+            raise UserError(f"model.strategy.frozen is {self.frozen}; a ReXNet has {_GROUPS} groups, with the stem")
+        if self.views < 0:
+            raise UserError(f"model.strategy.views is {self.views}; expected 0 or more")
+
+
+_GROUPS = 18
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +84,9 @@ class OptimizerSettings:
         lr: Full learning rate, reached after the warm-up.
         weight_decay: Not applied to biases and normalisation.
         momentum: Of ``sgd`` and its kin.
-        layer_decay: Each stage's rate is this share of the next one's, seen from the head; 1 for none.
+        layer_decay: Each group's rate is this share of the next one's, seen from the head; 1 for none.
+        base_batch_size: The images of a step (of all processes, accumulated ones too) that ``lr`` is meant for: for
+            other numbers the rate changes in proportion, that of Adam's kin with the square root. None leaves it.
     """
 
     name: str = "adamw"
@@ -58,6 +94,7 @@ class OptimizerSettings:
     weight_decay: float = 0.01
     momentum: float = 0.9
     layer_decay: float = 1.0
+    base_batch_size: int | None = None
 
     def __post_init__(self) -> None:
         for key, low, high in (("lr", 0, 100), ("layer_decay", 0, 1)):
@@ -71,25 +108,51 @@ class OptimizerSettings:
             raise UserError(f"model.optimizer.name: timm has no optimiser {self.name!r}{near}")
         if not self.weight_decay >= 0 or not 0 <= self.momentum < 1:
             raise UserError("model.optimizer: weight_decay must be 0 or more and momentum from 0 to below 1")
+        if self.base_batch_size is not None and self.base_batch_size < 1:
+            raise UserError(f"model.optimizer.base_batch_size is {self.base_batch_size}; expected 1 or more")
+
+    def lr_for(self, batch_size: int) -> float:
+        """Return the full learning rate of steps of ``batch_size`` images (timm's rule, with its exceptions)."""
+        if self.base_batch_size is None:
+            return self.lr
+        ratio = batch_size / self.base_batch_size
+        adaptive = any(kind in self.name.lower() for kind in ("ada", "lamb"))
+        return self.lr * (math.sqrt(ratio) if adaptive else ratio)
 
 
-def _full(epoch: int, settings: StrategySettings) -> tuple[str, ...]:
+def _full(epoch: int, settings: StrategySettings, groups: Sequence[str]) -> Sequence[str]:
     return ()
 
 
-def _linear_probe(epoch: int, settings: StrategySettings) -> tuple[str, ...]:
-    return ("stem", "features")
+def _linear_probe(epoch: int, settings: StrategySettings, groups: Sequence[str]) -> Sequence[str]:
+    return groups
 
 
-STRATEGIES: dict[str, Callable[[int, StrategySettings], tuple[str, ...]]] = {
+def _partial(epoch: int, settings: StrategySettings, groups: Sequence[str]) -> Sequence[str]:
+    return groups[: settings.frozen]
+
+
+def _staged(epoch: int, settings: StrategySettings, groups: Sequence[str]) -> Sequence[str]:
+    stage = sum(epoch >= start for start in settings.unfreeze_epochs)
+    return (groups, groups[: len(groups) // 2], ())[stage]
+
+
+STRATEGIES: dict[str, Callable[[int, StrategySettings, Sequence[str]], Sequence[str]]] = {
     "full": _full,
     "linear_probe": _linear_probe,
+    "partial": _partial,
+    "staged": _staged,
 }
-"""Each maps an epoch (from 0) to the names of the network's frozen submodules."""
+"""Each maps an epoch (from 0) and the backbone's groups, from the stem up, to the frozen ones."""
+
+
+def backbone_groups(network: nn.Module) -> list[str]:
+    """Return the backbone's parts from the stem up, by the names that timm's ``group_matcher`` tells apart."""
+    return ["stem", *(f"features.{i}" for i in range(len(cast(Any, network).features)))]
 
 
 def _frozen_modules(network: nn.Module, settings: StrategySettings, epoch: int) -> Iterator[nn.Module]:
-    for name in STRATEGIES[settings.name](epoch, settings):
+    for name in STRATEGIES[settings.name](epoch, settings, backbone_groups(network)):
         yield network.get_submodule(name)
 
 
@@ -104,16 +167,28 @@ def freeze_batchnorm(network: nn.Module, settings: StrategySettings, epoch: int)
     """Put frozen parts in eval mode: BatchNorm's running statistics stay as they are and dropout is off."""
     for module in _frozen_modules(network, settings, epoch):
         module.eval()
+    if settings.bn == "frozen":
+        for module in network.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
 
 
-def build_optimizer(network: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
+def build_optimizer(
+    network: nn.Module, settings: OptimizerSettings, batch_size: int | None = None
+) -> torch.optim.Optimizer:
     """Return timm's optimiser over all parameters, decay and layer-wise rates by group.
+
+    Args:
+        network: What `network.build_network` returned.
+        settings: The optimiser's.
+        batch_size: Images of a step, where they are known.
 
     Raises:
         UserError: The optimiser refuses the settings.
     """
     from timm import optim
 
+    lr = settings.lr if batch_size is None else settings.lr_for(batch_size)
     groups: list[dict[str, Any]]
     trains = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     network.requires_grad_(True)  # timm leaves out what is frozen now, and a later epoch may unfreeze it
@@ -124,10 +199,10 @@ def build_optimizer(network: nn.Module, settings: OptimizerSettings) -> torch.op
     for parameter, flag in trains:
         parameter.requires_grad_(flag)
     for group in groups:  # timm leaves the scale to its own schedulers
-        group["lr"] = settings.lr * group.pop("lr_scale", 1.0)
+        group["lr"] = lr * group.pop("lr_scale", 1.0)
     try:
         optimizer = optim.create_optimizer_v2(
-            groups, opt=settings.name, lr=settings.lr, weight_decay=0.0, momentum=settings.momentum
+            groups, opt=settings.name, lr=lr, weight_decay=0.0, momentum=settings.momentum
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"model.optimizer: {settings.name} refuses its settings: {error}") from None

@@ -27,7 +27,7 @@ from rexnet_lit.spec import EvalRecipe
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the package index for news
 import albumentations as A  # noqa: N812
 
-__all__ = ["AugmentSettings", "EvalTransform", "TrainTransform", "build_pipeline"]
+__all__ = ["AugmentSettings", "EvalTransform", "TrainTransform", "build_mix", "build_pipeline"]
 
 _CV2 = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST}
 _FILL = 128.0  # grey, for what a rotation or shift uncovers
@@ -47,6 +47,9 @@ class AugmentSettings:
         num_ops: Changes per image of ``randaugment``.
         magnitude: Strength of each, 0 to 10.
         erasing: Probability that a rectangle is replaced by noise (Zhong et al. 2020).
+        mixup: Alpha of MixUp, which blends pairs of images and their labels (Zhang et al. 2018); 0 for none.
+        cutmix: Alpha of CutMix, which pastes a rectangle of another image (Yun et al. 2019); 0 for none. With both,
+            each batch gets one of them by the toss of a coin.
         transforms: albumentations by name, in place of the recipe's own turns and colour changes, such as
             ``[{GaussianBlur: {p: 0.2}}, {Rotate: {limit: 10}}]``.
     """
@@ -57,6 +60,8 @@ class AugmentSettings:
     num_ops: int = 2
     magnitude: float = 9.0
     erasing: float = 0.0
+    mixup: float = 0.0
+    cutmix: float = 0.0
     transforms: list[Any] | None = None
 
     def __post_init__(self) -> None:
@@ -69,6 +74,14 @@ class AugmentSettings:
                 raise UserError(f"data.augment.{key} is {getattr(self, key)}; expected a probability from 0 to 1")
         if not 0 <= self.magnitude <= 10 or self.num_ops < 0:
             raise UserError("data.augment.magnitude must be from 0 to 10 and data.augment.num_ops 0 or more")
+        for key in ("mixup", "cutmix"):
+            if not getattr(self, key) >= 0:
+                raise UserError(f"data.augment.{key} is {getattr(self, key)}; expected an alpha of 0 or more")
+
+    @property
+    def fixed(self) -> bool:
+        """Whether an image looks the same in every epoch."""
+        return self.name == "none" and not (self.transforms or self.erasing or self.mixup or self.cutmix)
 
 
 @functools.cache
@@ -212,6 +225,20 @@ def _randaugment(augment: AugmentSettings) -> list[Any]:
 
 
 _CHANGES = {"none": _none, "light": _none, "medium": _medium, "heavy": _heavy, "randaugment": _randaugment}
+
+
+def build_mix(augment: AugmentSettings, num_classes: int) -> Any:
+    """Return MixUp, CutMix, or one of them at a time; None where neither is asked for.
+
+    It maps images (B, 3, S, S) and targets (B,) to images and target probabilities (B, K).
+    """
+    if not augment.mixup and not augment.cutmix:
+        return None
+    from torchvision.transforms import v2
+
+    kinds = [(v2.MixUp, augment.mixup), (v2.CutMix, augment.cutmix)]
+    mixes = [kind(alpha=alpha, num_classes=num_classes) for kind, alpha in kinds if alpha]
+    return v2.RandomChoice(mixes) if len(mixes) > 1 else mixes[0]
 
 
 def _try_out(steps: list[Any], size: int) -> None:

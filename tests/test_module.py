@@ -245,7 +245,7 @@ def test_the_schedule_is_stepped_every_optimiser_step(tmp_path, shapes, accumula
 def test_frozen_parts_stay_in_eval_mode():
     module = model_of(strategy="linear_probe")
     module.train()
-    assert {name.split(".")[0] for name, m in module.network.named_modules() if m.training} == {"", "head"}
+    assert {name.split(".")[0] for name, m in module.network.named_modules() if m.training} == {"", "features", "head"}
     module.eval()
     assert not any(m.training for m in module.network.modules())
 
@@ -349,7 +349,7 @@ def test_data_of_another_class_count_is_one_line(tmp_path, shapes):
         ({"head": "cosin"}, "model.head.name is 'cosin'"),
         ({"strategy": "half"}, "model.strategy.name is 'half'"),
         ({"schedule": "cosin"}, "model.schedule.name is 'cosin'"),
-        ({"loss": "focal"}, "model.loss.name is 'focal'"),
+        ({"loss": "hinge"}, "model.loss.name is 'hinge'"),
         ({"image_size": 16}, "data.image_size is 16"),
         ({"weights": "no.safetensors"}, "model.weights: there is no file 'no.safetensors'"),
     ],

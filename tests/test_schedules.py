@@ -5,9 +5,10 @@ from __future__ import annotations
 import itertools
 
 import pytest
+import torch
 
 from rexnet_lit.errors import UserError
-from rexnet_lit.schedules import ScheduleSettings, lr_factor
+from rexnet_lit.schedules import Plateau, ScheduleSettings, lr_factor
 
 # 10 epochs of 10 steps, one of them warm-up: steps 0 to 9 rise by elevenths, 90 steps remain.
 COSINE = ScheduleSettings("cosine", warmup_epochs=1, min_factor=0.01)
@@ -71,14 +72,41 @@ def test_the_shortest_runs_have_a_rate(total):
     assert 0 < lr_factor(ScheduleSettings(), 0, total, 1) <= 1
 
 
+@pytest.mark.parametrize("total", [10, 37, 100])
+def test_one_cycle_is_torch_s(total):
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=1.0, total_steps=total, cycle_momentum=False)
+    for step in range(total):
+        assert lr_factor(ScheduleSettings("one_cycle"), step, total, 10) == pytest.approx(theirs.get_last_lr()[0])
+        optimizer.step()
+        if step < total - 1:
+            theirs.step()
+
+
+def test_plateau_by_hand():
+    """Patience 1: the second epoch in a row without a new lowest loss drops the rate."""
+    plateau = Plateau.of(ScheduleSettings("plateau", warmup_epochs=0.3, gamma=0.5, patience=1), 100, 10)
+    assert [plateau(s) for s in (0, 1, 2, 3, 50)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
+    factors = []
+    for loss in (1.0, 0.9, 0.95, 0.9, 0.91, 0.8, 0.8, 0.8):
+        plateau.update(loss)
+        factors.append(plateau(50))
+    assert factors == [1, 1, 1, 0.5, 0.5, 0.5, 0.5, 0.25]
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"name": "cosin"}, "model.schedule.name is 'cosin'; expected one of cosine, step, constant"),
+        (
+            {"name": "cosin"},
+            "model.schedule.name is 'cosin'; expected one of cosine, one_cycle, step, plateau, constant",
+        ),
         ({"warmup_epochs": -1}, "warmup_epochs is -1; expected 0 or more"),
         ({"min_factor": 1.5}, "min_factor is 1.5; expected a fraction"),
         ({"step_epochs": 0}, "step_epochs"),
         ({"gamma": 0}, "gamma"),
+        ({"patience": -1}, "patience is -1"),
+        ({"rise": 1.0}, "rise is 1.0"),
     ],
 )
 def test_wrong_settings(settings, message):

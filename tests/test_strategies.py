@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -15,6 +17,7 @@ from rexnet_lit.spec import HeadSpec
 from rexnet_lit.strategies import (
     OptimizerSettings,
     StrategySettings,
+    backbone_groups,
     build_optimizer,
     freeze,
     freeze_batchnorm,
@@ -119,8 +122,70 @@ def test_wrong_settings(settings, message):
 
 
 def test_an_unknown_strategy():
-    with pytest.raises(UserError, match=r"model.strategy.name is 'half'; expected one of full, linear_probe"):
+    with pytest.raises(
+        UserError, match=r"model.strategy.name is 'half'; expected one of full, linear_probe, partial, staged"
+    ):
         StrategySettings("half")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"frozen": 19}, "model.strategy.frozen is 19; a ReXNet has 18 groups"),
+        ({"unfreeze_epochs": (3, 1)}, r"unfreeze_epochs is \[3, 1\]; expected two epochs in order"),
+        ({"bn": "off"}, "model.strategy.bn is 'off'; expected one of train, frozen"),
+        ({"solver": "svm"}, "model.strategy.solver is 'svm'"),
+        ({"views": -1}, "model.strategy.views is -1"),
+    ],
+)
+def test_wrong_strategies(settings, message):
+    with pytest.raises(UserError, match=message):
+        StrategySettings(**settings)
+
+
+def test_groups_are_those_of_timm_s_group_matcher(network):
+    from timm.models._manipulate import group_with_matcher
+
+    groups = group_with_matcher(network.named_parameters(), network.group_matcher(), return_values=False)
+    theirs = ["stem" if name.startswith("stem") else ".".join(name.split(".")[:2]) for name, *_ in groups.values()]
+    assert backbone_groups(network) == theirs[:18]  # and the head
+    assert theirs[18] == "head.fc"
+    for settings in (StrategySettings("partial", frozen=5), StrategySettings("partial", frozen=0)):
+        for epoch in (0, 9):
+            freeze(network, settings, epoch)
+            still = {n for n, p in network.named_parameters() if not p.requires_grad}
+            frozen = tuple(f"{group}." for group in theirs[: settings.frozen])
+            assert still == {n for n, _ in network.named_parameters() if n.startswith(frozen)} if frozen else not still
+
+
+def test_staged_trains_the_head_then_the_upper_half_then_all(network):
+    settings = StrategySettings("staged", unfreeze_epochs=[2, 3])
+    for epoch, first in ((0, None), (1, None), (2, "features.8"), (3, "stem"), (50, "stem")):
+        freeze(network, settings, epoch)
+        groups = [g for g in backbone_groups(network) if next(network.get_submodule(g).parameters()).requires_grad]
+        assert (groups[0] if groups else None) == first, epoch
+        assert groups == backbone_groups(network)[18 - len(groups) :]
+        assert network.head.fc.weight.requires_grad
+
+
+def test_batchnorm_can_stay_frozen_where_all_trains(network):
+    network.train()
+    freeze_batchnorm(network, StrategySettings("full", bn="frozen"), 0)
+    training = [m for m in network.modules() if isinstance(m, nn.BatchNorm2d) and m.training]
+    assert not training
+    assert network.features[3].training
+    network.train()
+
+
+@pytest.mark.parametrize(
+    ("name", "batch", "rate"), [("sgd", 64, 0.2), ("adamw", 64, 0.1 * 2**0.5), ("lamb", 16, 0.1 / 2**0.5)]
+)
+def test_the_rate_follows_the_batch_size_by_timm_s_rule(name, batch, rate):
+    """timm's train.py: in proportion, but with the square root for "ada" and "lamb"."""
+    settings = OptimizerSettings(name, lr=0.1, base_batch_size=32)
+    network = nn.Linear(2, 2)
+    assert [g["lr"] for g in build_optimizer(network, settings, batch).param_groups] == pytest.approx([rate] * 2)
+    assert [g["lr"] for g in build_optimizer(network, settings).param_groups] == [0.1] * 2
 
 
 def test_freezing_is_undone_by_a_strategy_that_trains_all(network):
@@ -133,9 +198,47 @@ def test_frozen_parts_are_in_eval_mode(network):
     network.train()
     freeze_batchnorm(network, StrategySettings("linear_probe"), 0)
     training = {name for name, m in network.named_modules() if m.training}
-    assert not {name for name in training if name.startswith(("stem", "features"))}
+    assert not {name for name in training if name.startswith(("stem", "features."))}
     assert "head.fc" in training
     network.train()
+
+
+def fit(root, folder, epochs, **settings):
+    """Train on ``root``; return the network's state after each epoch, the first before any."""
+    states = []
+
+    class Look(pl.Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            states.append({name: t.clone() for name, t in pl_module.network.state_dict().items()})
+
+    data = ImageFolderDataModule(str(root), image_size=32, batch_size=12, num_workers=0)
+    module = RexNetModule(pretrained=False, optimizer="sgd", num_classes=3, image_size=32, **settings)
+    states.append({name: t.clone() for name, t in module.network.state_dict().items()})
+    trainer = pl.Trainer(
+        max_epochs=epochs, logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, default_root_dir=folder, accelerator="cpu", callbacks=[Look()],
+    )  # fmt: skip
+    trainer.fit(module, data)
+    return states
+
+
+def changed(before, after):
+    """The network's parts of which something has changed: parameters, running statistics."""
+    return {".".join(n.split(".")[:2]) for n, tensor in before.items() if not torch.equal(tensor, after[n])}
+
+
+def test_partial_leaves_the_first_groups_bit_for_bit(shapes, tmp_path):
+    before, _, after = fit(shapes, tmp_path, 2, strategy=StrategySettings("partial", frozen=9))
+    assert changed(before, after) == {f"features.{i}" for i in range(8, 17)} | {"head.fc"}
+
+
+def test_staged_unfreezes_at_its_epochs(shapes, tmp_path):
+    states = fit(shapes, tmp_path, 3, strategy=StrategySettings("staged", unfreeze_epochs=(1, 2)))
+    upper = {f"features.{i}" for i in range(8, 17)} | {"head.fc"}
+    stem = {"stem.conv", "stem.bn"}
+    assert [changed(a, b) for a, b in itertools.pairwise(states)] == [
+        {"head.fc"}, upper, upper | {f"features.{i}" for i in range(8)} | stem,
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("ema", [0.0, 0.9])
