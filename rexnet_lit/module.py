@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
@@ -122,7 +122,7 @@ class RexNetModule(pl.LightningModule):
     def _matching_rows(self, theirs: Sequence[str]) -> dict[int, int]:
         rows = network.matching_rows(theirs, self.spec.class_names)
         named = [self.spec.class_names[row] for row in rows]
-        rank_zero_info(f"The starting weights know these classes by name ({_short(tuple(named))}).")
+        rank_zero_only(print)(f"The starting weights know these classes by name ({_short(tuple(named))}).")
         return rows
 
     def _start_from(self, path: str, keep_matching_classes: bool) -> None:
@@ -140,7 +140,7 @@ class RexNetModule(pl.LightningModule):
             if kept
             else f"its head ({classes} classes) is replaced by a new one ({len(self.spec.class_names)})"
         )
-        rank_zero_info(f"Starting from {path}: {said}.")
+        rank_zero_only(print)(f"Starting from {path}: {said}.")
 
     def setup(self, stage: str) -> None:
         """Take the data module's class names, and lay the weights out for the device."""
@@ -214,12 +214,15 @@ class RexNetModule(pl.LightningModule):
         with torch.no_grad():
             for name, values in (("weight", head.weight), ("bias", head.bias)):
                 fc.get_parameter(name).copy_(torch.from_numpy(values))
-        rank_zero_info(
+        rank_zero_only(print)(
             f"The head is solved on the frozen features: val top-1 {head.top1:.3f}, loss {head.loss:.3f} (C = "
-            f"{head.strength:g})."
+            f"{head.strength:g}).",
+            flush=True,
         )
         if self._nothing_left:
-            rank_zero_info("There is nothing left to train: one epoch, with a learning rate of 0, writes the files.")
+            rank_zero_only(print)(
+                "There is nothing left to train: one epoch, with a learning rate of 0, writes the files."
+            )
             self.trainer.fit_loop.max_epochs = 1
 
     def train(self, mode: bool = True) -> RexNetModule:
