@@ -51,7 +51,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
         num_workers: Loader processes; chosen for the machine by default.
         val_fraction: Share of each class set aside for validation where there is no ``val`` folder.
         test_fraction: Share of each class set aside for testing where there is no ``test`` folder.
-        split_file: CSV with the columns path, label, split: who is in which split (a run's ``split.csv``).
+        num_folds: Of cross-validation: validate on one of so many folds instead of ``val_fraction``; 0 for none.
+        fold: Which one, from 0.
+        group_pattern: A regular expression on the paths: images with the same match (of its first group) never end
+            up in two splits, such as ``(patient[0-9]+)_``.
+        split_file: CSV with the columns path, label, split, group: who is in which split (a run's ``split.csv``).
         class_order: ``sorted`` folder names, ``natural`` (2 before 10, as timm sorts), or a file of names.
         follow_outside_links: Whether symbolic links may lead out of ``root``.
         augment: The training recipe.
@@ -73,6 +77,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
         num_workers: int | None = None,
         val_fraction: float = 0.2,
         test_fraction: float = 0.0,
+        num_folds: int = 0,
+        fold: int = 0,
+        group_pattern: str | None = None,
         split_file: str | None = None,
         class_order: str = "sorted",
         follow_outside_links: bool = False,
@@ -95,6 +102,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
             test_fraction,
             class_order,
             follow_outside_links,
+            num_folds,
+            fold,
+            group_pattern,
         )
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.augment, self.sampler, self.cache = augment, sampler, cache
@@ -114,6 +124,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 root,
                 val_fraction=val_fraction,
                 test_fraction=test_fraction,
+                num_folds=num_folds,
+                fold=fold,
+                group_pattern=group_pattern,
                 split_file=split_file,
                 class_order=class_order,
                 class_names=class_names,

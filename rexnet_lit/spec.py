@@ -151,3 +151,6 @@ class DataRecord:
     test_fraction: float = 0.0
     class_order: str = "sorted"
     follow_outside_links: bool = False
+    num_folds: int = 0
+    fold: int = 0
+    group_pattern: str | None = None

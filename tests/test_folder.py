@@ -468,6 +468,92 @@ def test_draw_hardly_moves_when_files_are_added(tmp_path):
         assert len(set(samples.paths) - set(after.splits[split].paths)) <= 4
 
 
+def test_folds_are_disjoint_cover_all_and_leave_test_alone(tmp_path):
+    root = make(tmp_path, *many("a", 23), *many("b", 7), *many("c", 2), "d/alone.jpg")
+    folds = [scan(root, test_fraction=0.1, num_folds=5, fold=k) for k in range(5)]
+    tests = {tuple(folder.splits["test"].paths) for folder in folds}
+    assert len(tests) == 1
+    vals = [set(folder.splits["val"].paths) for folder in folds]
+    trains = [set(folder.splits["train"].paths) for folder in folds]
+    everything = set().union(*vals, *trains)
+    assert len(everything) == 33 - len(tests.pop())
+    for k in range(5):
+        assert trains[k] == everything - vals[k]
+        assert all(vals[k].isdisjoint(vals[j]) for j in range(k))
+        assert names(folds[k], "train").keys() == {"a", "b", "c", "d"}
+        assert len(names(folds[k], "val")["a"]) in (4, 5)  # 21 of 23 in five folds
+    assert set().union(*vals) == everything - {"d/alone.jpg"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_folds": 1}, "data.num_folds is 1; expected 2 or more"),
+        ({"num_folds": 3, "fold": 3}, "data.fold is 3; expected 0 to 2"),
+        ({"fold": 1}, "data.fold is 1; expected 0 to 0"),
+        ({"group_pattern": "("}, r"data.group_pattern '\(' is no regular expression"),
+    ],
+)
+def test_wrong_folds_and_groups(tmp_path, settings, message):
+    with pytest.raises(UserError, match=message):
+        scan(make(tmp_path, *many("a", 4), *many("b", 4)), **settings)
+
+
+def test_folds_beside_a_given_val_are_refused(tmp_path):
+    make(tmp_path, *many("train/a", 4), *many("train/b", 4), *many("val/a", 2), *many("val/b", 2))
+    with pytest.raises(UserError, match=r"num_folds is set, but there is a val split"):
+        scan(tmp_path, num_folds=2)
+
+
+def patients(root: Path) -> Path:
+    """40 patients with one to five images each, of one class or both."""
+    rng = np.random.default_rng(0)
+    return make(
+        root,
+        *(f"{rng.choice(['ill', 'well'])}/p{p:02}_{i}.jpg" for p in range(40) for i in range(rng.integers(1, 6))),
+    )
+
+
+@pytest.mark.parametrize("settings", [{}, {"test_fraction": 0.2}, {"num_folds": 4, "fold": 3}])
+def test_groups_never_straddle_a_split(tmp_path, settings):
+    folder = scan(patients(tmp_path), group_pattern=r"/(p\d+)_", **settings)
+    of = {split: {Path(path).name[:3] for path in samples.paths} for split, samples in folder.splits.items()}
+    assert sorted(of) == sorted(["train", "val", *(["test"] if "test_fraction" in settings else [])])
+    assert sum(map(len, of.values())) == len(set().union(*of.values())) == 40
+    assert "40 groups of images, each in one split" in folder.notes
+    total = sum(map(len, folder.splits.values()))
+    assert len(folder.splits["val"]) / total == pytest.approx(0.25 if "fold" in settings else 0.2, abs=0.05)
+    for samples in folder.splits.values():  # stratified, as well as groups allow
+        share = samples.targets.mean() / np.concatenate([s.targets for s in folder.splits.values()]).mean()
+        assert 0.6 < share < 1.5
+    again = scan(tmp_path, group_pattern=r"/(p\d+)_", **settings)
+    assert fingerprint(again.splits["val"]) == fingerprint(folder.splits["val"])
+
+
+def test_group_folds_cover_all(tmp_path):
+    folders = [scan(patients(tmp_path), group_pattern=r"p\d+", num_folds=4, fold=k) for k in range(4)]
+    vals = [set(folder.splits["val"].paths) for folder in folders]
+    assert len(set().union(*vals)) == sum(map(len, vals)) == sum(map(len, folders[0].splits.values()))
+
+
+def test_given_splits_that_share_a_group_are_refused(tmp_path):
+    make(tmp_path, *(f"{split}/{c}/{p}_1.jpg" for split in ("train", "val") for c in "ab" for p in ("ann", "bob")))
+    with pytest.raises(UserError, match=r"2 groups are in more than one split: 'ann', 'bob'; move each to one"):
+        scan(tmp_path, group_pattern=r"/([a-z]+)_")
+
+
+def test_groups_from_the_split_file(tmp_path):
+    rows = [(f"{'ab'[i % 2]}/{i}.jpg", f"g{i // 4}") for i in range(40)]
+    make(tmp_path, *(path for path, _ in rows))
+    (tmp_path / "s.csv").write_text("path,group\n" + "".join(f"{path},{group}\n" for path, group in rows))
+    folder = scan(tmp_path, split_file=tmp_path / "s.csv")
+    group = dict(rows)
+    of = [{group[path] for path in samples.paths} for samples in folder.splits.values()]
+    assert len(of) == 2
+    assert of[0].isdisjoint(of[1])
+    assert len(folder.splits["val"]) == 8
+
+
 def test_fingerprint(tmp_path):
     make(tmp_path, *many("a", 5), *many("b", 5))
     samples = scan(tmp_path).splits["train"]

@@ -30,9 +30,11 @@ from rexnet_lit.folder.splits import (
     SPLIT_OF_NAME,
     SPLITS,
     Found,
+    Shares,
     Split,
-    bad_fractions,
     draw,
+    draw_groups,
+    group_by_name,
     natural_key,
     quoted,
     read_split_file,
@@ -111,6 +113,9 @@ def scan(
     *,
     val_fraction: float = 0.2,
     test_fraction: float = 0.0,
+    num_folds: int = 0,
+    fold: int = 0,
+    group_pattern: str | None = None,
     split_file: str | os.PathLike[str] | None = None,
     class_order: str | os.PathLike[str] = "sorted",
     class_names: Sequence[str] | None = None,
@@ -122,8 +127,12 @@ def scan(
         root: The dataset's folder. ``valid`` and ``validation`` are taken as ``val``, whatever the case.
         val_fraction: Share of each class that goes to val, where no val is given; at least one image.
         test_fraction: Share of each class that goes to test, where no test is given.
-        split_file: A CSV ``path,label,split`` to use instead of the folders; ``split`` and ``label`` may be
-            missing (the fractions, and the first folder of the path, are used then).
+        num_folds: Of cross-validation: val is one of so many folds instead of a share; 0 for none.
+        fold: Which one, from 0.
+        group_pattern: A regular expression on the paths: images for which its first group (or the whole match) is
+            the same never end up in two splits.
+        split_file: A CSV ``path,label,split,group`` to use instead of the folders; all but ``path`` may be missing
+            (the fractions, and the first folder of the path, are used then).
         class_order: ``sorted`` (by name), ``natural`` (``x9`` before ``x10``), or a file, a class per line.
         class_names: The classes of an existing model, in its order. Classes that the folder lacks are noted;
             a class the model does not know is an error; train/ may be missing.
@@ -136,6 +145,9 @@ def scan(
         root,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
+        num_folds=num_folds,
+        fold=fold,
+        group_pattern=group_pattern,
         split_file=split_file,
         class_order=class_order,
         class_names=class_names,
@@ -151,6 +163,9 @@ def survey(
     *,
     val_fraction: float = 0.2,
     test_fraction: float = 0.0,
+    num_folds: int = 0,
+    fold: int = 0,
+    group_pattern: str | None = None,
     split_file: str | os.PathLike[str] | None = None,
     class_order: str | os.PathLike[str] = "sorted",
     class_names: Sequence[str] | None = None,
@@ -158,23 +173,28 @@ def survey(
 ) -> tuple[ImageFolder, list[str]]:
     """Do what `scan` does, but return the problems beside what could be found."""
     where = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would replace the user's links
-    problems = bad_fractions(val_fraction, test_fraction)
+    shares = Shares(val_fraction, test_fraction, num_folds, fold)
+    problems = shares.problems()
     if not where.is_dir():
         problems.append("this is a file, not a folder" if where.exists() else "no such folder")
     if problems:
         return ImageFolder(where, (), {}), problems
     notes: list[str] = []
     walk = Walk(os.fsencode(where), follow_outside_links=follow_outside_links)
+    groups: dict[bytes, str] = {}
     if split_file is None:
         layout, found = _read_folders(walk, class_names, problems, notes)
     else:
-        layout, found = "file", read_split_file(walk, Path(split_file), problems)
+        layout, found = "file", read_split_file(walk, Path(split_file), problems, groups)
     _say_walk(walk, problems, notes)
     names = tuple(class_names) if class_names is not None else _order(found, class_order, problems)
     _check_classes(found, names, class_names is not None, layout, problems, notes)
-    if class_names is None and "val" not in found and val_fraction == 0:
+    if group_pattern is not None:
+        raws = (path for by_class in found.values() for paths in by_class.values() for path in paths.raws())
+        groups |= group_by_name(raws, group_pattern, problems)
+    if class_names is None and "val" not in found and val_fraction == 0 and not num_folds:
         problems.append("there is no val split and data.val_fraction is 0; training needs one to choose by")
-    drawn = _draw_missing(found, val_fraction, test_fraction, notes)
+    drawn = _draw_missing(found, shares, groups, problems, notes)
     splits = {
         split: _samples(where, found[split], names) for split in SPLITS if any(map(len, found.get(split, {}).values()))
     }
@@ -318,23 +338,55 @@ def _check_classes(
         problems.append(f"one class, {quoted(names[0])}; a classifier needs at least 2; {_LAYOUT}")
 
 
-def _draw_missing(found: Found, val_fraction: float, test_fraction: float, notes: list[str]) -> bool:
+def _draw_missing(
+    found: Found, shares: Shares, groups: dict[bytes, str], problems: list[str], notes: list[str]
+) -> bool:
     """Take val (and test, if asked for) from train where they are not given; say whether anything was taken."""
-    val = 0.0 if "val" in found else val_fraction
-    test = 0.0 if "test" in found else test_fraction
-    if (val == 0 and test == 0) or "train" not in found:
+    if groups:
+        _check_groups(found, groups, problems, notes)
+    if "val" in found:
+        if shares.num_folds:
+            problems.append("data.num_folds is set, but there is a val split; take one of them away")
+        shares = dataclasses.replace(shares, val=0.0, num_folds=0)
+    if "test" in found:
+        shares = dataclasses.replace(shares, test=0.0)
+    takes_val = bool(shares.val or shares.num_folds)
+    if not (takes_val or shares.test) or "train" not in found:
         return False
     if len(found) > 1:
-        notes.append("val is drawn from train" if val else "test is drawn from train")
-    drawn = {name: draw(paths, val, test) for name, paths in found["train"].items()}
-    alone = [name for name, paths in found["train"].items() if len(paths) == 1]
-    if alone:
+        notes.append("val is drawn from train" if takes_val else "test is drawn from train")
+    train = found["train"]
+    drawn = draw_groups(train, groups, shares) if groups else {n: draw(paths, shares) for n, paths in train.items()}
+    alone = [name for name, paths in train.items() if len(paths) == 1]
+    if alone and not groups:
         notes.append(f"{len(alone)} classes have one image, which stays in train: {some(alone)}")
-    shares: dict[Split, float] = {"train": 1.0, "val": val, "test": test}
-    for split, share in shares.items():
-        if share:
+    bare = [name for name, parts in drawn.items() if not len(parts["train"]) and len(train[name])]
+    if bare:
+        problems.append(f"all images of {some(bare)} are of groups that went to val or test; make the groups smaller")
+    taken: dict[Split, bool] = {"train": True, "val": takes_val, "test": bool(shares.test)}
+    for split, is_taken in taken.items():
+        if is_taken:
             found[split] = {name: parts[split] for name, parts in drawn.items()}
     return True
+
+
+def _check_groups(found: Found, groups: dict[bytes, str], problems: list[str], notes: list[str]) -> None:
+    """Refuse given splits that share a group, and say what belongs to none."""
+    where: dict[str, set[str]] = {}
+    without = 0
+    for split, by_class in found.items():
+        for paths in by_class.values():
+            for path in paths.raws():
+                if path in groups:
+                    where.setdefault(groups[path], set()).add(split)
+                else:
+                    without += 1
+    torn = sorted(group for group, splits in where.items() if len(splits) > 1)
+    if torn:
+        problems.append(f"{len(torn)} groups are in more than one split: {some(torn)}; move each to one")
+    notes.append(f"{len(where)} groups of images, each in one split")
+    if without:
+        notes.append(f"{without} images belong to no group; each counts as its own")
 
 
 def _samples(root: Path, by_class: dict[str, PathList], names: tuple[str, ...]) -> Samples:
