@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rexnet_lit import decode, process, quarantine
+from rexnet_lit.cache import DiskCache, decode_all
 from rexnet_lit.errors import UserError
 from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan
 from rexnet_lit.loader import (
@@ -60,7 +61,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
         follow_outside_links: Whether symbolic links may lead out of ``root``.
         augment: The training recipe.
         sampler: ``shuffle``; ``balanced`` meets every class equally often, ``balanced_sqrt`` goes halfway.
-        cache: ``ram`` keeps the decoded images in memory.
+        cache: ``ram`` keeps the decoded images in memory, ``disk`` in the user's cache folder; from the second epoch
+            on, or the second run, nothing is decoded.
+        cache_gb: Gigabytes (10^9 bytes) that the cache may fill; half of what is free by default.
         max_bad_fraction: A run refuses when a larger share of the images cannot be read.
         predict_path: An image, or a folder of unlabelled images.
         predict_output: CSV that `predict` writes.
@@ -85,7 +88,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         follow_outside_links: bool = False,
         augment: AugmentSettings = AugmentSettings(),  # noqa: B008 (frozen)
         sampler: SamplerName = "shuffle",
-        cache: Literal["none", "ram"] = "none",
+        cache: Literal["none", "ram", "disk"] = "none",
+        cache_gb: float | None = None,
         max_bad_fraction: float = quarantine.MAX_BAD_FRACTION,
         predict_path: str | None = None,
         predict_output: str | None = None,
@@ -95,6 +99,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         super().__init__()
         if batch_size < 2:
             raise UserError(f"data.batch_size is {batch_size}; ReXNet's BatchNorm needs at least 2")
+        if cache not in ("none", "ram", "disk"):
+            raise UserError(f"data.cache is {cache!r}; expected none, ram or disk")
+        if cache_gb is not None and cache_gb <= 0:
+            raise UserError(f"data.cache_gb is {cache_gb}; expected above 0, or data.cache none")
         self.record = DataRecord(
             _absolute(root),
             _absolute(split_file),
@@ -108,6 +116,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         )
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.augment, self.sampler, self.cache = augment, sampler, cache
+        self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
+        self._disk: DiskCache | None = None
         self.max_bad_fraction, self.predict_output = max_bad_fraction, predict_output
         self.predict_samples = _unlabelled(predict_path) if predict_path is not None else None
         self.eval_recipe: EvalRecipe | None = None
@@ -192,9 +202,25 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 continue
             samples = self._without_bad(splits[name])
             transform = TrainTransform(self.augment, recipe, train_size) if name == "train" else evaluate
-            images = _decode_all(samples, transform.min_size) if self.cache == "ram" else None
             mix = build_mix(self.augment, self.num_classes) if name == "train" else None
-            self._datasets[name] = ImageDataset(samples, transform, run_seed(), images, mix)
+            self._datasets[name] = self._dataset(samples, transform, mix)
+
+    def _dataset(self, samples: Samples, transform: TrainTransform | EvalTransform, mix: Any = None) -> ImageDataset:
+        """Return a dataset that reads through the cache that is asked for."""
+        images = None
+        read: Callable[[str, int], NDArray[np.uint8]] = decode.read
+        if self.cache == "ram":
+            paths = [samples.path(i) for i in range(len(samples))]
+            images = decode_all(paths, transform.min_size, self._cache_bytes)
+            missing = sum(image is None for image in images)
+            if missing:
+                warnings.warn(f"data.cache: {missing} of {len(images)} images do not fit into the memory", stacklevel=2)
+        if self.cache == "disk":
+            if self._disk is None:
+                world = self.trainer.world_size if self.trainer is not None else 1
+                self._disk = DiskCache(limit=self._cache_bytes, sharers=world)
+            read = self._disk.read
+        return ImageDataset(samples, transform, run_seed(), images, read, mix)
 
     def _recipe(self) -> tuple[EvalRecipe, int]:
         """Return the eval recipe and the training size: the model's where there is one."""
@@ -236,7 +262,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if trainer is None:
             raise RuntimeError("compute_features needs a trainer")
         if evaluate:
-            dataset = ImageDataset(dataset.samples, EvalTransform(self._recipe()[0]), 0)
+            dataset = self._dataset(dataset.samples, EvalTransform(self._recipe()[0]))
         strategy, workers, on_gpu = trainer.strategy, *self._workers()
         found: Tensor | None = None
         for view in range(views):
@@ -311,9 +337,3 @@ def _unlabelled(path: str) -> Samples:
 def _missing_split(name: str, root: str | None) -> str:
     remedy = f"add a {name} folder with a folder per class, or set data.{name}_fraction above 0"
     return f"{root}: there is no {name} split; {remedy if name != 'train' else 'add a train folder'}"
-
-
-def _decode_all(samples: Samples, min_size: int) -> list[NDArray[np.uint8]]:
-    """Decode every image once, for all epochs; OpenCV releases the interpreter, so threads are enough."""
-    with ThreadPoolExecutor(process.cpu_count()) as pool:
-        return list(pool.map(lambda i: decode.read(samples.path(i), min_size), range(len(samples))))

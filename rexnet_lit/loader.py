@@ -12,7 +12,7 @@ import math
 import os
 import signal
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -254,7 +254,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         samples: Paths and targets.
         transform: How an image becomes a tensor.
         seed: The run's.
-        images: Decoded images by index, instead of reading files (``data.cache``).
+        images: Decoded images by index; where there is one, its file is not read (``data.cache``).
+        read: What reads files: `decode.read`, or a cache's.
         mix: MixUp or CutMix: maps images (B, 3, S, S) and targets (B,) to images and target probabilities (B, K).
     """
 
@@ -263,10 +264,12 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         samples: Samples,
         transform: TrainTransform | EvalTransform,
         seed: int,
-        images: list[NDArray[np.uint8]] | None = None,
+        images: Sequence[NDArray[np.uint8] | None] | None = None,
+        read: Callable[[str, int], NDArray[np.uint8]] = decode.read,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
-        self.samples, self.transform, self.seed, self.images, self.mix = samples, transform, seed, images, mix
+        self.samples, self.transform, self.seed = samples, transform, seed
+        self.images, self._read, self.mix = images, read, mix
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -279,10 +282,11 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             UserError: An evaluation image, or all of a class, have become unreadable.
         """
-        if self.images is not None:
-            return self.images[index]
+        image = None if self.images is None else self.images[index]
+        if image is not None:
+            return image
         try:
-            return decode.read(self.samples.path(index), self.transform.min_size)
+            return self._read(self.samples.path(index), self.transform.min_size)
         except decode.DecodeError as error:
             if isinstance(self.transform, EvalTransform):
                 raise UserError(
@@ -300,7 +304,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         same = np.flatnonzero(self.samples.targets == self.samples.targets[index])
         for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
             try:
-                return decode.read(self.samples.path(int(other)), self.transform.min_size)
+                return self._read(self.samples.path(int(other)), self.transform.min_size)
             except decode.DecodeError:
                 continue
         raise UserError(f"{self.samples.path(index)}: no image of its class can be read any longer; restore the files")

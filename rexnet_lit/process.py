@@ -13,8 +13,9 @@ import ctypes
 import os
 import platform
 import sys
+from pathlib import Path
 
-__all__ = ["auto_num_workers", "cpu_count", "tune"]
+__all__ = ["auto_num_workers", "cache_folder", "cpu_count", "free_memory", "tune"]
 
 # malloc.h: parameter numbers of mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -54,3 +55,20 @@ def auto_num_workers(on_gpu: bool) -> int:
     if on_gpu:
         return min(8, cpus)
     return 1 if cpus > 1 else 0
+
+
+def free_memory() -> int:
+    """Return the bytes of memory that could be had without swapping; an estimate where Linux does not say."""
+    try:
+        lines = Path("/proc/meminfo").read_text("ascii").splitlines()
+        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    except (OSError, StopIteration, ValueError, UnicodeDecodeError):
+        return 4 * 2**30
+
+
+def cache_folder() -> Path:
+    """Return where this user's caches are: ``$XDG_CACHE_HOME/rexnet_lit``, or below ``~/.cache``."""
+    base = os.environ.get("XDG_CACHE_HOME", "")
+    if not Path(base).is_absolute():  # the XDG specification: others are to be ignored
+        base = os.path.expanduser("~/.cache")  # noqa: PTH111 - Path.expanduser raises where there is no home
+    return Path(base) / "rexnet_lit"

@@ -24,12 +24,11 @@ import PIL
 
 from rexnet_lit.decode import DecodeError, decode, read_bytes
 from rexnet_lit.folder import Samples
-from rexnet_lit.process import cpu_count
+from rexnet_lit.process import cache_folder, cpu_count
 
 __all__ = [
     "MAX_BAD_FRACTION",
     "BadFile",
-    "cache_folder",
     "csv_cell",
     "find_bad",
     "write_quarantine",
@@ -168,14 +167,6 @@ class _Known:
         except Exception:  # a cut or foreign file raises anything
             return {}
         return seen
-
-
-def cache_folder() -> Path:
-    """Return where this user's caches are: ``$XDG_CACHE_HOME/rexnet_lit``, or below ``~/.cache``."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    if not Path(base).is_absolute():  # the XDG specification: others are to be ignored
-        base = os.path.expanduser("~/.cache")  # noqa: PTH111 - Path.expanduser raises where there is no home
-    return Path(base) / "rexnet_lit"
 
 
 def write_quarantine(rows: Iterable[BadFile], path: str | os.PathLike[str]) -> None:

@@ -15,12 +15,23 @@ PACKAGE = Path(__file__).parents[1] / "rexnet_lit"
 LAYERS = (
     ("errors", "process"),  # what even L0 stands on
     ("spec", "image_header", "decode", "folder"),  # L0
-    ("sample", "quarantine", "transforms", "network", "metrics", "schedules", "losses", "strategies", "probe"),  # L1
+    (
+        "sample",
+        "quarantine",
+        "cache",
+        "transforms",
+        "network",
+        "metrics",
+        "schedules",
+        "losses",
+        "strategies",
+        "probe",
+    ),  # L1
     ("loader", "data", "checkpoint"),  # L2
     ("doctor", "module", "report", "predictor", "export"),  # L3
     ("guards", "callbacks", "runs", "cli", "__main__"),  # L4
 )
-NO_TORCH = ("errors", "spec", "folder", "decode", "quarantine", "doctor", "report")
+NO_TORCH = ("errors", "spec", "folder", "decode", "quarantine", "cache", "doctor", "report")
 NO_LIGHTNING = (
     "network",
     "transforms",

@@ -13,7 +13,8 @@ import pytest
 
 from rexnet_lit import quarantine
 from rexnet_lit.folder import PathList, Samples
-from rexnet_lit.quarantine import BadFile, cache_folder, csv_cell, find_bad, write_quarantine
+from rexnet_lit.process import cache_folder
+from rexnet_lit.quarantine import BadFile, csv_cell, find_bad, write_quarantine
 
 HUGE = Path(__file__).parents[2] / "data" / "openclipart_huge"  # real ones, where they were unpacked
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
