@@ -19,11 +19,12 @@ import numpy as np
 import torch
 from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor
+from torchvision.utils import make_grid
 
 from rexnet_lit import checkpoint, decode, quarantine, report
 from rexnet_lit.data import ImageFolderDataModule
@@ -32,6 +33,7 @@ from rexnet_lit.folder import write_split
 from rexnet_lit.module import RexNetModule
 
 __all__ = [
+    "AugmentedSamples",
     "EpochLine",
     "MetricsLog",
     "PredictionWriter",
@@ -97,6 +99,21 @@ class RunFiles(Callback):
         if best and Path(best).is_file():
             model = checkpoint.load_model(best)
             checkpoint.save_model(Path(best).parent.parent / "model.safetensors", model.spec, model.state)
+
+
+class AugmentedSamples(Callback):
+    """Shows TensorBoard what the first epoch's augmentation makes of 16 training images."""
+
+    @rank_zero_only
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Draw them."""
+        data = _data(trainer)
+        boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        if data is None or not boards:
+            return
+        images = torch.from_numpy(data.preview()).permute(0, 3, 1, 2)
+        for board in boards:
+            board.add_image("augmented samples", make_grid(images, nrow=4), trainer.global_step)
 
 
 class MetricsLog(CSVLogger):

@@ -30,7 +30,7 @@ from rexnet_lit.loader import (
     training_position,
 )
 from rexnet_lit.spec import DataRecord, EvalRecipe
-from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform, build_mix
+from rexnet_lit.transforms import AugmentSettings, EvalTransform, ProgressiveTransform, TrainTransform, build_mix
 
 __all__ = ["ImageFolderDataModule", "run_seed"]
 
@@ -59,6 +59,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         split_file: CSV with the columns path, label, split, group: who is in which split (a run's ``split.csv``).
         class_order: ``sorted`` folder names, ``natural`` (2 before 10, as timm sorts), or a file of names.
         follow_outside_links: Whether symbolic links may lead out of ``root``.
+        size_schedule: Progressive resizing: pairs of an epoch, counted from 0, and the training images' height and
+            width in pixels from then on, such as ``[[0, 128], [10, 224]]``. Validation keeps ``image_size``.
         augment: The training recipe.
         sampler: ``shuffle``; ``balanced`` meets every class equally often, ``balanced_sqrt`` goes halfway.
         cache: ``ram`` keeps the decoded images in memory, ``disk`` in the user's cache folder; from the second epoch
@@ -86,6 +88,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         split_file: str | None = None,
         class_order: str = "sorted",
         follow_outside_links: bool = False,
+        size_schedule: list[tuple[int, int]] | None = None,
         augment: AugmentSettings = AugmentSettings(),  # noqa: B008 (frozen)
         sampler: SamplerName = "shuffle",
         cache: Literal["none", "ram", "disk"] = "none",
@@ -99,6 +102,13 @@ class ImageFolderDataModule(pl.LightningDataModule):
         super().__init__()
         if batch_size < 2:
             raise UserError(f"data.batch_size is {batch_size}; ReXNet's BatchNorm needs at least 2")
+        starts = [start for start, _ in size_schedule or [(0, 32)]]
+        if starts != sorted(set(starts)) or starts[0] != 0 or min(size for _, size in size_schedule or [(0, 32)]) < 32:
+            raise UserError(
+                f"data.size_schedule is {size_schedule}; expected pairs of epoch and pixels (32 or more), epochs "
+                "rising from 0, such as [[0, 128], [10, 224]]"
+            )
+        self.size_schedule = size_schedule
         if cache not in ("none", "ram", "disk"):
             raise UserError(f"data.cache is {cache!r}; expected none, ram or disk")
         if cache_gb is not None and cache_gb <= 0:
@@ -181,8 +191,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             UserError: Too many images cannot be read, or a split that is needed is missing.
         """
         self._features = {}  # they are another network's
-        recipe, train_size = self._recipe()
-        evaluate = EvalTransform(recipe)
+        evaluate = EvalTransform(self._recipe()[0])
         if stage == "predict":
             if self.predict_samples is None:
                 raise UserError("data.predict_path is not set; name an image or a folder: --data.predict_path PATH")
@@ -201,9 +210,22 @@ class ImageFolderDataModule(pl.LightningDataModule):
             if name in self._datasets and name != "train":
                 continue
             samples = self._without_bad(splits[name])
-            transform = TrainTransform(self.augment, recipe, train_size) if name == "train" else evaluate
+            transform = self.train_transform() if name == "train" else evaluate
             mix = build_mix(self.augment, self.num_classes) if name == "train" else None
             self._datasets[name] = self._dataset(samples, transform, mix)
+
+    def train_transform(self) -> TrainTransform:
+        """Return what augments training images."""
+        recipe, size = self._recipe()
+        if self.size_schedule:
+            return ProgressiveTransform(self.augment, recipe, self.size_schedule)
+        return TrainTransform(self.augment, recipe, size)
+
+    def preview(self, count: int = 16) -> NDArray[np.uint8]:
+        """Return training images, (N, S, S, 3), as the first epoch's augmentation makes them."""
+        dataset = self._datasets["train"]
+        order = training_order(dataset.samples.targets, self.sampler, run_seed(), 0)[:count]
+        return np.stack([dataset.augmented(int(index), 0) for index in order])
 
     def _dataset(self, samples: Samples, transform: TrainTransform | EvalTransform, mix: Any = None) -> ImageDataset:
         """Return a dataset that reads through the cache that is asked for."""

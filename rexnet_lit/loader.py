@@ -313,8 +313,15 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         image = self.read(index)
         if isinstance(self.transform, EvalTransform):
             return self.transform(image)
-        seed = np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0]
-        return self.transform(image, int(seed))
+        return self.transform.at(epoch)(image, self._seed(index, epoch))
+
+    def _seed(self, index: int, epoch: int) -> int:
+        return int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
+
+    def augmented(self, index: int, epoch: int) -> NDArray[np.uint8]:
+        """Return what the network is shown of a training image in an epoch, (S, S, 3), before normalisation."""
+        transform = cast(TrainTransform, self.transform)
+        return transform.at(epoch).augment(self.read(index), self._seed(index, epoch))
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         images = [self._load(int(i), batch.epoch) for i in batch.indices]

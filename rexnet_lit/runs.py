@@ -23,6 +23,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit import checkpoint, report
 from rexnet_lit.callbacks import (
+    AugmentedSamples,
     EpochLine,
     MetricsLog,
     PredictionWriter,
@@ -198,8 +199,7 @@ class RexNetCLI(LightningCLI):
             settings["enable_progress_bar"] = terminal
         callbacks: list[Any] = [RichProgressBar(leave=True)] if settings["enable_progress_bar"] and terminal else []
         if self.subcommand == "fit":
-            callbacks += [RunFiles(), EpochLine(lines=not terminal)]
-            callbacks.append(FiniteLoss())
+            callbacks += [RunFiles(), AugmentedSamples(), EpochLine(lines=not terminal), FiniteLoss()]
             if settings["logger"] in (None, True):
                 settings["logger"] = self._loggers(settings["default_root_dir"] or ".")
             if settings["logger"] is not False:

@@ -27,7 +27,7 @@ from rexnet_lit.spec import EvalRecipe
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the package index for news
 import albumentations as A  # noqa: N812
 
-__all__ = ["AugmentSettings", "EvalTransform", "TrainTransform", "build_mix", "build_pipeline"]
+__all__ = ["AugmentSettings", "EvalTransform", "ProgressiveTransform", "TrainTransform", "build_mix", "build_pipeline"]
 
 _CV2 = {"bicubic": cv2.INTER_CUBIC, "bilinear": cv2.INTER_LINEAR, "nearest": cv2.INTER_NEAREST}
 _FILL = 128.0  # grey, for what a rotation or shift uncovers
@@ -177,6 +177,28 @@ class TrainTransform:
     def __call__(self, image: NDArray[np.uint8], seed: int) -> Tensor:
         """Map uint8 (H, W, 3) to float32 (3, S, S), drawing from ``seed`` alone."""
         return _normalise(self.augment(image, seed), self.recipe)
+
+    def at(self, epoch: int) -> TrainTransform:
+        """Return what transforms the images of an epoch."""
+        return self
+
+
+class ProgressiveTransform(TrainTransform):
+    """The training recipe at a size that changes with the epoch (progressive resizing, Howard 2018).
+
+    Args:
+        augment: As of `TrainTransform`.
+        recipe: As of `TrainTransform`.
+        sizes: Pairs of an epoch, counted from 0, and the size in pixels that holds from then on, in order.
+    """
+
+    def __init__(self, augment: AugmentSettings, recipe: EvalRecipe, sizes: Sequence[tuple[int, int]]) -> None:
+        super().__init__(augment, recipe, max(size for _, size in sizes))  # what decoding must keep
+        self._stages = [(start, TrainTransform(augment, recipe, size)) for start, size in sizes]
+
+    def at(self, epoch: int) -> TrainTransform:
+        """Return what transforms the images of an epoch."""
+        return [stage for start, stage in self._stages if epoch >= start][-1]
 
 
 def _none(_: AugmentSettings) -> list[Any]:

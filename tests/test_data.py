@@ -213,6 +213,56 @@ def test_the_cache_changes_nothing(shapes):
     assert all(same(found[0], other) for other in found[1:])
 
 
+def test_progressive_resizing_is_a_function_of_the_epoch(shapes):
+    data = module(shapes, size_schedule=[[0, 32], [2, 48]], batch_size=24, cache="ram")
+    data.setup("fit")
+    loader = data.train_dataloader()
+    sizes = [epoch_of(loader, epoch)[0][0].shape[-1] for epoch in (0, 1, 2, 5, 0)]
+    assert sizes == [32, 32, 48, 48, 32]
+    assert {images.shape[-1] for images, _ in data.val_dataloader()} == {32}
+    assert data.preview(5).shape == (5, 32, 32, 3)
+
+
+@pytest.mark.parametrize("sizes", [[[1, 64]], [[0, 64], [0, 96]], [[0, 96], [5, 16]], [[0, 64], [4, 96], [2, 128]]])
+def test_wrong_size_schedules(shapes, sizes):
+    with pytest.raises(UserError, match=r"data.size_schedule is .*; expected pairs of epoch and pixels"):
+        module(shapes, size_schedule=sizes)
+
+
+def test_mixup_and_cutmix_by_hand(shapes):
+    """Each image is blended with the one before it in its batch, each label likewise, by the same share."""
+    plain = module(shapes, batch_size=6, augment=AugmentSettings("light"))
+    plain.setup("fit")
+    (images, targets), *_ = epoch_of(plain.train_dataloader(), 1)
+    for settings in ({"mixup": 0.8}, {"cutmix": 1.0}, {"mixup": 0.2, "cutmix": 1.0}):
+        data = module(shapes, batch_size=6, augment=AugmentSettings("light", **settings))
+        data.setup("fit")
+        (mixed, probs), *rest = epoch_of(data.train_dataloader(), 1)
+        assert probs.shape == (6, 3)
+        torch.testing.assert_close(probs.sum(1), torch.ones(6))
+        one_hot = torch.nn.functional.one_hot(targets, 3).float()
+        before = one_hot.roll(1, 0)
+        share = float(((probs - before) / (one_hot - before))[one_hot != before].mean())
+        torch.testing.assert_close(probs, share * one_hot + (1 - share) * before)
+        if settings == {"mixup": 0.8}:
+            torch.testing.assert_close(mixed, share * images + (1 - share) * images.roll(1, 0), atol=1e-5, rtol=0)
+        elif settings == {"cutmix": 1.0}:
+            own = (mixed == images).all(1)
+            assert ((mixed == images.roll(1, 0)).all(1) | own).all()
+        shares = {float(p.max(1).values.min()) for _, p in [(mixed, probs), *rest]}
+        assert len(shares) == 4  # each batch draws its own
+        again = module(shapes, batch_size=6, num_workers=2, augment=data.augment)
+        again.setup("fit")
+        assert same(epoch_of(data.train_dataloader(), 3), epoch_of(again.train_dataloader(), 3))
+        assert all(targets.ndim == 1 for _, targets in data.val_dataloader())
+
+
+def test_wrong_mixes():
+    for key in ("mixup", "cutmix"):
+        with pytest.raises(UserError, match=f"data.augment.{key} is -1; expected an alpha"):
+            AugmentSettings(**{key: -1})
+
+
 def test_the_cache_reads_no_file_again(tmp_path, make_shapes):
     data = module(make_shapes(tmp_path / "d"), cache="ram")
     data.setup("fit")
