@@ -13,10 +13,16 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rexnet_lit import __version__
 from rexnet_lit.errors import Stopped, UserError
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rexnet_lit.doctor import Checkup
 
 __all__ = ["main"]
 
@@ -40,7 +46,37 @@ def _check(args: argparse.Namespace) -> int:
         print(json.dumps(checkup.to_dict(), indent=2))  # noqa: T201
     else:
         doctor.render(checkup, Console())
+    if args.report:
+        from rexnet_lit import decode, report
+
+        def read(path: str) -> NDArray[np.uint8]:
+            return decode.read(Path(args.dir) / path, 160)
+
+        samples = _augmented(checkup, read, args.config) if args.config else []
+        config = Path(args.config).name if args.config else ""
+        report.write_checkup(args.report, checkup, read_image=read, augmented=samples, config=config)
+        print(f"report: {args.report}", file=sys.stderr)  # noqa: T201 (stdout may be JSON)
     return 0 if checkup.ok else 1
+
+
+def _augmented(
+    checkup: Checkup, read: Callable[[str], NDArray[np.uint8]], config: str
+) -> list[tuple[str, str, NDArray[np.uint8]]]:
+    """Return path, caption and picture of four images as they are, and as a config's recipe shows them in training."""
+    from rexnet_lit.runs import read_augment
+    from rexnet_lit.spec import EvalRecipe
+    from rexnet_lit.transforms import TrainTransform
+
+    augment, size = read_augment(config)
+    transform = TrainTransform(augment, EvalRecipe(image_size=size), size)
+    bad = {row.path for row in checkup.bad}
+    paths = [path for split, _, path in checkup.examples if split == "train" and path not in bad]
+    found = []
+    for path in paths[:: max(1, len(paths) // 4)][:4]:
+        image = read(path)
+        views = [(f"epoch {seed}", transform.augment(image, seed)) for seed in (1, 2, 3)]
+        found += [(path, "as it is", image), *((path, caption, view) for caption, view in views)]
+    return found
 
 
 def _models(args: argparse.Namespace) -> int:
@@ -110,6 +146,8 @@ def _parser() -> argparse.ArgumentParser:
     check = add("check", _check, "find what is wrong with a folder of images")
     check.add_argument("dir", metavar="DIR", help="holds train/ val/ [test/], or class folders")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
+    check.add_argument("--report", metavar="FILE.html", help="write a page with pictures of every class and all copies")
+    check.add_argument("--config", metavar="FILE.yaml", help="show in it what this config's augmentation makes of them")
     add("models", _models, "list the ReXNet variants")
     sample = add("sample", _sample, "write the sample dataset, handwritten digits")
     sample.add_argument("dir", metavar="DIR", help="a new folder")

@@ -37,9 +37,10 @@ from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.guards import AtomicCheckpointIO, FiniteLoss, RunCheckpoint, find_last
 from rexnet_lit.module import RexNetModule
+from rexnet_lit.spec import EvalRecipe
 from rexnet_lit.transforms import AugmentSettings
 
-__all__ = ["RexNetCLI"]
+__all__ = ["RexNetCLI", "read_augment"]
 
 _yaml_load = jsonargparse.get_loader("yaml")  # before ours takes its place
 # Settings for which a bare name stands for {name: ...}.
@@ -359,6 +360,20 @@ def _load_yaml(text: str, command: str) -> Any:
     if command != "fit":  # a fit's config may be given to the other runs: its model is in the model file
         value = {key: part for key, part in value.items() if key not in ("model", "ckpt_path")}
     return value
+
+
+def read_augment(config: str) -> tuple[AugmentSettings, int]:
+    """Return the training recipe of a config, and the image size in pixels.
+
+    Raises:
+        UserError: The file cannot be read, or the recipe is wrong.
+    """
+    try:
+        data = (_load_yaml(Path(config).read_text("utf-8"), "fit") or {}).get("data") or {}
+        size = data.get("image_size") or EvalRecipe().image_size
+        return AugmentSettings(**(data.get("augment") or {})), int(size)
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        raise UserError(f"--config {config}: {' '.join(str(error).split())}") from None
 
 
 def _one_line(message: str, known: list[str]) -> str:

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import draw_shape
 
 from rexnet_lit import decode, process
 from rexnet_lit.cache import DiskCache, decode_all
-from tests.conftest import draw_shape
 
 
 @pytest.fixture

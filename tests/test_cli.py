@@ -7,6 +7,7 @@ import json
 import os
 import pickle
 import re
+import shutil
 import socket
 import urllib.request
 from pathlib import Path
@@ -15,6 +16,7 @@ import pytest
 import torch
 import yaml
 from cli_tools import NAMES, fails, lively_model, rexnet, write_dataset, write_pictures
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rexnet_lit import cli
 
@@ -299,6 +301,8 @@ def test_fit_writes_the_contracts_files_and_nothing_else(fitted):
     config = yaml.safe_load((base / folder / "config.yaml").read_text())
     assert config["trainer"]["max_epochs"] == 2  # the command line beats the config
     assert config["data"]["image_size"] == 32
+    board = EventAccumulator(str(base / folder)).Reload()
+    assert board.Tags()["images"] == ["augmented samples"]
     epochs = rows_of(base / folder / "metrics.csv")
     assert {"train/loss", "val/loss", "val/top1", "val/macro_f1", "val/ece"} <= set(epochs[0])
 
@@ -457,3 +461,31 @@ def test_a_validation_split_smaller_than_a_batch_on_two_processes(tmp_path):
     overlay = CONFIGS / "hardware" / "ddp_sim.yaml"
     out, _ = rexnet("validate", "--ckpt_path", model, "--data.root", root, "--config", overlay, cwd=tmp_path)
     assert "Validation: 6 images" in out
+
+
+def test_check_writes_a_page(pictures, tmp_path, capsys):
+    """Contact sheets of each class, copies side by side, what the config's augmentation makes of images; no request."""
+    root = tmp_path / "data <b>"
+    shutil.copytree(pictures, root)
+    source = next((root / "train").rglob("*.png"))
+    (root / "val" / source.parent.name / "again.png").write_bytes(source.read_bytes())
+    page = tmp_path / "page.html"
+    assert cli.main(["check", str(root), "--report", str(page), "--config", str(CONFIGS / "finetune.yaml")]) == 0
+    capsys.readouterr()
+    text = page.read_text("utf-8")
+    assert "data &lt;b&gt;" in text
+    assert "<b>data" not in text
+    assert "Copies across splits or classes" in text
+    assert "again.png" in text
+    assert "What training will see" in text
+    assert text.count("epoch 1") == 4
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "<script" not in text
+    assert all(f"<h2>{name}</h2>" in text for name in NAMES)
+
+
+def test_check_s_page_needs_a_config_that_is_one(pictures, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("data: {augment: {nam: light}}")
+    for config, message in (("none.yaml", "No such file"), ("c.yaml", "nam")):
+        argv = ["check", str(pictures), "--report", str(tmp_path / "p.html"), "--config", str(tmp_path / config)]
+        assert message in fails(capsys, *argv)

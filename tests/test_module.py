@@ -12,12 +12,12 @@ import safetensors.torch
 import timm
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
+from module_tools import NAMES, data_of, equal, model_of, state_of, trainer_of
 from sklearn.metrics import f1_score, log_loss
 
 from rexnet_lit import checkpoint
-from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
-from rexnet_lit.guards import AtomicCheckpointIO, RunCheckpoint
+from rexnet_lit.guards import RunCheckpoint
 from rexnet_lit.module import RexNetModule
 from rexnet_lit.network import build_network
 from rexnet_lit.schedules import ScheduleSettings
@@ -26,29 +26,6 @@ from rexnet_lit.strategies import OptimizerSettings, StrategySettings
 from rexnet_lit.transforms import AugmentSettings
 
 pytestmark = pytest.mark.usefixtures("one_thread")
-
-NAMES = ("circle", "cross", "square")
-
-
-def data_of(root: Path, **settings: Any) -> ImageFolderDataModule:
-    return ImageFolderDataModule(str(root), **{"image_size": 32, "batch_size": 8, "num_workers": 0, **settings})
-
-
-def model_of(kind: type[RexNetModule] = RexNetModule, **settings: Any) -> RexNetModule:
-    """A model whose random weights are always the same."""
-    torch.manual_seed(0)
-    return kind(**{"pretrained": False, "class_names": NAMES, "image_size": 32, **settings})
-
-
-def trainer_of(folder: Path, **settings: Any) -> pl.Trainer:
-    return pl.Trainer(
-        **{
-            "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
-            "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
-            "num_sanity_val_steps": 0, "use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()],
-            **settings,
-        }
-    )  # fmt: skip
 
 
 class Diary(RexNetModule):
@@ -61,14 +38,6 @@ class Diary(RexNetModule):
         loss = super().training_step(batch, batch_idx)
         self.losses.append(loss.item())
         return loss
-
-
-def state_of(module: RexNetModule) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in module.network.state_dict().items()}
-
-
-def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
 # --- learning -------------------------------------------------------------------------------------

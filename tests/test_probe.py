@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from module_tools import data_of, equal, model_of, state_of, trainer_of
 from sklearn.linear_model import LogisticRegression
 
 from rexnet_lit import probe
@@ -16,7 +17,6 @@ from rexnet_lit.loader import FeatureDataset, ImageDataset
 from rexnet_lit.spec import HeadSpec
 from rexnet_lit.strategies import StrategySettings
 from rexnet_lit.transforms import AugmentSettings
-from tests.test_module import data_of, equal, model_of, state_of, trainer_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 

@@ -55,6 +55,7 @@ class Checkup:
         duplicates: Groups of files with the same bytes.
         near_duplicates: Groups of files that look the same; of files with the same bytes, only the first.
         findings: Errors first, then warnings, then the rest.
+        examples: Split, class and path of every image, for pictures of them; not in the JSON.
     """
 
     root: str
@@ -69,6 +70,7 @@ class Checkup:
     duplicates: tuple[tuple[str, ...], ...]
     near_duplicates: tuple[tuple[str, ...], ...]
     findings: tuple[Finding, ...]
+    examples: tuple[tuple[Split, str, str], ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -76,8 +78,10 @@ class Checkup:
         return all(finding.severity != "error" for finding in self.findings)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything as JSON takes it."""
-        return {"ok": self.ok, **dataclasses.asdict(self)}
+        """Return everything but the examples as JSON takes it."""
+        rows = dataclasses.asdict(dataclasses.replace(self, examples=()))
+        del rows["examples"]
+        return {"ok": self.ok, **rows}
 
 
 def render(checkup: Checkup, console: Console) -> None:

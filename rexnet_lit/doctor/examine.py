@@ -96,6 +96,7 @@ def check(
         duplicates=tuple(tuple(look.path for look in group) for group in equal),
         near_duplicates=tuple(tuple(look.path for look in group) for group in alike),
         findings=tuple(sorted(findings, key=lambda finding: order[finding.severity])),
+        examples=tuple((look.split, folder.class_names[look.target], look.path) for look in looks),
     )
 
 

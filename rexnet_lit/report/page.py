@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 
     Row = dict[str, Any]  # what the template reads of one line or picture
 
-__all__ = ["write_report"]
+__all__ = ["render_page", "write_report"]
 
 TABLE_CLASSES = 50
 PAIRS = 10
@@ -173,7 +173,8 @@ def _write_figures(
     }
 
 
-def _render(view: Mapping[str, Any]) -> str:
+def render_page(template: str, view: Mapping[str, Any]) -> str:
+    """Fill one of the package's templates; everything in ``view`` is escaped."""
     import jinja2
 
     # StrictUndefined: a misspelt name in the template fails a test instead of leaving a hole in the page.
@@ -181,8 +182,9 @@ def _render(view: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters["percent"] = percent
-    source = importlib.resources.files("rexnet_lit.report").joinpath("report.html").read_text(encoding="utf-8")
-    return environment.from_string(source).render(view)
+    here = importlib.resources.files("rexnet_lit.report")
+    source, style = (here.joinpath(name).read_text(encoding="utf-8") for name in (template, "style.css"))
+    return environment.from_string(source).render({**view, "style": style})
 
 
 def write_report(
@@ -233,5 +235,5 @@ def write_report(
         "worst": _gallery(p, o, o.worst, thumbnails),
         "unsure": _gallery(p, o, o.unsure, thumbnails),
     }
-    write_file(folder / "report.html", _render(page))
+    write_file(folder / "report.html", render_page("report.html", page))
     return metrics
