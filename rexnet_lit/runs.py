@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import io
 import logging
 import os
 import re
@@ -19,6 +21,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit import checkpoint, report
@@ -96,6 +99,8 @@ class RexNetCLI(LightningCLI):
         if fit:
             help_ = "resume although images, batch size or processes are others than the checkpoint's"
             parser.add_argument("--accept_changes", type=bool, default=False, help=help_)
+            help_ = "instead of training, try learning rates and write a picture of the losses"
+            parser.add_argument("--find_lr", type=bool, default=False, help=help_)
             parser.add_lightning_class_args(RexNetModule, "model")
             for key in ("num_classes", "class_names", "image_size"):
                 parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
@@ -272,6 +277,33 @@ class RexNetCLI(LightningCLI):
         )
         for note in data.folder.notes if data.folder else ():
             print(f"note: {note}", flush=True)  # noqa: T201
+        if self.config["fit"]["find_lr"]:
+            self._find_lr()
+
+    def _find_lr(self) -> None:
+        """Raise the learning rate over some steps until the loss explodes (Smith 2017); show it, and end."""
+        trainer: Trainer = self.trainer
+        if trainer.world_size > 1:
+            raise UserError("find_lr runs in one process; set trainer.devices to 1")
+        logging.disable(logging.INFO)
+        with warnings.catch_warnings(), contextlib.ExitStack() as quiet:
+            warnings.simplefilter("ignore")  # Lightning's, about its own callback
+            if not sys.stderr.isatty():  # its progress bar
+                quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
+            found = Tuner(trainer).lr_find(self.model, datamodule=self.datamodule, min_lr=1e-6, update_attr=False)
+        logging.disable(logging.NOTSET)
+        best = found.suggestion() if found is not None else None
+        if found is None or best is None:
+            raise UserError("find_lr: too few steps to see anything; set a smaller data.batch_size or more max_epochs")
+        path = fresh_path(Path(trainer.default_root_dir) / "lr_finder.png")
+        figure = found.plot(suggest=True)
+        assert figure is not None  # noqa: S101 (for the type checker: it is without an axes of ours)
+        figure.savefig(path, dpi=120)
+        print(  # noqa: T201
+            f"the loss falls fastest at {best:.1g} ({path}); a good learning rate is up to there: "
+            f"--model.optimizer.lr {best:.1g}"
+        )
+        raise SystemExit(0)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

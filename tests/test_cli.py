@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from cli_tools import NAMES, fails, lively_model, rexnet, write_dataset, write_pictures
+from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rexnet_lit import cli
@@ -489,3 +490,16 @@ def test_check_s_page_needs_a_config_that_is_one(pictures, tmp_path, capsys):
     for config, message in (("none.yaml", "No such file"), ("c.yaml", "nam")):
         argv = ["check", str(pictures), "--report", str(tmp_path / "p.html"), "--config", str(tmp_path / config)]
         assert message in fails(capsys, *argv)
+
+
+def test_find_lr_draws_a_picture_and_trains_nothing(pictures, tmp_path, capsys):
+    argv = [*QUICK, "--data.root", pictures, "--data.batch_size", 4, "--data.num_workers", 0]
+    assert cli.main([str(a) for a in (*argv, "--find_lr", "true", "--trainer.accelerator", "cpu")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    rate = float(re.search(r"--model.optimizer.lr (\S+)", out)[1])
+    assert 1e-6 <= rate <= 1
+    with Image.open(tmp_path / "runs" / "lr_finder.png") as picture:
+        assert picture.size[0] > 500
+    assert not list((tmp_path / "runs").rglob("*.ckpt"))
+    assert "Fit finished" not in out

@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from module_tools import NAMES, data_of, equal, model_of, state_of, trainer_of
 from sklearn.metrics import f1_score, log_loss
 
-from rexnet_lit import checkpoint
+from rexnet_lit import checkpoint, network
 from rexnet_lit.errors import UserError
 from rexnet_lit.guards import RunCheckpoint
 from rexnet_lit.module import RexNetModule
@@ -232,6 +232,32 @@ def test_starting_from_timm_s_weights_replaces_the_head(tmp_path, capsys):
     same_size = timm.create_model("rexnet_100", num_classes=3)
     safetensors.torch.save_file(same_size.state_dict(), tmp_path / "three.safetensors")
     assert equal(state_of(model_of(weights=str(tmp_path / "three.safetensors"))), dict(same_size.state_dict()))
+
+
+def test_rows_of_classes_that_the_weights_know(tmp_path, capsys):
+    """Two of three classes are known by name, in another order: their rows are taken, the third's is new."""
+    source = build_network("rexnet_100", 4).eval()
+    with torch.no_grad():
+        source.head.fc.bias.copy_(torch.tensor([1.0, 2.0, 3.0, 4.0]))
+    spec = ModelSpec("rexnet_100", ("Square", "moon", "circle", "star"), HeadSpec(), EvalRecipe(32))
+    checkpoint.save_model(tmp_path / "m.safetensors", spec, source.state_dict())
+    weights = str(tmp_path / "m.safetensors")
+    fresh, kept = state_of(model_of()), state_of(model_of(weights=weights, keep_matching_classes=True))
+    assert "these classes by name (2: circle, square)" in capsys.readouterr().out
+    theirs = source.state_dict()
+    for ours, row in ((0, 2), (2, 0)):
+        assert torch.equal(kept["head.fc.weight"][ours], theirs["head.fc.weight"][row])
+    assert torch.equal(kept["head.fc.weight"][1], fresh["head.fc.weight"][1])
+    assert kept["head.fc.bias"].tolist() == [3.0, 0.0, 1.0]
+    without = state_of(model_of(weights=weights))
+    assert torch.equal(without["head.fc.weight"], fresh["head.fc.weight"])
+
+
+def test_imagenet_s_names_and_their_synonyms():
+    names = network.published_names("rexnet_100")
+    assert len(names) == 1000
+    found = network.matching_rows(names, ["goldfish", "Carassius_auratus", "golden_retriever", "my cat"])
+    assert found == {0: 1, 1: 1, 2: 207}  # ImageNet's own numbers
 
 
 @pytest.mark.parametrize(
