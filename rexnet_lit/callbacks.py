@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import io
 import shlex
 import time
 from collections.abc import Iterable, Mapping
@@ -17,10 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.fabric.loggers.logger import rank_zero_experiment
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
-from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor
@@ -30,12 +26,12 @@ from rexnet_lit import checkpoint, decode, quarantine, report
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
 from rexnet_lit.folder import write_split
+from rexnet_lit.loggers import Board
 from rexnet_lit.module import RexNetModule
 
 __all__ = [
     "AugmentedSamples",
     "EpochLine",
-    "MetricsLog",
     "PredictionWriter",
     "RunFiles",
     "TestReport",
@@ -108,57 +104,12 @@ class AugmentedSamples(Callback):
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Draw them."""
         data = _data(trainer)
-        boards = [logger.experiment for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
+        boards = [logger for logger in trainer.loggers if isinstance(logger, Board)]
         if data is None or not boards:
             return
         images = torch.from_numpy(data.preview()).permute(0, 3, 1, 2)
         for board in boards:
             board.add_image("augmented samples", make_grid(images, nrow=4), trainer.global_step)
-
-
-class MetricsLog(CSVLogger):
-    """``metrics.csv``, on the disk at once, which a resumed run carries on.
-
-    Args:
-        root: The folder that holds ``lightning_logs/``.
-        version: The run's number.
-        keep: The step up to which an existing file's rows are kept.
-    """
-
-    def __init__(self, root: str, version: int | str, keep: int = -1) -> None:
-        super().__init__(root, version=version, flush_logs_every_n_steps=1)
-        self._keep = keep
-
-    @property
-    @rank_zero_experiment
-    def experiment(self) -> _Rows:
-        """What writes the rows; made when the first is due."""
-        if self._experiment is None:
-            self._experiment = _Rows(self.log_dir, self._keep)
-        return self._experiment  # type: ignore[return-value]
-
-
-class _Rows(ExperimentWriter):
-    """Rows behind those of an existing file, which Lightning's own would delete."""
-
-    def __init__(self, folder: str, keep: int) -> None:
-        self._keep = keep
-        super().__init__(folder)
-
-    def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
-        if not path.is_file():
-            return
-        with path.open(encoding="utf-8", newline="") as file:
-            reader = csv.DictReader(file)
-            self.metrics_keys = list(reader.fieldnames or [])
-            rows = [row for row in reader if (row["step"] or "").isdecimal() and int(row["step"]) < self._keep]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self.metrics_keys)
-        writer.writeheader()
-        writer.writerows(rows)
-        with checkpoint.atomic_write(path) as file:
-            file.write(text.getvalue().encode())
 
 
 def print_rows(title: str, rows: Iterable[tuple[str, str]]) -> None:

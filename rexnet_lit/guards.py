@@ -8,6 +8,7 @@ bit for bit on a CPU, if nothing that decides them has changed; `RunCheckpoint` 
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
@@ -20,6 +21,7 @@ import lightning.pytorch as pl
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rexnet_lit import checkpoint
@@ -233,11 +235,38 @@ def find_last(root: Path) -> tuple[Path, list[str]]:
 
 
 class FiniteLoss(Callback):
-    """Ends a run whose loss is no number, before it reaches the weights (on a GPU: within ten steps) or a file."""
+    """Ends a run whose loss is no number, before it reaches the weights (on a GPU: within ten steps) or a file.
+
+    Under ``16-mixed`` a step whose gradients overflow is skipped, and the loss's scale halved: such steps are counted,
+    and a scale that has lost all its reserve ends the run.
+    """
 
     def __init__(self) -> None:
         self._sum: Tensor | None = None
         self._steps = 0
+        self._scale: float | None = None
+        self._skipped = 0
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None or self._steps % 10:  # looking waits for the GPU
+            return
+        before, self._scale = self._scale, float(scaler.get_scale())
+        if before is not None and self._scale < before:
+            self._skipped += round(math.log2(before / self._scale))
+        if self._scale < _LEAST_SCALE:
+            raise UserError(
+                f"trainer.precision: the gradients overflow in 16 bits; {self._skipped} steps were skipped until epoch "
+                f"{trainer.current_epoch + 1}, batch {batch_idx + 1}; set trainer.precision to bf16-mixed or 32-true, "
+                "or a smaller model.optimizer.lr"
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how many steps were skipped."""
+        if self._skipped:
+            rank_zero_only(print)(f"note: {self._skipped} steps were skipped because 16-bit gradients overflowed")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at the loss; on a GPU, where looking waits for the step, now and then."""
@@ -262,6 +291,10 @@ class FiniteLoss(Callback):
             f"{_files(trainer, batch)}; set a smaller model.optimizer.lr or a longer model.schedule.warmup_epochs, "
             "or trainer.gradient_clip_val: 1.0; the last checkpoint is from before"
         )
+
+
+_LEAST_SCALE = 2.0**-10
+"""Where torch's scale of the loss, 2^16 at first, shows that no scale will do."""
 
 
 def _files(trainer: pl.Trainer, batch: int) -> str:

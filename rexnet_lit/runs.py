@@ -20,7 +20,7 @@ from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -28,7 +28,6 @@ from rexnet_lit import checkpoint, report
 from rexnet_lit.callbacks import (
     AugmentedSamples,
     EpochLine,
-    MetricsLog,
     PredictionWriter,
     RunFiles,
     TestReport,
@@ -39,6 +38,7 @@ from rexnet_lit.callbacks import (
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.guards import AtomicCheckpointIO, FiniteLoss, RunCheckpoint, find_last
+from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.module import RexNetModule
 from rexnet_lit.spec import EvalRecipe
 from rexnet_lit.transforms import AugmentSettings
@@ -226,7 +226,7 @@ class RexNetCLI(LightningCLI):
         """Return the loggers of a new run folder; of a resumed run its own, less what was logged after the save."""
         home = _run_folder(Path(self.config["fit"]["ckpt_path"])) if self.resumed else None
         if home is None:
-            board = TensorBoardLogger(root, default_hp_metric=False)
+            board = Board(root, default_hp_metric=False)
             return [board, MetricsLog(board.save_dir, board.version)]
         root, version, step = (
             str(home.parent.parent),
@@ -234,7 +234,7 @@ class RexNetCLI(LightningCLI):
             self.resumed["global_step"],
         )
         self.save_config_kwargs["overwrite"] = True
-        board = TensorBoardLogger(root, version=version, default_hp_metric=False, purge_step=step + 1)
+        board = Board(root, version=version, default_hp_metric=False, purge_step=step + 1)
         return [board, MetricsLog(root, version, keep=step)]
 
     def _writer(self) -> TestReport | PredictionWriter:
@@ -423,6 +423,8 @@ def _quieten() -> None:
     os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # they are about Lightning's own calls
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # Which process of a distributed run has died: all others are then killed.
+    logging.getLogger("lightning.fabric.strategies.launchers.subprocess_script").setLevel(logging.INFO)
     for message in (
         ".*does not have many workers.*",
         ".*The number of training batches .* is smaller than the logging interval.*",

@@ -5,6 +5,7 @@ Each is `python -m rexnet_lit` but for the start, and for `trouble`: what goes w
 
 from __future__ import annotations
 
+import errno
 import functools
 import multiprocessing
 import os
@@ -52,7 +53,8 @@ def command_line(
         process.kill()
         process.join()
         raise TimeoutError(f"{argv} has not ended in {timeout} s:\n{log.read_text()}")
-    return Done(process.exitcode, log.read_text())
+    # A worker's bus error is told by torch's signal handler, which writes its text with the zero at the end.
+    return Done(process.exitcode, log.read_text().replace("\0", "\n"))
 
 
 def _run(argv: list[str], cwd: str, log: str, trouble: tuple[str, int] | None, save_every: float) -> None:
@@ -112,8 +114,24 @@ def _full_disk(step: int) -> None:
     at_step(step, lambda module: resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20)))
 
 
-def _worker_dies(step: int) -> None:
-    at_step(step, lambda module: os.kill(multiprocessing.active_children()[0].pid or 0, signal.SIGKILL))
+def _worker_dies(number: signal.Signals, step: int) -> None:
+    at_step(step, lambda module: os.kill(multiprocessing.active_children()[0].pid or 0, number))
+
+
+def _no_room_for_logs(step: int) -> None:
+    """Let both logs fail from a step on, as on a full or broken disk."""
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def break_logs(module: Any) -> None:
+        from lightning.pytorch.loggers.csv_logs import ExperimentWriter
+        from torch.utils.tensorboard.writer import FileWriter
+
+        ExperimentWriter.save = fails  # type: ignore[method-assign]
+        FileWriter.add_event = fails  # type: ignore[method-assign]
+
+    at_step(step, break_logs)
 
 
 def _worker_hangs(step: int) -> None:
@@ -151,7 +169,9 @@ _TROUBLES = {
     "ctrl-c": functools.partial(_signalled, signal.SIGINT, "on_train_batch_start"),
     "nan": _nan,
     "full disk": _full_disk,
-    "worker dies": _worker_dies,
+    "worker dies": functools.partial(_worker_dies, signal.SIGKILL),
+    "worker's bus error": functools.partial(_worker_dies, signal.SIGBUS),
+    "no room for logs": _no_room_for_logs,
     "worker hangs": _worker_hangs,
 }
 

@@ -6,8 +6,12 @@ import csv
 import os
 import re
 import shutil
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,7 +20,7 @@ from run_tools import command_line, differing, fit, run_folder, weights
 
 from rexnet_lit import checkpoint
 from rexnet_lit.errors import UserError
-from rexnet_lit.guards import find_last
+from rexnet_lit.guards import FiniteLoss, find_last
 
 STEPS = 18  # of a run here: 3 epochs of 6
 
@@ -213,6 +217,23 @@ def test_a_worker_that_dies(whole, cwd):
     assert differing(resumed(cwd), whole()) == []
 
 
+def test_a_worker_without_shared_memory(cwd):
+    """What a /dev/shm that is too small does: the kernel answers a write there with a bus error."""
+    done = fit(cwd, "--data.num_workers", 1, trouble=("worker's bus error", 8))
+    failed(done, "a data loading worker died", "/dev/shm", "data.num_workers")  # noqa: S108
+
+
+def test_logs_that_cannot_be_written_end_no_training(whole, cwd):
+    done = fit(cwd, trouble=("no room for logs", 7))
+    assert done.code == 0, done.out
+    for name in ("Board", "MetricsLog"):
+        assert done.out.count(f"{name}'s log in ") == 1
+    assert "cannot be written (No space left on device); training goes on without it" in done.out
+    assert differing(weights(cwd), whole()) == []
+    with (run_folder(cwd) / "metrics.csv").open() as file:  # what was written before is still there
+        assert [row for row in csv.DictReader(file) if row["val/loss"]]
+
+
 def test_a_worker_that_hangs(cwd):
     done = fit(cwd, "--data.num_workers", 1, trouble=("worker hangs", 0))
     line = failed(done, "a data loading worker gave nothing for 3 s", "data.num_workers")
@@ -377,3 +398,59 @@ def test_killed_at_every_boundary_of_a_save(tmp_path):
             break
     assert code == 0
     assert last_call > 6
+
+
+class Scaler:
+    """A scale that halves at every step, as under gradients that always overflow."""
+
+    scale = 2.0**16
+
+    def get_scale(self) -> float:
+        self.scale /= 2
+        return self.scale
+
+
+def test_a71_steps_that_overflow_are_counted_and_too_many_end_the_run(capsys):
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=Scaler()), current_epoch=4)
+    guard = FiniteLoss()
+    for _ in range(3):
+        guard.on_train_batch_end(trainer, None, None, None, 6)
+    guard.on_fit_end(trainer, None)
+    assert "2 steps were skipped because 16-bit gradients overflowed" in capsys.readouterr().out
+    trainer.precision_plugin.scaler.scale = 2.0**-10
+    with pytest.raises(UserError, match=r"26 steps were skipped until epoch 5, batch 7; .* bf16-mixed"):
+        guard.on_train_batch_end(trainer, None, None, None, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "rank"), [(15, 0), (15, 1), (9, 0), (9, 1)])
+def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank):
+    """SIGTERM: one save, both exit with 143. SIGKILL: the other ends too, and says so; no process stays."""
+    log = cwd / "log"
+    overlay = Path(__file__).parents[1] / "configs" / "hardware" / "ddp_sim.yaml"
+    quick = overlay.parents[1] / "quickstart.yaml"
+    argv = ["fit", "--config", quick, "--config", overlay, "--data.root", "data", "--trainer.default_root_dir", "runs"]
+    argv += ["--data.num_workers", 0, "--data.batch_size", 4, "--trainer.max_epochs", 100]
+    with log.open("w") as out:
+        main = subprocess.Popen([sys.executable, "-m", "rexnet_lit", *map(str, argv)], cwd=cwd, stdout=out, stderr=out)
+    waited = time.monotonic()
+    while "epoch 2/" not in log.read_text():
+        assert main.poll() is None, log.read_text()
+        assert time.monotonic() - waited < 200
+        time.sleep(0.2)
+    (child,) = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
+    os.kill((main.pid, int(child))[rank], number)
+    code, text = main.wait(60), log.read_text()
+    waited = time.monotonic()
+    while Path(f"/proc/{child}").exists() and time.monotonic() - waited < 60:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{child}").exists()
+    if number == 15:
+        assert code == 143
+        assert re.search(r"stopped by SIGTERM after batch \d+ of \d+ of epoch \d+; go on with", text)
+        checkpoint.read_ckpt(str(run_folder(cwd) / "checkpoints" / "last.ckpt"))
+    else:  # it misses the other, or Lightning, which looks every five seconds, does
+        assert code in ((-9,) if rank == 0 else (2, -9))
+        said = f"another process of this run has ended|process with PID {child} terminated"
+        assert re.search(said, log.read_text())
+    assert "Traceback" not in log.read_text()
