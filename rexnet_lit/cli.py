@@ -217,7 +217,7 @@ def user_message(error: BaseException) -> str | None:
             f"a data loading worker died ({' '.join(str(error).split())}); memory, or /dev/shm, may be full: "
             "set a smaller data.num_workers (0 reads in the main process) or data.batch_size"
         )
-    if kind == "RuntimeError" and "onnection closed by peer" in str(error):
+    if kind in ("DistBackendError", "DistNetworkError") or "/gloo/transport/" in str(error):
         return "another process of this run has ended; what it said last is the cause"
     if kind == "MisconfigurationException":
         return " ".join(str(error).split())

@@ -450,7 +450,7 @@ def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank):
         assert re.search(r"stopped by SIGTERM after batch \d+ of \d+ of epoch \d+; go on with", text)
         checkpoint.read_ckpt(str(run_folder(cwd) / "checkpoints" / "last.ckpt"))
     else:  # it misses the other, or Lightning, which looks every five seconds, does
-        assert code in ((-9,) if rank == 0 else (2, -9))
+        assert code in ((-9,) if rank == 0 else (2, -9)), text
         said = f"another process of this run has ended|process with PID {child} terminated"
         assert re.search(said, log.read_text())
     assert "Traceback" not in log.read_text()
