@@ -89,6 +89,7 @@ class RexNetModule(pl.LightningModule):
         self.loss_settings = _settings(LossSettings, loss)
         self.loss = build_loss(self.loss_settings, [1] * len(names))
         self._plateau: Plateau | None = None
+        self._scratch = weights is None and not pretrained
         if self._solved and head.name != "linear":
             raise UserError(f"model.strategy.solver: logistic solves a linear head; model.head.name is {head.name}")
         if weights is not None:
@@ -292,7 +293,8 @@ class RexNetModule(pl.LightningModule):
         per_step = getattr(data, "batch_size", None)
         if per_step is not None:
             per_step *= trainer.accumulate_grad_batches * trainer.world_size
-        optimizer = strategies.build_optimizer(self.network, self.optimizer_settings, per_step)
+        lr = self.optimizer_settings.full_lr(self._scratch, per_step)
+        optimizer = strategies.build_optimizer(self.network, self.optimizer_settings, lr)
         per_epoch, total = self._steps()
         settings = self.schedule_settings
         if self._nothing_left:

@@ -81,7 +81,8 @@ class OptimizerSettings:
 
     Args:
         name: Any of timm's: ``sgd`` (Nesterov), ``adamw``, ``lamb``, ``lion``, ``muon``, ...
-        lr: Full learning rate, reached after the warm-up.
+        lr: Full learning rate, reached after the warm-up; by default what suits batches of 32: for ``sgd`` 0.05 from
+            given weights and 0.1 from scratch, for all others (it is AdamW's) 0.001 and 0.004.
         weight_decay: Not applied to biases and normalisation.
         momentum: Of ``sgd`` and its kin.
         layer_decay: Each group's rate is this share of the next one's, seen from the head; 1 for none.
@@ -90,16 +91,19 @@ class OptimizerSettings:
     """
 
     name: str = "adamw"
-    lr: float = 1e-3
+    lr: float | None = None
     weight_decay: float = 0.01
     momentum: float = 0.9
     layer_decay: float = 1.0
     base_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for key, low, high in (("lr", 0, 100), ("layer_decay", 0, 1)):
-            if not low < getattr(self, key) <= high:
-                raise UserError(f"model.optimizer.{key} is {getattr(self, key)}; expected above {low} and up to {high}")
+        for key, value, high in (
+            ("lr", 1e-3 if self.lr is None else self.lr, 100),
+            ("layer_decay", self.layer_decay, 1),
+        ):
+            if not 0 < value <= high:
+                raise UserError(f"model.optimizer.{key} is {value}; expected above 0 and up to {high}")
         from timm.optim import list_optimizers
 
         known = [str(name) for name in list_optimizers()]
@@ -111,13 +115,25 @@ class OptimizerSettings:
         if self.base_batch_size is not None and self.base_batch_size < 1:
             raise UserError(f"model.optimizer.base_batch_size is {self.base_batch_size}; expected 1 or more")
 
-    def lr_for(self, batch_size: int) -> float:
-        """Return the full learning rate of steps of ``batch_size`` images (timm's rule, with its exceptions)."""
-        if self.base_batch_size is None:
-            return self.lr
+    def full_lr(self, scratch: bool, batch_size: int | None = None) -> float:
+        """Return the full learning rate.
+
+        Args:
+            scratch: Whether the weights are random at first.
+            batch_size: Images of a step, where they are known; the rate follows them by timm's rule.
+        """
+        lr = self.lr
+        if lr is None:
+            lr = _LR["sgd" if self.name.lower() == "sgd" else "adamw"][scratch]
+        if self.base_batch_size is None or batch_size is None:
+            return lr
         ratio = batch_size / self.base_batch_size
         adaptive = any(kind in self.name.lower() for kind in ("ada", "lamb"))
-        return self.lr * (math.sqrt(ratio) if adaptive else ratio)
+        return lr * (math.sqrt(ratio) if adaptive else ratio)
+
+
+_LR = {"sgd": (0.05, 0.1), "adamw": (0.001, 0.004)}
+"""Default learning rates from given weights and from scratch: ``tests/benchmarks/bench_accuracy.py``."""
 
 
 def _full(epoch: int, settings: StrategySettings, groups: Sequence[str]) -> Sequence[str]:
@@ -173,22 +189,20 @@ def freeze_batchnorm(network: nn.Module, settings: StrategySettings, epoch: int)
                 module.eval()
 
 
-def build_optimizer(
-    network: nn.Module, settings: OptimizerSettings, batch_size: int | None = None
-) -> torch.optim.Optimizer:
+def build_optimizer(network: nn.Module, settings: OptimizerSettings, lr: float | None = None) -> torch.optim.Optimizer:
     """Return timm's optimiser over all parameters, decay and layer-wise rates by group.
 
     Args:
         network: What `network.build_network` returned.
         settings: The optimiser's.
-        batch_size: Images of a step, where they are known.
+        lr: The full learning rate (`OptimizerSettings.full_lr`); by default the settings', or that from given weights.
 
     Raises:
         UserError: The optimiser refuses the settings.
     """
     from timm import optim
 
-    lr = settings.lr if batch_size is None else settings.lr_for(batch_size)
+    lr = settings.full_lr(scratch=False) if lr is None else lr
     groups: list[dict[str, Any]]
     trains = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
     network.requires_grad_(True)  # timm leaves out what is frozen now, and a later epoch may unfreeze it

@@ -183,9 +183,22 @@ def test_batchnorm_can_stay_frozen_where_all_trains(network):
 def test_the_rate_follows_the_batch_size_by_timm_s_rule(name, batch, rate):
     """timm's train.py: in proportion, but with the square root for "ada" and "lamb"."""
     settings = OptimizerSettings(name, lr=0.1, base_batch_size=32)
-    network = nn.Linear(2, 2)
-    assert [g["lr"] for g in build_optimizer(network, settings, batch).param_groups] == pytest.approx([rate] * 2)
-    assert [g["lr"] for g in build_optimizer(network, settings).param_groups] == [0.1] * 2
+    assert settings.full_lr(True, batch) == pytest.approx(rate)
+    assert settings.full_lr(True) == 0.1  # where nobody knows the batch size
+
+
+@pytest.mark.parametrize(("name", "given", "scratch"), [("sgd", 0.05, 0.1), ("adamw", 0.001, 0.004)])
+def test_the_default_rate_depends_on_the_start(name, given, scratch, shapes, tmp_path):
+    assert OptimizerSettings(name).full_lr(False) == given
+    assert OptimizerSettings(name).full_lr(True) == scratch
+    data = ImageFolderDataModule(str(shapes), image_size=32, batch_size=12, num_workers=0)
+    module = RexNetModule(pretrained=False, optimizer=name, num_classes=3, image_size=32)
+    trainer = pl.Trainer(
+        max_epochs=1, logger=False, enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False,
+        default_root_dir=tmp_path, accelerator="cpu", limit_train_batches=1, limit_val_batches=0,
+    )  # fmt: skip
+    trainer.fit(module, data)
+    assert {g["initial_lr"] for g in trainer.optimizers[0].param_groups} == {scratch}
 
 
 def test_freezing_is_undone_by_a_strategy_that_trains_all(network):
