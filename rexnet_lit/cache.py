@@ -107,7 +107,7 @@ class DiskCache:
         """
         file = self._file(path, min_size)
         with contextlib.suppress(OSError, ValueError, EOFError):
-            image: Image = np.load(file, allow_pickle=False)
+            image: Image = np.load(file, mmap_mode="r", allow_pickle=False)
             if image.dtype == np.uint8 and image.ndim == 3:
                 with contextlib.suppress(OSError):
                     os.utime(file)

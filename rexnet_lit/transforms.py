@@ -126,6 +126,15 @@ class EvalTransform:
         return _normalise(self.crop(image), self.recipe)
 
 
+class _RandomResizedCrop(A.RandomResizedCrop):  # type: ignore[misc]
+    """A random crop that is shrunk without aliasing, as fast as that can be done."""
+
+    def _get_interpolation_for_resize(self, crop_shape: tuple[int, int], target_type: str) -> int:
+        shrunk = max(crop_shape[0] / self.size[0], crop_shape[1] / self.size[1])
+        # Bilinear interpolation misses no pixel up to a factor of two, and takes a fifth of area averaging's time.
+        return cv2.INTER_AREA if shrunk > 2 else cv2.INTER_LINEAR if shrunk > 1 else int(self.interpolation)
+
+
 class TrainTransform:
     """The training recipe.
 
@@ -147,11 +156,10 @@ class TrainTransform:
         steps: list[Any] = []
         if self._view is None:
             steps.append(
-                A.RandomResizedCrop(
+                _RandomResizedCrop(
                     size=(image_size, image_size),
                     scale=(augment.min_scale, 1.0),
                     interpolation=_CV2[recipe.interpolation],
-                    area_for_downscale="image",
                 )
             )
             if augment.hflip:

@@ -26,13 +26,13 @@ import numpy as np
 BATCH = 32
 
 
-def draw_photos(root: Path, count: int) -> None:
-    """Write ``count`` crops in four classes as train/, and a few of them as val/."""
+def draw_photos(root: Path, count: int, val: int = 32) -> None:
+    """Write ``count`` crops in four classes as train/, and ``val`` of them as val/."""
     from sklearn.datasets import load_sample_images
 
     photos = [cv2.cvtColor(image, cv2.COLOR_RGB2BGR) for image in load_sample_images().images]
     rng = np.random.default_rng(0)
-    for split, number in (("train", count), ("val", 32)):
+    for split, number in (("train", count), ("val", val)):
         for i in range(number):
             photo = photos[i % 2]
             top, left = rng.integers(0, photo.shape[0] - 240), rng.integers(0, photo.shape[1] - 320)
