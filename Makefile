@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: install quickstart test test-all lint types notebooks clean
+.PHONY: install quickstart test test-all lint types audit notebooks clean
 .DEFAULT_GOAL := quickstart
 
 install: $(VENV)/.installed
@@ -35,6 +35,11 @@ lint: install
 
 types: install
 	$(BIN)/mypy
+
+# Known holes in what is installed; it lists the packages that the index says nothing of.
+audit: install
+	$(BIN)/python -m pip install --quiet pip-audit
+	$(BIN)/pip-audit --local --skip-editable --progress-spinner off
 
 notebooks: install
 	$(BIN)/python -m pytest -m '' tests/test_notebooks.py

@@ -55,7 +55,7 @@ class AugmentSettings:
     """
 
     name: RecipeName = "light"
-    min_scale: float = 0.35
+    min_scale: float = 0.6
     hflip: float = 0.5
     num_ops: int = 2
     magnitude: float = 9.0
