@@ -80,6 +80,11 @@ def rows_of(path):
 EMA = ("--model.ema", 0.9)
 ACCUMULATE = ("--trainer.accumulate_grad_batches", 4)
 WORKERS = ("--data.num_workers", 2)
+# Everything that changes with the epoch or the batch: what trains, the images' size, which are blended.
+CHANGING = (
+    "--model.strategy", "staged", "--data.size_schedule", "[[0, 32], [2, 48]]", "--data.augment.mixup", 0.4,
+    "--data.augment.cutmix", 1.0, "--model.loss", "bce", "--model.schedule", "plateau", "--data.cache", "disk", *EMA,
+)  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -88,6 +93,9 @@ WORKERS = ("--data.num_workers", 2)
         (9, -1, ()),  # mid-epoch; the last save is of the step before
         (3, -1, ACCUMULATE),
         (9, 600, (*WORKERS, *EMA)),  # saved at the end of an epoch only
+        (14, -1, CHANGING),  # in the third epoch, in which all trains and the images are larger
+        pytest.param(5, -1, CHANGING, marks=pytest.mark.slow),  # the head alone has been trained
+        pytest.param(7, 600, (*CHANGING, *WORKERS), marks=pytest.mark.slow),
         pytest.param(12, -1, EMA, marks=pytest.mark.slow),  # an epoch's first step
         pytest.param(11, -1, WORKERS, marks=pytest.mark.slow),  # an epoch's last step
     ],
@@ -104,7 +112,7 @@ def test_the_number_of_workers_does_not_matter(whole):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("settings", [(), (*EMA, *WORKERS), (*ACCUMULATE, *EMA)], ids=str)
+@pytest.mark.parametrize("settings", [(), (*EMA, *WORKERS), (*ACCUMULATE, *EMA), CHANGING], ids=str)
 @pytest.mark.parametrize("save_every", [-1, 600])
 def test_killed_at_every_step(whole, home, tmp_path, settings, save_every):
     steps = 6 if ACCUMULATE[0] in settings else STEPS
