@@ -62,7 +62,7 @@ def ours(o: argparse.Namespace, root: Path, seed: int, out: Path, *extra: str) -
 def peer(o: argparse.Namespace, root: Path, seed: int, out: Path, python: str, name: str, tuned: str) -> Result:
     """A loop of this file, in a process of its own."""
     said, _ = run([python, HERE, name, root, o.weights or "-", o.epochs, o.size, seed, tuned], o.threads, out)
-    top1, f1, seconds = json.loads(said.splitlines()[-1])
+    top1, f1, seconds = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
     return top1, f1, seconds
 
 
