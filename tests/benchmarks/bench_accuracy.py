@@ -17,9 +17,11 @@ Every process computes in --threads threads. timm's own validate.py says no macr
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import re
+import shlex
 import statistics
 import subprocess
 import sys
@@ -57,6 +59,10 @@ def ours(o: argparse.Namespace, root: Path, seed: int, out: Path, *extra: str) -
     run([sys.executable, "-m", "rexnet_lit", *test], o.threads, out)
     metrics = json.loads((folder / "report" / "metrics.json").read_text())
     return metrics["top1"], metrics["macro_f1"], seconds
+
+
+def _varied(vary: str, o: argparse.Namespace, root: Path, seed: int, out: Path) -> Result:
+    return ours(o, root, seed, out, *shlex.split(vary))
 
 
 def peer(o: argparse.Namespace, root: Path, seed: int, out: Path, python: str, name: str, tuned: str) -> Result:
@@ -181,10 +187,13 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--timm", type=lambda path: Path(path).absolute(), help="timm's train.py")
     parser.add_argument("--fastai", help="a Python that has fastai, scikit-learn and timm")
+    vary_help = "also run ours with these settings, such as '--model.strategy.bn frozen'; may be repeated"
+    parser.add_argument("--vary", action="append", default=[], help=vary_help)
     parser.add_argument("--only", default="", help="run what has this in its name")
     o = parser.parse_args()
     tools: dict[str, Any] = {
         "rexnet_lit": ours,
+        **{f"rexnet_lit {vary}": functools.partial(_varied, vary) for vary in o.vary},
         "plain loop, default": lambda *a: peer(*a, sys.executable, "plain", "default"),
         "plain loop, tuned": lambda *a: peer(*a, sys.executable, "plain", "tuned"),
     }
