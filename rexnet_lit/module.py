@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from rexnet_lit import checkpoint, network, probe, strategies
+from rexnet_lit import checkpoint, network, probe, process, strategies
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import UserError
 from rexnet_lit.losses import LossSettings, build_loss
@@ -48,6 +48,8 @@ class RexNetModule(pl.LightningModule):
         ema: Decay per step of the exponential moving average of the weights that is then validated and shipped
             (0.999, say); 0 for none.
         drop_path_rate: Stochastic depth: share of residual branches dropped in the last block while training.
+        grad_checkpointing: Compute the activations again in the backward pass instead of keeping them: about a quarter
+            slower, for larger batches or images on a small GPU. BatchNorm's running statistics see each batch twice.
         keep_matching_classes: Where the starting weights know a class by its name, start from their row of the head.
         num_classes: K; from the data.
         class_names: One per logit; from the data.
@@ -69,6 +71,7 @@ class RexNetModule(pl.LightningModule):
         loss: LossSettings = LossSettings(),  # noqa: B008
         ema: float = 0.0,
         drop_path_rate: float = 0.0,
+        grad_checkpointing: bool = False,
         keep_matching_classes: bool = False,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
@@ -86,6 +89,8 @@ class RexNetModule(pl.LightningModule):
         self.spec = ModelSpec(backbone, names, head, network.eval_recipe(backbone, image_size))
         self.train_size = image_size or network.train_size(backbone)
         self.network = network.build_network(backbone, len(names), head, drop_path_rate=drop_path_rate)
+        if grad_checkpointing:
+            cast(Any, self.network).set_grad_checkpointing(True)
         self.loss_settings = _settings(LossSettings, loss)
         self.loss = build_loss(self.loss_settings, [1] * len(names))
         self._plateau: Plateau | None = None
@@ -182,7 +187,12 @@ class RexNetModule(pl.LightningModule):
             if self._solved:
                 raise UserError("model.strategy.solver: logistic needs an ImageFolderDataModule")
             return
-        views = settings.views or int(data.augment.fixed)
+        views = settings.views or int(data.augment.fixed and not data.size_schedule)
+        width: int = cast(Any, self.network).head_hidden_size
+        needed = 4 * width * max(views, 1) * len(data.splits()["train"])
+        if settings.name == "linear_probe" and views and needed > process.free_memory() / 2:
+            rank_zero_only(print)(f"The features would fill {needed / 1e9:.0f} GB: they are computed in each epoch.")
+            views = 0
         cached = settings.name == "linear_probe" and (views > 0 or self._nothing_left)
         resumed = self.trainer.ckpt_path is not None
         if not cached and (resumed or not self._solved):

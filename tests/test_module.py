@@ -234,6 +234,18 @@ def test_starting_from_timm_s_weights_replaces_the_head(tmp_path, capsys):
     assert equal(state_of(model_of(weights=str(tmp_path / "three.safetensors"))), dict(same_size.state_dict()))
 
 
+def test_gradient_checkpointing_changes_no_gradient():
+    images, targets = torch.randn(4, 3, 64, 64), torch.tensor([0, 1, 2, 1])
+    grads = []
+    for checkpointing in (False, True):
+        module = model_of(grad_checkpointing=checkpointing, drop_path_rate=0.2).train()
+        torch.manual_seed(1)
+        module.loss(module(images), targets).backward()
+        grads.append({name: p.grad for name, p in module.network.named_parameters()})
+    for name, grad in grads[0].items():
+        torch.testing.assert_close(grad, grads[1][name], rtol=1e-4, atol=1e-6)
+
+
 def test_rows_of_classes_that_the_weights_know(tmp_path, capsys):
     """Two of three classes are known by name, in another order: their rows are taken, the third's is new."""
     source = build_network("rexnet_100", 4).eval()
