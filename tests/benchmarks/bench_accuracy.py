@@ -22,13 +22,14 @@ import json
 import os
 import re
 import shlex
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 HERE, CONFIGS = Path(__file__), Path(__file__).parents[2] / "configs"
 Result = tuple[float, float, float]
@@ -215,8 +216,8 @@ def main() -> None:
                 with tempfile.TemporaryDirectory() as out:
                     found.append(tool(o, root, seed, Path(out)))
             columns = [[100 * r[0] for r in found], [100 * r[1] for r in found], [r[2] for r in found]]
-            cells = [f"{statistics.mean(c):.1f} ({statistics.pstdev(c):.1f})" for c in columns[:2]]
-            print(f"| {name} | {' | '.join(cells)} | {statistics.mean(columns[2]):.0f} |", flush=True)
+            cells = [f"{np.mean(c):.1f} ({np.std(c):.1f})" for c in columns[:2]]
+            print(f"| {name} | {' | '.join(cells)} | {np.mean(columns[2]):.0f} |", flush=True)
 
 
 if __name__ == "__main__":
