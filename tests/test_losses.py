@@ -26,6 +26,14 @@ def test_cross_entropy_is_torch_s(smoothing, targets):
     torch.testing.assert_close(ours(LOGITS, targets), theirs(LOGITS, targets))
 
 
+def test_label_smoothing_by_hand():
+    """Szegedy et al. 2016: a share s of the target spread over all K classes, the true one included."""
+    wanted = torch.full((4, 3), 0.3 / 3)
+    wanted[range(4), TARGETS] += 0.7
+    found = build_loss(LossSettings(label_smoothing=0.3), EVEN)(LOGITS, TARGETS)
+    torch.testing.assert_close(found, -(wanted * LOGITS.softmax(1).log()).sum(1).mean())
+
+
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 def test_bce_is_timm_s(smoothing):
     ours = build_loss(LossSettings("bce", label_smoothing=smoothing), EVEN)
@@ -65,6 +73,7 @@ def test_two_processes_average_to_one():
         ({"name": "hinge"}, "model.loss.name is 'hinge'; expected one of cross_entropy, focal, bce"),
         ({"class_weights": "some"}, "model.loss.class_weights is 'some'; expected none or auto"),
         ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
+        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
         ({"gamma": -1}, "model.loss.gamma is -1"),
     ],
 )

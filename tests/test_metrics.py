@@ -9,8 +9,6 @@ import pytest
 import torch
 from sklearn.metrics import f1_score, log_loss, top_k_accuracy_score
 
-from rexnet_lit.errors import UserError
-from rexnet_lit.losses import LossSettings, build_loss
 from rexnet_lit.metrics import build_metrics
 
 
@@ -84,19 +82,3 @@ def test_half_precision_logits_are_measured_in_full():
     metrics.update(logits, targets)
     probs = softmax(logits.double().numpy())
     assert float(metrics.compute()["loss"]) == pytest.approx(log_loss(targets, probs, labels=range(3)), rel=1e-6)
-
-
-def test_label_smoothing_by_hand():
-    """Szegedy et al. 2016: a share s of the target spread over all K classes, the true one included."""
-    logits, targets = np.array([[2.0, 0.0, -1.0], [0.5, 0.5, 0.5]]), np.array([0, 1])
-    log_probs = np.log(softmax(logits))
-    wanted = np.full((2, 3), 0.3 / 3)
-    wanted[[0, 1], targets] += 0.7
-    loss = build_loss(LossSettings(label_smoothing=0.3))(torch.from_numpy(logits), torch.from_numpy(targets))
-    assert float(loss) == pytest.approx(-(wanted * log_probs).sum(1).mean())
-
-
-@pytest.mark.parametrize("settings", [{"label_smoothing": 1.0}, {"label_smoothing": -0.1}, {"name": "focal"}])
-def test_wrong_loss_settings(settings):
-    with pytest.raises(UserError, match=r"^model\.loss\."):
-        LossSettings(**settings)
