@@ -91,7 +91,7 @@ CHANGING = (
     ("step", "save_every", "settings"),
     [
         (9, -1, ()),  # mid-epoch; the last save is of the step before
-        (3, -1, ACCUMULATE),
+        pytest.param(3, -1, ACCUMULATE, marks=pytest.mark.slow),
         (14, 600, (*CHANGING, *WORKERS)),  # saved at the end of an epoch only; all trains now, on larger images
         pytest.param(5, -1, CHANGING, marks=pytest.mark.slow),  # the head alone has been trained
         pytest.param(9, 600, (*WORKERS, *EMA), marks=pytest.mark.slow),
