@@ -19,9 +19,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
-import PIL
 from numpy.typing import NDArray
 
 from rexnet_lit import decode, process
@@ -30,7 +28,6 @@ __all__ = ["DiskCache", "decode_all"]
 
 Image = NDArray[np.uint8]
 
-_RULES = f"1 {cv2.__version__} {PIL.__version__}"  # another decoder may see other pixels
 _LEFTOVER = 3600.0
 """Seconds after which a file that is still being written belongs to nobody."""
 
@@ -121,7 +118,7 @@ class DiskCache:
             status = os.stat(path)  # noqa: PTH116 - called once per sample: no Path objects
         except OSError as error:
             raise decode.DecodeError(error.strerror or type(error).__name__) from None
-        key = os.fsencode(path) + f"\0{status.st_size} {status.st_mtime_ns} {min_size} {_RULES}".encode()
+        key = os.fsencode(path) + f"\0{status.st_size} {status.st_mtime_ns} {min_size} {decode.RULES}".encode()
         name = hashlib.blake2b(key, digest_size=16).hexdigest()
         return os.path.join(self._folder, name[:2], f"{name}.npy")  # noqa: PTH118
 

@@ -33,6 +33,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+import PIL
 from numpy.typing import NDArray
 from PIL import (
     BmpImagePlugin,
@@ -62,6 +63,7 @@ __all__ = [
     "BACKGROUND",
     "MAX_BYTES",
     "MAX_PIXELS",
+    "RULES",
     "DecodeError",
     "ImageInfo",
     "decode",
@@ -70,6 +72,9 @@ __all__ = [
     "read",
     "read_bytes",
 ]
+
+RULES = f"1 {cv2.__version__} {PIL.__version__}"
+"""What is kept of decoded files holds for these decoders; others may see other pixels, or judge differently."""
 
 MAX_BYTES = 256 * 1024 * 1024
 BACKGROUND = (255, 255, 255)

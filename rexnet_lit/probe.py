@@ -58,13 +58,14 @@ def solve(
     from sklearn.linear_model import LogisticRegression
 
     mean, spread = features.mean(0), features.std(0) + 1e-6
+    standardised = (features - mean) / spread
     regression = LogisticRegression(warm_start=True, max_iter=500)
     best: SolvedHead | None = None
     for strength in STRENGTHS:
         regression.C = strength
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", ConvergenceWarning)  # at the weakest regularisations, which do not win
-            regression.fit((features - mean) / spread, targets)
+            regression.fit(standardised, targets)
         slopes, offsets = regression.coef_.astype(np.float64), regression.intercept_.astype(np.float64)
         if len(slopes) == 1:  # of two classes scikit-learn keeps the difference
             slopes, offsets = np.concatenate([-slopes, slopes]) / 2, np.concatenate([-offsets, offsets]) / 2

@@ -18,11 +18,9 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-import cv2
 import numpy as np
-import PIL
 
-from rexnet_lit.decode import DecodeError, decode, read_bytes
+from rexnet_lit.decode import RULES, DecodeError, decode, read_bytes
 from rexnet_lit.folder import Samples
 from rexnet_lit.process import cache_folder, cpu_count
 
@@ -38,7 +36,6 @@ MAX_BAD_FRACTION = 0.05
 """Above this share of unreadable files something else is wrong than a few files."""
 
 _CHUNK = 32  # files per task: enough to make a task's cost small, few enough for a progress bar
-_RULES = f"1 {cv2.__version__} {PIL.__version__}"  # another decoder may judge differently
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,7 +103,7 @@ class _Known:
     """
 
     def __init__(self, root: Path, *, enabled: bool) -> None:
-        name = hashlib.blake2b(os.fsencode(root) + _RULES.encode(), digest_size=16).hexdigest()
+        name = hashlib.blake2b(os.fsencode(root) + RULES.encode(), digest_size=16).hexdigest()
         self._file = cache_folder() / "quarantine" / f"{name}.npz" if enabled else None
         self._seen = self._load()
         self._news: dict[bytes, str] = {}

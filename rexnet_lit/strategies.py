@@ -98,11 +98,9 @@ class OptimizerSettings:
     base_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for key, value, high in (
-            ("lr", 1e-3 if self.lr is None else self.lr, 100),
-            ("layer_decay", self.layer_decay, 1),
-        ):
-            if not 0 < value <= high:
+        for key, high in (("lr", 100), ("layer_decay", 1)):
+            value = getattr(self, key)
+            if value is not None and not 0 < value <= high:
                 raise UserError(f"model.optimizer.{key} is {value}; expected above 0 and up to {high}")
         from timm.optim import list_optimizers
 
