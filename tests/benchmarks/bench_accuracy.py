@@ -3,8 +3,10 @@
     python tests/benchmarks/bench_accuracy.py --data DIR --data DIR2 --weights FILE.safetensors --epochs 5 --size 64 \\
         --seeds 0 1 2 --timm PATH/TO/timm/train.py --fastai PATH/TO/python-that-has-fastai
 
-Each DIR holds train/, val/ and test/. Without --weights all train from scratch. The others run at their documented
-defaults, and once tuned (the learning rate that was best of three on one of the datasets):
+Each DIR holds train/, val/ and test/, of which --per-class takes that many images of each class (the seed draws them;
+half as many for validation). Without --weights all train from scratch; with them, the head that is solved on the frozen
+features (configs/linear_probe.yaml) takes part too. The others run at their documented defaults, and once tuned (the
+learning rate that was best of three on one of the datasets):
 
 - a plain loop: timm's network in channels_last, torchvision's classification reference (SGD 0.1, momentum 0.9,
   steps), or AdamW 0.001 with a cosine;
@@ -22,6 +24,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -46,11 +49,11 @@ def run(command: list[object], threads: int, cwd: Path) -> tuple[str, float]:
     return done.stdout + done.stderr, time.monotonic() - started
 
 
-def ours(o: argparse.Namespace, root: Path, seed: int, out: Path, *extra: str) -> Result:
-    """The shipped default, with only what it must be told."""
+def ours(o: argparse.Namespace, root: Path, seed: int, out: Path, *extra: str, config: str = "finetune") -> Result:
+    """A shipped config, with only what it must be told."""
     start = ["--model.weights", o.weights] if o.weights else ["--model.pretrained", "false"]
     command: list[object] = [
-        sys.executable, "-m", "rexnet_lit", "fit", "--config", CONFIGS / "finetune.yaml", "--data.root", root, *start,
+        sys.executable, "-m", "rexnet_lit", "fit", "--config", CONFIGS / f"{config}.yaml", "--data.root", root, *start,
         "--data.image_size", o.size, "--trainer.max_epochs", o.epochs, "--seed_everything", seed,
         "--trainer.accelerator", "cpu", "--trainer.default_root_dir", out, *extra,
     ]  # fmt: skip
@@ -60,6 +63,11 @@ def ours(o: argparse.Namespace, root: Path, seed: int, out: Path, *extra: str) -
     run([sys.executable, "-m", "rexnet_lit", *test], o.threads, out)
     metrics = json.loads((folder / "report" / "metrics.json").read_text())
     return metrics["top1"], metrics["macro_f1"], seconds
+
+
+def solved(*args: Any) -> Result:
+    """The head alone, solved on features that are computed once: there are no epochs."""
+    return ours(*args, "--model.strategy.solver", "logistic", config="linear_probe")
 
 
 def _varied(vary: str, o: argparse.Namespace, root: Path, seed: int, out: Path) -> Result:
@@ -172,6 +180,17 @@ def fastai_loop(root: str, weights: str, epochs: int, size: int, seed: int, tune
     return top1, float(f1_score(truth, predicted, average="macro")), seconds
 
 
+def draw(root: Path, per_class: int, seed: int, target: Path) -> Path:
+    """Copy at most ``per_class`` images of each class and split of ``root``, half as many for validation."""
+    for split, count in (("train", per_class), ("val", per_class // 2), ("test", per_class)):
+        for folder in sorted((root / split).iterdir()):
+            files = sorted(folder.iterdir())
+            (target / split / folder.name).mkdir(parents=True)
+            for i in np.random.default_rng(seed).permutation(len(files))[:count]:
+                shutil.copy(files[i], target / split / folder.name)
+    return target
+
+
 def main() -> None:
     """Run all on all folders, seed by seed, and print a table for each folder."""
     if len(sys.argv) > 1 and sys.argv[1] in ("plain", "fastai"):
@@ -184,6 +203,7 @@ def main() -> None:
     parser.add_argument("--weights", type=lambda path: Path(path).absolute())
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--size", type=int, default=64)
+    parser.add_argument("--per-class", type=int, help="images; all of them by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--timm", type=lambda path: Path(path).absolute(), help="timm's train.py")
@@ -194,6 +214,7 @@ def main() -> None:
     o = parser.parse_args()
     tools: dict[str, Any] = {
         "rexnet_lit": ours,
+        **({"rexnet_lit, solved head": solved} if o.weights else {}),
         **{f"rexnet_lit {vary}": functools.partial(_varied, vary) for vary in o.vary},
         "plain loop, default": lambda *a: peer(*a, sys.executable, "plain", "default"),
         "plain loop, tuned": lambda *a: peer(*a, sys.executable, "plain", "tuned"),
@@ -206,15 +227,17 @@ def main() -> None:
         tools["fastai, tuned"] = lambda *a: peer(*a, o.fastai, "fastai", "tuned")
     for root in (path.absolute() for path in o.data):
         start = "from the weights" if o.weights else "from scratch"
-        print(f"\n{root.name}, {o.epochs} epochs at {o.size} px, {start}: mean (spread) of {len(o.seeds)} seeds")
+        drawn = f" ({o.per_class} a class)" if o.per_class else ""
+        print(f"\n{root.name}{drawn}, {o.epochs} epochs at {o.size} px, {start}: mean (spread) of {len(o.seeds)} seeds")
         print("| | test top-1 % | macro F1 % | seconds |\n|---|---|---|---|")
         for name, tool in tools.items():
             if o.only not in name:
                 continue
             found: list[Result] = []
             for seed in o.seeds:
-                with tempfile.TemporaryDirectory() as out:
-                    found.append(tool(o, root, seed, Path(out)))
+                with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as data:
+                    given = draw(root, o.per_class, seed, Path(data) / root.name) if o.per_class else root
+                    found.append(tool(o, given, seed, Path(out)))
             columns = [[100 * r[0] for r in found], [100 * r[1] for r in found], [r[2] for r in found]]
             cells = [f"{np.mean(c):.1f} ({np.std(c):.1f})" for c in columns[:2]]
             print(f"| {name} | {' | '.join(cells)} | {np.mean(columns[2]):.0f} |", flush=True)
