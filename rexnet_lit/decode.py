@@ -40,7 +40,6 @@ from PIL import (
     GifImagePlugin,
     Image,
     ImageFile,
-    ImageOps,
     JpegImagePlugin,
     PngImagePlugin,
     TiffImagePlugin,
@@ -181,7 +180,8 @@ def from_pil(image: Image.Image) -> NDArray[np.uint8]:
     """
     try:
         check_size(*image.size, image.format or "image")
-        return _pillow_to_rgb(ImageOps.exif_transpose(image))
+        # As in `decode`: not what XMP says, which Pillow would follow too. Pillow turns its TIFFs itself.
+        return _turn(_pillow_to_rgb(image), exif_orientation(image.info.get("exif", b"")))
     except DecodeError:
         raise
     except Exception as error:

@@ -9,6 +9,7 @@ Sources: ITU-T T.81 annex B (JPEG), the PNG specification, RFC 9649 (WebP), TIFF
 from __future__ import annotations
 
 import dataclasses
+import re
 import struct
 import zlib
 from collections.abc import Callable
@@ -29,6 +30,8 @@ __all__ = [
 MAX_PIXELS = 80_000_000
 """Above every ordinary camera (a 61-megapixel full frame fits), below what 16 workers could not hold."""
 
+_MAX_PARTS = 100_000  # Segments or chunks; a picture of our limit in the smallest parts that programs write has fewer.
+_FILL = re.compile(rb"\xff+")  # before a JPEG's marker
 _MAX_SCANS = 500  # A progressive JPEG has about ten; thousands are an attack on the decoder's time.
 
 
@@ -160,12 +163,11 @@ def _jpeg(data: bytes) -> Header:
     """Walk the segments up to the first scan, and make sure that the last scan ends."""
     width = height = components = 0
     frame, exif, at = 0, b"", 2
-    while True:
-        at = data.find(b"\xff", at, at + 65536)  # decoders skip stray bytes between segments
-        while data[at : at + 2] == b"\xff\xff":
-            at += 1
-        if at < 0 or at + 4 > len(data):
+    for _ in range(_MAX_PARTS):
+        marked = _FILL.search(data, at, at + 65536)  # decoders skip stray bytes between segments
+        if marked is None or marked.end() + 3 > len(data):
             raise DecodeError("truncated JPEG")
+        at = marked.end() - 1
         marker, length = data[at + 1], int.from_bytes(data[at + 2 : at + 4], "big")
         if marker in (0x00, 0x01) or 0xD0 <= marker <= 0xD9:  # these have no length
             at += 2
@@ -179,6 +181,8 @@ def _jpeg(data: bytes) -> Header:
         elif marker == 0xDA:
             break
         at += 2 + length
+    else:
+        raise DecodeError(f"damaged JPEG (more than {_MAX_PARTS} segments)")
     # Inside a scan 0xFF is always followed by a marker or 0x00, so what looks like an end marker is one.
     # Trailing bytes (a film, a depth map, padding) are common and harmless. It is near the back, mostly.
     if data.rfind(b"\xff\xd9", at) < 0:
@@ -193,11 +197,13 @@ def _png(data: bytes) -> Header:
     """Walk the chunks to the end, verify what carries the picture, and leave the rest away."""
     kept, exif, trns, frames, at = [data[:8]], b"", b"", 1, 8
     ihdr = b""
-    while True:
+    for _ in range(_MAX_PARTS):
         if at + 12 > len(data):
             raise DecodeError("truncated PNG")
         length, name = int.from_bytes(data[at : at + 4], "big"), data[at + 4 : at + 8]
         end = at + 12 + length
+        if not name.isalpha():
+            raise DecodeError("damaged PNG (a chunk without a name)")
         if end > len(data):
             raise DecodeError("truncated PNG")
         if name in (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS"):
@@ -214,6 +220,8 @@ def _png(data: bytes) -> Header:
         at = end
         if name == b"IEND":
             break
+    else:
+        raise DecodeError(f"damaged PNG (more than {_MAX_PARTS} chunks)")
     width, height, depth, colour = struct.unpack_from(">IIBB", ihdr)
     kind: Kind = "deep" if depth == 16 else "odd" if trns else "alpha" if colour in (4, 6) else "plain"
     # libpng comments on metadata on stderr (a damaged colour profile, say): it is not shown any.
@@ -229,6 +237,8 @@ def _webp(data: bytes) -> Header:
     exif, alpha = b"", False
     names: list[bytes] = []
     while at + 8 <= size:
+        if len(names) == _MAX_PARTS:
+            raise DecodeError(f"damaged WEBP (more than {_MAX_PARTS} chunks)")
         name, length = data[at : at + 4], int.from_bytes(data[at + 4 : at + 8], "little")
         body = data[at + 8 : at + 8 + length]
         names.append(name)

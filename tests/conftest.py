@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 import sys
+import tarfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -31,6 +32,18 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     ):
         config.addinivalue_line("filterwarnings", excused)
+
+
+@pytest.fixture(scope="session")
+def bombs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three real PNGs of 231 to 623 megapixels, where the data that the project is developed with is at hand."""
+    archive = Path(__file__).parents[2] / "shared" / "data" / "openclipart_huge.tar"
+    if not archive.is_file():
+        pytest.skip(f"{archive} is not here")
+    folder = tmp_path_factory.mktemp("bombs")
+    with tarfile.open(archive) as tar:
+        tar.extractall(folder, filter="data")
+    return folder / "openclipart_huge"
 
 
 @pytest.fixture(autouse=True)

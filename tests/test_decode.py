@@ -13,7 +13,6 @@ import subprocess
 import sys
 import time
 import zlib
-from pathlib import Path
 
 import cv2
 import numpy as np
@@ -25,8 +24,6 @@ from rexnet_lit.decode import BACKGROUND, MAX_BYTES, MAX_PIXELS, DecodeError, de
 
 # The module ignores Pillow's remarks for its callers; pytest's own filters would bring them back.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
-
-HUGE = Path(__file__).parents[2] / "data" / "openclipart_huge"  # real ones, where they were unpacked
 
 
 def photo(width: int = 120, height: int = 90, seed: int = 0) -> np.ndarray:
@@ -145,6 +142,18 @@ def test_fast_path_and_pillow_path_agree_on_other_formats(name):
 @pytest.mark.parametrize("name", SAMPLES)
 def test_an_open_image_comes_to_the_same_pixels(name):
     assert np.array_equal(from_pil(Image.open(io.BytesIO(SAMPLES[name]))), decode(SAMPLES[name]))
+
+
+def test_an_open_image_is_turned_as_its_file_is():
+    xmp = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+    data = encode(photo(60, 40), "JPEG", xmp=xmp)  # which Pillow's exif_transpose would follow
+    assert np.array_equal(from_pil(Image.open(io.BytesIO(data))), decode(data))
+    for orientation in range(1, 9):
+        for format in ("JPEG", "PNG", "WEBP"):
+            exif = Image.Exif()
+            exif[274] = orientation
+            data = encode(photo(60, 40), format, exif=exif)
+            assert np.array_equal(from_pil(Image.open(io.BytesIO(data))), decode(data))
 
 
 def test_an_open_image_is_turned_and_its_faults_are_decode_errors():
@@ -430,9 +439,28 @@ def test_a6_limit_lies_between_48_and_90_megapixels():
     assert decode(big, 200).shape == (750, 1000, 3)
 
 
-@pytest.mark.skipif(not HUGE.is_dir(), reason="needs shared/data/openclipart_huge")
-def test_a5_real_bombs_are_refused_at_once():
-    files = sorted(HUGE.rglob("*.png"))
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"\xff\xd8\xff" + b"\xff" * 2**24,
+        b"\xff\xd8" + b"\xff\x00" * 2**23,
+        b"\xff\xd8" + b"\xff\xe5\x00\x02" * 2**22,
+        b"\x89PNG\r\n\x1a\n" + bytes(2**24),
+        b"\x89PNG\r\n\x1a\n" + b"\0\0\0\0abCd\0\0\0\0" * 2**20,
+        b"RIFF" + struct.pack("<I", 2**24 + 4) + b"WEBP" + b"EMPT\0\0\0\0" * 2**21,
+    ],
+    ids=["fill bytes", "no markers", "segments", "zeros", "chunks", "RIFF chunks"],
+)
+def test_headers_without_end_cost_no_time(data):
+    """Each took seconds of Python before the limits, more than ten from 64 MB on."""
+    started = time.perf_counter()
+    with pytest.raises(DecodeError, match=r"truncated|damaged"):
+        decode(data)
+    assert time.perf_counter() - started < 1
+
+
+def test_a5_real_bombs_are_refused_at_once(bombs):
+    files = sorted(bombs.rglob("*.png"))
     assert len(files) == 3
     for file in files:
         started = time.perf_counter()

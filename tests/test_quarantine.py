@@ -16,7 +16,6 @@ from rexnet_lit.folder import PathList, Samples
 from rexnet_lit.process import cache_folder
 from rexnet_lit.quarantine import BadFile, csv_cell, find_bad, write_quarantine
 
-HUGE = Path(__file__).parents[2] / "data" / "openclipart_huge"  # real ones, where they were unpacked
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
 
 
@@ -201,10 +200,9 @@ def test_a29_a_missing_file_is_bad_and_not_remembered(tmp_path):
     assert 0 not in dict(find_bad(samples))
 
 
-@pytest.mark.skipif(not HUGE.is_dir(), reason="needs the real bombs")
-def test_a5_real_bombs_are_found():
-    names = [os.fsencode(p.relative_to(HUGE)) for p in sorted(HUGE.rglob("*.png"))]
-    samples = Samples(HUGE, PathList(names), np.zeros(3, np.int64))
+def test_a5_real_bombs_are_found(bombs):
+    names = [os.fsencode(p.relative_to(bombs)) for p in sorted(bombs.rglob("*.png"))]
+    samples = Samples(bombs, PathList(names), np.zeros(3, np.int64))
     found = find_bad(samples, workers=1)
     assert [i for i, _ in found] == [0, 1, 2]
     assert all("megapixels" in reason for _, reason in found)
