@@ -150,7 +150,7 @@ class TrainTransform:
     def __init__(self, augment: AugmentSettings, recipe: EvalRecipe, image_size: int) -> None:
         self.recipe = dataclasses.replace(recipe, image_size=image_size)
         self._view = EvalTransform(self.recipe) if augment.name == "none" else None
-        # A crop that keeps the least area must still hold image_size pixels a side.
+        # A crop that keeps the least area must still hold as many pixels as the input has.
         scale = 1.0 if augment.name == "none" else math.sqrt(augment.min_scale)
         self.min_size = self._view.min_size if self._view else math.ceil(image_size / scale)
         steps: list[Any] = []
@@ -279,17 +279,28 @@ def _try_out(steps: list[Any], size: int) -> None:
     """
     image: Any = np.tile(np.linspace(0, 255, size, dtype=np.uint8)[:, None, None], (1, size, 3))
     for number, step in enumerate(steps):
-        here, name = f"data.augment.transforms[{number}]", type(step).__name__
-        try:
-            result = A.Compose([step], seed=0)(image=image)["image"]
-        except Exception as error:
-            raise UserError(f"{here}: {name} fails on an image: {error}") from None
-        if getattr(result, "dtype", None) != np.uint8 or result.shape != image.shape:
-            raise UserError(
-                f"{here}: {name} must map uint8 {image.shape} to the same; got {type(result).__name__} of "
-                f"{getattr(result, 'dtype', None)} {tuple(getattr(result, 'shape', ()))} (resizing and normalisation "
-                "are done for you)"
-            )
+        for part in _alternatives(step):
+            here, name = f"data.augment.transforms[{number}]", type(part).__name__
+            probability, part.p = part.p, 1.0  # what is rarely drawn is tried too
+            for seed in range(8):
+                try:
+                    result = A.Compose([part], seed=seed)(image=image)["image"]
+                except Exception as error:
+                    raise UserError(f"{here}: {name} fails on an image: {error}") from None
+                if getattr(result, "dtype", None) != np.uint8 or result.shape != image.shape:
+                    raise UserError(
+                        f"{here}: {name} must map uint8 {image.shape} to the same; got {type(result).__name__} of "
+                        f"{getattr(result, 'dtype', None)} {tuple(getattr(result, 'shape', ()))} (resizing and "
+                        "normalisation are done for you)"
+                    )
+            part.p = probability
+
+
+def _alternatives(step: Any) -> list[Any]:
+    """Return the steps of which a choice such as ``OneOf`` may take one alone; else the step itself."""
+    if not isinstance(step, A.BaseCompose) or isinstance(step, A.Sequential | A.Compose):
+        return [step]
+    return [part for inner in step.transforms for part in _alternatives(inner)]
 
 
 def build_pipeline(steps: Sequence[Any], where: str = "data.augment.transforms") -> list[Any]:

@@ -302,6 +302,8 @@ def test_a_nested_pipeline_draws_from_the_seed():
         (["Normalize"], r"\[0\]: Normalize must map uint8 .* got ndarray of float32"),
         (["HorizontalFlip", "ToTensorV2"], r"\[1\]: ToTensorV2 must map uint8 .* got Tensor"),
         ([{"Resize": {"height": 9, "width": 9}}], r"\[0\]: Resize must map uint8 \(48, 48, 3\) to the same"),
+        ([{"Resize": {"height": 9, "width": 9, "p": 0.01}}], r"\[0\]: Resize must map"),  # rare, but it would come
+        ([{"OneOf": {"transforms": ["Blur", "ToFloat"]}}], r"\[0\]: ToFloat must map"),
         ([{"RandomCrop": {"height": 99, "width": 99}}], r"\[0\]: RandomCrop fails on an image"),
     ],
 )
