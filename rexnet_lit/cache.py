@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rexnet_lit import decode, process
+from rexnet_lit.errors import UserError
 
 __all__ = ["DiskCache", "decode_all"]
 
@@ -61,24 +62,35 @@ def decode_all(paths: Sequence[str], min_size: int, limit: float | None = None) 
 class DiskCache:
     """Reads images, and keeps what was decoded.
 
-    Processes share it: the folder, and the bytes that are left.
+    Processes share it: the folder, and the bytes that are left. When none are left, what no run has read since this one
+    began makes room, the longest unread first; then nothing more is kept. (Two runs that fill it at the same time each
+    count their own bytes; the next one to start takes away what is too much.)
 
     Args:
         folder: Where; the user's cache folder by default.
-        limit: Bytes that all of it may fill; half of what is there and free by default. Where there is more, the
-            longest unread goes first.
+        limit: Bytes that all of it may fill; half of what is there and free by default.
         sharers: Processes that make one for the same run.
+
+    Raises:
+        UserError: The folder cannot be made.
     """
 
     def __init__(self, folder: Path | None = None, limit: float | None = None, sharers: int = 1) -> None:
         self._folder = folder or process.cache_folder() / "decoded"
-        self._folder.mkdir(parents=True, exist_ok=True)
-        used = self._tidy(limit)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"data.cache: {self._folder}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours, "
+                            "or data.cache to ram or none") from None  # fmt: skip
+        self._started = time.time()
+        self._old = self._tidy()
+        used = sum(size for _, size, _ in self._old)
         bound = limit if limit is not None else (used + shutil.disk_usage(self._folder).free) / 2
         self._left = multiprocessing.Value("d", (bound - used) / sharers)
+        self._make_room(0)
 
-    def _tidy(self, limit: float | None) -> int:
-        """Remove what killed runs have left, and the longest unread above the limit; return the bytes that stay."""
+    def _tidy(self) -> list[tuple[float, int, str]]:
+        """Remove what killed runs have left; return time, bytes and path of all images, the longest unread last."""
         files: list[tuple[float, int, str]] = []
         for folder in os.scandir(self._folder):
             for entry in os.scandir(folder) if folder.is_dir() else ():
@@ -88,13 +100,17 @@ class DiskCache:
                         files.append((status.st_mtime, status.st_size, entry.path))
                     elif time.time() - status.st_mtime > _LEFTOVER:
                         Path(entry.path).unlink()
-        used = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
-            if limit is None or used <= limit:
-                break
-            Path(path).unlink(missing_ok=True)
-            used -= size
-        return used
+        return sorted(files, reverse=True)
+
+    def _make_room(self, size: int) -> bool:
+        """Say whether ``size`` bytes are left, if need be without what has not been read since the run began."""
+        while self._left.value < size and self._old:
+            _, freed, path = self._old.pop()
+            with contextlib.suppress(OSError):  # gone: another process has counted it
+                if os.stat(path).st_mtime < self._started:  # noqa: PTH116
+                    os.unlink(path)  # noqa: PTH108
+                    self._left.value += freed
+        return bool(self._left.value >= size)
 
     def read(self, path: str, min_size: int) -> Image:
         """Return what `decode.read` would.
@@ -124,7 +140,7 @@ class DiskCache:
 
     def _keep(self, file: str, image: Image) -> None:
         with self._left.get_lock():
-            if self._left.value < image.nbytes:
+            if not self._make_room(image.nbytes):
                 return
             self._left.value -= image.nbytes
         folder = os.path.dirname(file)  # noqa: PTH120

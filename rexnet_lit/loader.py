@@ -274,6 +274,11 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.samples)
 
+    @property
+    def images_bytes(self) -> int:
+        """Bytes of decoded images in memory."""
+        return sum(image.nbytes for image in self.images or () if image is not None)
+
     def read(self, index: int) -> NDArray[np.uint8]:
         """Return image ``index`` as uint8 (H, W, 3).
 

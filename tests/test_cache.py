@@ -15,6 +15,8 @@ from conftest import draw_shape
 
 from rexnet_lit import decode, process
 from rexnet_lit.cache import DiskCache, decode_all
+from rexnet_lit.data import ImageFolderDataModule
+from rexnet_lit.errors import UserError
 
 
 @pytest.fixture
@@ -82,12 +84,34 @@ def test_the_limit_holds_and_what_does_not_fit_is_decoded(tmp_path, make_shapes)
         for path in paths:
             np.testing.assert_array_equal(cache.read(path, 32), decode.read(path, 32))
     assert len(kept(tmp_path / "cache")) == 2
+    before = kept(tmp_path / "cache")
     smaller = DiskCache(tmp_path / "cache", limit=1.5 * one)  # the longest unread goes
     assert len(kept(tmp_path / "cache")) == 1
+    other = make_shapes(tmp_path / "other", train=6, size=40)  # another dataset is not kept out by the first
+    cache = DiskCache(tmp_path / "cache", limit=2.5 * one)
+    for path in sorted(map(str, other.rglob("*.png"))):
+        cache.read(path, 32)
+    assert len(kept(tmp_path / "cache")) == 2
+    assert not set(before) & set(kept(tmp_path / "cache"))
     smaller.read(paths[-1], 32)
     images = decode_all(paths, 32, limit=3 * one)
     assert sum(image is not None for image in images) in (3, 4)  # two threads may overdraw it
     assert sum(image is not None for image in decode_all(paths, 32)) == len(paths)
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"data\.cache: .*file/cache: Not a directory; set XDG_CACHE_HOME"):
+        DiskCache(tmp_path / "file" / "cache")
+
+
+def test_both_splits_share_the_memory_that_is_asked_for(tmp_path, make_shapes):
+    root = make_shapes(tmp_path / "d", train=6, val=6, size=40)
+    one = decode.read(next(map(str, root.rglob("*.png"))), 32).nbytes
+    data = ImageFolderDataModule(str(root), image_size=32, num_workers=0, cache="ram", cache_gb=20 * one / 1e9)
+    with pytest.warns(UserWarning, match="do not fit into the memory"):
+        data.setup("fit")
+    assert 19 * one <= sum(data._datasets[name].images_bytes for name in ("train", "val")) <= 22 * one
 
 
 def test_a_disk_that_takes_nothing_harms_nobody(photo, tmp_path, monkeypatch):
