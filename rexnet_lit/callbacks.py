@@ -78,8 +78,17 @@ class RunFiles(Callback):
             print(f"{len(data.bad_files)} image(s) cannot be read and are left out: {target}", flush=True)  # noqa: T201
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the best weights, with the model's description, as the file to share."""
+        """Write the best weights, with the model's description, as the file to share; list files lost meanwhile."""
         self._ship(trainer, pl_module)
+        data = _data(trainer)
+        if data is None or trainer.log_dir is None or not trainer.is_global_zero:
+            return
+        lost = data.lost_files()
+        if lost:
+            target = Path(trainer.log_dir) / "quarantine.csv"
+            quarantine.write_quarantine([*data.bad_files, *lost], target)
+            others = "others of their class stood in for them"
+            print(f"{len(lost)} image(s) were lost during the run, {others}: {target}", flush=True)  # noqa: T201
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Ship what there is when the run is stopped early; what stopped it is told, not what this may meet."""
@@ -275,6 +284,8 @@ class TestReport(_Collector):
             facts=facts,
             history=_history(self.folder / "metrics.csv"),
         )
+        if data.bad_files:
+            quarantine.write_quarantine(data.bad_files, target / "quarantine.csv")
 
 
 def _history(path: Path) -> list[dict[str, float]]:

@@ -39,8 +39,10 @@ def _check(args: argparse.Namespace) -> int:
 
     from rexnet_lit import doctor
 
-    if not Path(args.dir).is_dir():
+    if not args.dir or not Path(args.dir).is_dir():
         raise UserError(f"check: there is no folder {args.dir!r}")
+    if args.config and not args.report:
+        raise UserError("check: --config shows its augmentation in the page; name one: --report FILE.html")
     checkup = doctor.check(args.dir)
     if args.json:
         print(json.dumps(checkup.to_dict(), indent=2))  # noqa: T201

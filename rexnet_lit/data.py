@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -18,7 +19,7 @@ from torch.utils.data import DataLoader
 from rexnet_lit import decode, process, quarantine
 from rexnet_lit.cache import DiskCache, decode_all
 from rexnet_lit.errors import UserError
-from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan
+from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan, some
 from rexnet_lit.loader import (
     BatchSampler,
     FeatureDataset,
@@ -111,8 +112,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.size_schedule = size_schedule
         if cache not in ("none", "ram", "disk"):
             raise UserError(f"data.cache is {cache!r}; expected none, ram or disk")
-        if cache_gb is not None and cache_gb <= 0:
+        if cache_gb is not None and not cache_gb > 0:
             raise UserError(f"data.cache_gb is {cache_gb}; expected above 0, or data.cache none")
+        if not 0 <= max_bad_fraction <= 1:
+            raise UserError(f"data.max_bad_fraction is {max_bad_fraction}; expected a fraction from 0 to 1")
         self.record = DataRecord(
             _absolute(root),
             _absolute(split_file),
@@ -129,7 +132,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
         self._disk: DiskCache | None = None
         self.max_bad_fraction, self.predict_output = max_bad_fraction, predict_output
-        self.predict_samples = _unlabelled(predict_path) if predict_path is not None else None
+        self.predict_samples: Samples | None = None
+        self.predict_notes: tuple[str, ...] = ()
+        if predict_path is not None:
+            self.predict_samples, self.predict_notes = _unlabelled(predict_path)
         self.eval_recipe: EvalRecipe | None = None
         """The preprocessing; a trainer's model decides it in `setup`."""
         self.train_size: int | None = image_size
@@ -181,8 +187,13 @@ class ImageFolderDataModule(pl.LightningDataModule):
     def prepare_data(self) -> None:
         """Look for unreadable files in one process; the others find the answer in the cache."""
         if self.folder is not None:
-            for samples in self.folder.splits.values():
-                quarantine.find_bad(samples)
+            for name, samples in self.folder.splits.items():
+                quarantine.find_bad(samples, progress=_said_now_and_then(f"looking at the {name} images"))
+
+    def lost_files(self) -> list[quarantine.BadFile]:
+        """Return the training images that have become unreadable since `setup`."""
+        samples = self._datasets["train"].samples
+        return [quarantine.BadFile(samples.paths[i], reason) for i, reason in quarantine.find_bad(samples)]
 
     def setup(self, stage: str) -> None:
         """Make the datasets of ``stage`` (``fit``, ``validate``, ``test`` or ``predict``).
@@ -210,8 +221,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
             if name in self._datasets and name != "train":
                 continue
             samples = self._without_bad(splits[name])
+            if name == "train":
+                self._check_classes(samples)
             transform = self.train_transform() if name == "train" else evaluate
             mix = build_mix(self.augment, self.num_classes) if name == "train" else None
+            self._datasets.pop(name, None)  # what it holds in memory is not needed twice
             self._datasets[name] = self._dataset(samples, transform, mix)
 
     def train_transform(self) -> TrainTransform:
@@ -231,15 +245,17 @@ class ImageFolderDataModule(pl.LightningDataModule):
         """Return a dataset that reads through the cache that is asked for."""
         images = None
         read: Callable[[str, int], NDArray[np.uint8]] = decode.read
+        world = self.trainer.world_size if self.trainer is not None else 1
         if self.cache == "ram":
             paths = [samples.path(i) for i in range(len(samples))]
-            images = decode_all(paths, transform.min_size, self._cache_bytes)
+            held = sum(data.images_bytes for data in self._datasets.values())
+            limit = process.free_memory() / 2 if self._cache_bytes is None else self._cache_bytes - held
+            images = decode_all(paths, transform.min_size, limit / world)
             missing = sum(image is None for image in images)
             if missing:
                 warnings.warn(f"data.cache: {missing} of {len(images)} images do not fit into the memory", stacklevel=2)
         if self.cache == "disk":
             if self._disk is None:
-                world = self.trainer.world_size if self.trainer is not None else 1
                 self._disk = DiskCache(limit=self._cache_bytes, sharers=world)
             read = self._disk.read
         return ImageDataset(samples, transform, run_seed(), images, read, mix)
@@ -268,6 +284,16 @@ class ImageFolderDataModule(pl.LightningDataModule):
             raise UserError(f"{samples.root}: no image can be read (such as {found[0].path!r}: {found[0].reason})")
         keep = np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad])
         return samples.take(keep)
+
+    def _check_classes(self, samples: Samples) -> None:
+        """Refuse to train where a class has lost all its images."""
+        counts = np.bincount(samples.targets, minlength=self.num_classes)
+        empty = [self.class_names[number] for number in np.flatnonzero(counts == 0)]
+        if empty:
+            raise UserError(
+                f"{samples.root}: no training image can be read of {len(empty)} classes: {some(empty, 100)}; "
+                "mend the files (`python -m rexnet_lit check` lists them), or remove these folders"
+            )
 
     def compute_features(
         self, name: Split, embed: Callable[[Tensor], Tensor], views: int = 1, *, evaluate: bool = False
@@ -347,13 +373,26 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return self._loader("predict")
 
 
+def _said_now_and_then(what: str, every: float = 10.0) -> Callable[[int, int], None]:
+    """Return a progress callback for what takes minutes once, and no time when it is known."""
+    said = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal said
+        if time.monotonic() - said > every:
+            said = time.monotonic()
+            print(f"{what}: {done:,} of {total:,}", flush=True)  # noqa: T201
+
+    return progress
+
+
 def _absolute(path: str | None) -> str | None:
     return None if path is None else str(Path(path).absolute())
 
 
-def _unlabelled(path: str) -> Samples:
-    root, paths = list_images(path)
-    return Samples(root, paths, np.full(len(paths), -1, np.int64))
+def _unlabelled(path: str) -> tuple[Samples, tuple[str, ...]]:
+    root, paths, notes = list_images(path)
+    return Samples(root, paths, np.full(len(paths), -1, np.int64)), notes
 
 
 def _missing_split(name: str, root: str | None) -> str:

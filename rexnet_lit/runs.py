@@ -319,15 +319,25 @@ class RexNetCLI(LightningCLI):
 
     def after_test(self) -> None:
         """Print the figures and where the report is."""
-        self._print_metrics("Test", len(self.datamodule.splits()["test"]))
+        page = self.writer.folder / "report" / "report.html"
+        self._print_metrics("Test", len(self.datamodule.splits()["test"]), page.with_name("quarantine.csv"))
         if self.trainer.is_global_zero:
-            print(f"report: {self.writer.folder / 'report' / 'report.html'}")  # noqa: T201
+            print(f"report: {page}")  # noqa: T201
 
-    def _print_metrics(self, title: str, count: int) -> None:
+    def _print_metrics(self, title: str, count: int, quarantined: Path | None = None) -> None:
         if not self.trainer.is_global_zero:
             return
         values = figures(self.trainer.callback_metrics)
         print_rows(f"{title}: {count} images", [(n.partition("/")[2], f"{v:.4f}") for n, v in values.items()])
+        self._say_bad(quarantined)
+
+    def _say_bad(self, listed: Path | None = None) -> None:
+        """Say which images could not be read: those of the figures are without them."""
+        bad = self.datamodule.bad_files
+        if bad:
+            first = f"{report.visible(bad[0].path)}: {report.visible(bad[0].reason)}"
+            where = f"; all are listed in {listed}" if listed else ""
+            print(f"{len(bad)} image(s) cannot be read and are left out, such as {first}{where}")  # noqa: T201
 
     def after_predict(self) -> None:
         """Print the first predictions and where the rest are."""
@@ -340,9 +350,9 @@ class RexNetCLI(LightningCLI):
         print_rows("Predictions", [(report.visible(path), f"{label}  {prob:.3f}") for path, label, prob in rows])
         more = f" ({len(best)} images)" if len(best) > 10 else ""
         print(f"predictions: {self.writer.path}{more}")  # noqa: T201
-        bad = self.datamodule.bad_files
-        if bad:
-            print(f"{len(bad)} file(s) cannot be read: {self.writer.path.with_name('quarantine.csv')}")  # noqa: T201
+        for note in self.datamodule.predict_notes:
+            print(f"note: {note}")  # noqa: T201
+        self._say_bad(self.writer.path.with_name("quarantine.csv"))
 
 
 def _run_folder(model: Path) -> Path | None:

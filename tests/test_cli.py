@@ -20,6 +20,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rexnet_lit import cli
+from rexnet_lit.module import RexNetModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 QUICK = ("fit", "--config", CONFIGS / "quickstart.yaml", "--trainer.default_root_dir", "runs")
@@ -384,6 +385,35 @@ def test_validate_equals_the_fits_best_epoch(fitted, capsys):
     assert "Validation: 12 images" in out
     assert f"{best:.4f}" in re.search(r"top1 +(\S+)", out).group(1)
     assert not Path("lightning_logs").exists()
+
+
+def test_images_that_cannot_be_read_are_said_wherever_they_are_left_out(tmp_path, capsys):
+    root = write_dataset(tmp_path / "data", train=8, val=21, test=21)
+    for split in ("val", "test"):
+        (root / split / "disc" / "empty.png").write_bytes(b"")
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    argv = ["--ckpt_path", str(model), "--data.root", str(root), "--data.num_workers", "0"]
+    said = "1 image(s) cannot be read and are left out, such as {}/disc/empty.png: empty file"
+    assert cli.main(["validate", *argv]) == 0
+    assert said.format("val") in capsys.readouterr().out
+    assert cli.main(["test", *argv]) == 0
+    out = capsys.readouterr().out
+    assert said.format("test") in out
+    listed = re.search(r"all are listed in (\S+)", out).group(1)
+    assert rows_of(listed) == [{"path": "test/disc/empty.png", "reason": "empty file"}]
+
+
+def test_a29_images_that_are_lost_in_a_run_are_listed_at_its_end(tmp_path, capsys, monkeypatch):
+    root = write_dataset(tmp_path / "data", train=8, val=4)
+    lost = sorted((root / "train" / "disc").iterdir())[3]
+    monkeypatch.setattr(RexNetModule, "on_train_start", lambda self: lost.unlink())
+    fit = [*QUICK, "--data.root", "data", "--data.batch_size", "8", "--trainer.max_epochs", "1"]
+    with pytest.warns(UserWarning, match="can no longer be read"):
+        assert cli.main([*map(str, fit), "--data.num_workers", "0"]) == 0
+    assert "1 image(s) were lost during the run, others of their class stood in" in capsys.readouterr().out
+    reason = "No such file or directory"
+    name = f"train/disc/{lost.name}"
+    assert rows_of("runs/lightning_logs/version_0/quarantine.csv") == [{"path": name, "reason": reason}]
 
 
 def test_a_split_that_was_drawn_stays_drawn(tmp_path, capsys):

@@ -101,6 +101,21 @@ def test_bad_files_warn_and_many_are_an_error(healthy):
     assert "2 of 32 images are unreadable" in found(checkup)["unreadable"].message
 
 
+def test_what_training_refuses_is_an_error(healthy, tmp_path):
+    (healthy / "val/cat/0.png").write_bytes(b"")  # 1 of 32, but of 8 in val
+    unreadable = found(check(healthy))["unreadable"]
+    assert unreadable.severity == "error"
+    assert unreadable.advice.endswith("5% of a split (data.max_bad_fraction): val")
+    for file in (healthy / "train/dog").iterdir():
+        file.write_bytes(b"")
+    lost = found(check(healthy))["unreadable-class"]
+    assert (lost.severity, lost.message) == ("error", "no training image can be read of 1 classes: 'dog'")
+    for name in ("a", "b"):
+        save(tmp_path / "ones" / name / "1.png", picture(ord(name)))
+    empty = found(check(tmp_path / "ones"))["empty-split"]
+    assert (empty.severity, empty.message) == ("error", "no images for val")
+
+
 def test_a14_clutter_is_counted(healthy):
     (healthy / ".DS_Store").touch()
     (healthy / "train/cat/notes.txt").touch()

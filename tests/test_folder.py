@@ -133,6 +133,9 @@ def test_class_order(tmp_path):
     order.write_text("é\nx10\nno\n", encoding="utf-8")
     with pytest.raises(UserError, match=r"without a folder: 'no'; not listed: 'X1', 'x9'"):
         scan(tmp_path, class_order=order)
+    order.write_text("\ufeffé\nx10\nX1\nx9\nx9", encoding="utf-8")  # as Windows' editor saves it
+    with pytest.raises(UserError, match=r"without a folder: none; not listed: none; listed twice: 'x9'"):
+        scan(tmp_path, class_order=order)
     with pytest.raises(UserError, match=r"class_order .* cannot be read"):
         scan(tmp_path, class_order="alphabetical")
 
@@ -173,7 +176,7 @@ def test_a19_empty_classes_are_all_listed(tmp_path):
         scan(tmp_path)
     for name in "efghij":
         (tmp_path / name).mkdir()
-    with pytest.raises(UserError, match="8 class folders hold no images: 'c', 'd', 'e', 'f', 'g' and 3 more"):
+    with pytest.raises(UserError, match=r"8 class folders hold no images: 'c', 'd', 'e', 'f', 'g', 'h', 'i', 'j'$"):
         scan(tmp_path)
 
 
@@ -231,6 +234,51 @@ def test_unusable_folders(tmp_path):
         scan(make(tmp_path / "eval", "val/a/1.jpg", "test/b/1.jpg"))
     with pytest.raises(UserError, match="no train/ folder beside 'cat', 'dog', 'test'"):
         scan(make(tmp_path / "mixed", "cat/1.jpg", "dog/1.jpg", "test/1.jpg"))
+
+
+def test_splits_by_other_names(tmp_path):
+    for train, val in (("Training", "dev"), ("TRAIN", "Validation")):
+        root = tmp_path / train
+        make(root, *many(f"{train}/a", 3), *many(f"{train}/b", 3), *many(f"{val}/a", 1), *many("Testing/b", 2), "x.jpg")
+        folder = scan(root)
+        assert {k: len(v) for k, v in folder.splits.items()} == {"train": 6, "val": 1, "test": 2}
+        assert "1 images beside the splits are ignored" in folder.notes
+
+
+def test_splits_that_are_not_called_so_are_said(tmp_path):
+    layout = [*many("seg_train/seg_train/a", 3), *many("seg_train/seg_train/b", 3), *many("seg_test/seg_test/b", 2)]
+    folder = scan(make(tmp_path, *layout, *many("seg_test/seg_test/a", 2)))
+    assert any("holds folders called 'a', 'b': if those are the classes" in note for note in folder.notes)
+
+
+def test_valid_can_be_a_class_beside_invalid(tmp_path):
+    folder = scan(make(tmp_path, *many("valid", 4), *many("invalid", 4)))
+    assert folder.class_names == ("invalid", "valid")
+    with pytest.raises(UserError, match="if 'test' is meant as a class, rename that folder"):
+        scan(make(tmp_path / "other", *many("test", 4), *many("field", 4)))
+
+
+def test_a22_a23_split_folders_that_are_links(tmp_path):
+    make(tmp_path / "out", *many("a", 4), *many("b", 4))
+    root = make(tmp_path / "in", *many("val/a", 2), *many("val/b", 2))
+    (root / "train").symlink_to(tmp_path / "out")
+    with pytest.raises(UserError, match="1 links lead out of the folder, first 'train'"):
+        scan(root)
+    assert len(scan(root, follow_outside_links=True).splits["train"]) == 8
+    (root / "train").unlink()
+    (root / "train").symlink_to("val")
+    with pytest.raises(UserError, match=r"(train and val|val and train) are the same folder by a link"):
+        scan(root)
+
+
+def test_a22_links_to_nowhere_end_nothing(tmp_path):
+    make(tmp_path, *many("a", 3), *many("b", 3))
+    for link, target in (("a/self.jpg", "self.jpg"), ("a/through", "0000.jpg/x"), ("far", "y" * 300), ("me", "me")):
+        (tmp_path / link).symlink_to(target)
+    folder = scan(tmp_path)
+    assert sum(map(len, folder.splits.values())) == 6
+    assert any(note.startswith("3 broken links are ignored") for note in folder.notes)  # `through` has no image's name
+    assert len(list_images(tmp_path)[1]) == 6
 
 
 def test_train_can_be_a_class_of_vehicles(tmp_path):
@@ -483,6 +531,8 @@ def test_folds_are_disjoint_cover_all_and_leave_test_alone(tmp_path):
         assert names(folds[k], "train").keys() == {"a", "b", "c", "d"}
         assert len(names(folds[k], "val")["a"]) in (4, 5)  # 21 of 23 in five folds
     assert set().union(*vals) == everything - {"d/alone.jpg"}
+    again = scan(root, test_fraction=0.1, val_fraction=0.85, num_folds=5)  # which the folds replace
+    assert tuple(again.splits["test"].paths) == tuple(folds[0].splits["test"].paths)
 
 
 @pytest.mark.parametrize(
@@ -492,6 +542,8 @@ def test_folds_are_disjoint_cover_all_and_leave_test_alone(tmp_path):
         ({"num_folds": 3, "fold": 3}, "data.fold is 3; expected 0 to 2"),
         ({"fold": 1}, "data.fold is 1; expected 0 to 0"),
         ({"group_pattern": "("}, r"data.group_pattern '\(' is no regular expression"),
+        ({"group_pattern": "patient"}, r"data.group_pattern 'patient' matches no image's path"),
+        ({"group_pattern": "(x)?0"}, r"matches no image's path"),  # its group takes no part in any match
     ],
 )
 def test_wrong_folds_and_groups(tmp_path, settings, message):
@@ -588,6 +640,10 @@ def test_split_file(tmp_path):
     folder = scan(tmp_path, split_file=write(file, rows))
     assert folder.class_names == ("a", "b")
     assert {k: len(v) for k, v in folder.splits.items()} == {"train": 16, "val": 4}
+    # The header's case and blanks do not matter.
+    rows = "\n".join(["Path, Label,SPLIT", "b/0000.jpg,x,val", "b/0001.jpg,x,train", "b/0002.jpg,y,Train"])
+    folder = scan(tmp_path, split_file=write(file, rows))
+    assert {k: len(v) for k, v in folder.splits.items()} == {"train": 2, "val": 1}
     # Absolute paths inside the root are the same files.
     rows = "\n".join(["path,label", *(f"{tmp_path}/{p},{i % 2}" for i, p in enumerate(many("b", 10)))])
     assert scan(tmp_path, split_file=write(file, rows)).splits["train"].paths[0].startswith("b/")
@@ -595,19 +651,26 @@ def test_split_file(tmp_path):
 
 def test_split_file_faults_are_all_said(tmp_path):
     make(tmp_path, "a/1.jpg", "a/2.jpg", "b/3.jpg", "lone.jpg")
-    text = "path,label,split\na/1.jpg,a,train\na/1.jpg,b,val\na/2.jpg,a,dev\nno.jpg,a,val\nlone.jpg,,train\n"
+    text = "path,label,split\na/1.jpg,a,train\na/1.jpg,b,val\na/2.jpg,a,holdout\nno.jpg,a,val\nlone.jpg,,train\n"
     text += "../up.jpg,a,train\n"
     with pytest.raises(UserError) as error:
         scan(tmp_path, split_file=write(tmp_path / "s.csv", text))
-    for part in ("1 x listed twice: 'a/1.jpg'", "2 x no such file: 'no.jpg'", "'a/2.jpg: dev'", "no label"):
+    for part in ("1 x listed twice: 'a/1.jpg'", "2 x no such file: 'no.jpg'", "'a/2.jpg: holdout'", "no label"):
         assert part in str(error.value)
 
 
 def test_split_file_that_is_none(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         scan(tmp_path, split_file=tmp_path / "no.csv")
-    with pytest.raises(UserError, match="expected a header path,label,split; got 'file', 'class'"):
+    with pytest.raises(UserError, match=r"expected a header path,label,split,group .*; got 'file', 'class'"):
         scan(tmp_path, split_file=write(tmp_path / "s.csv", "file,class\n1,2\n"))
+    for text, reason in (
+        ("path,label,set\n", "got 'path', 'label', 'set'"),  # the split would be drawn anew, in silence
+        ("path,label,split\n", "lists no images"),
+        (f'path,label\n"{"a" * 200_000}', "line 1: field larger than field limit"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            scan(tmp_path, split_file=write(tmp_path / "s.csv", text))
 
 
 def test_split_file_cannot_leave_the_root(tmp_path):
@@ -625,11 +688,17 @@ def test_split_file_cannot_leave_the_root(tmp_path):
 def test_list_images(tmp_path):
     make(tmp_path, "b/2.jpg", "a.png", "c/d/1.WEBP", ".hidden/x.jpg", "notes.txt", "b/._2.jpg")
     (tmp_path / "b/loop").symlink_to(tmp_path)
-    root, paths = list_images(tmp_path)
+    (tmp_path / "raw").touch()
+    (tmp_path / "gone.jpg").symlink_to("nowhere")
+    root, paths, notes = list_images(tmp_path)
     assert root == tmp_path
+    assert notes == (
+        "1 broken links are ignored, first 'gone.jpg'",
+        "1 links to folders already read are ignored, first 'b/loop'",
+        "1 files without an extension are ignored",
+    )
     assert list(paths) == ["a.png", "b/2.jpg", "c/d/1.WEBP"]
-    root, paths = list_images(tmp_path / "b/2.jpg")
-    assert (root, list(paths)) == (tmp_path / "b", ["2.jpg"])
+    assert list_images(tmp_path / "b/2.jpg") == (tmp_path / "b", PathList([b"2.jpg"]), ())
     (tmp_path / "alias").symlink_to("c")
     assert list(list_images(tmp_path / "alias")[1]) == ["d/1.WEBP"]
     for path, reason in ((tmp_path / "no", "no such"), (make(tmp_path / "e", "x.txt"), "no images here")):

@@ -20,8 +20,7 @@ from numpy.typing import NDArray
 from rexnet_lit.decode import DecodeError, ImageInfo, decode, probe, read_bytes
 from rexnet_lit.doctor.checkup import Checkup, Finding, render
 from rexnet_lit.doctor.duplicates import groups_of_equals, near_groups, perceptual_hash, thumbnail
-from rexnet_lit.folder import ImageFolder, Split, survey
-from rexnet_lit.folder.splits import some
+from rexnet_lit.folder import ImageFolder, Split, some, survey
 from rexnet_lit.process import cpu_count
 from rexnet_lit.quarantine import MAX_BAD_FRACTION, BadFile
 
@@ -72,9 +71,10 @@ def check(
     equal = [[looks[i] for i in group] for group in groups_of_equals(look.digest for look in looks)]
     alike = _alike(images, equal)
     findings = [Finding("error", "folder", problem) for problem in problems]
+    findings += _about_splits(folder, problems)
     findings += _about_folder(folder)
     findings += _about_classes(folder)
-    findings += _about_bad([look for look in looks if look.reason], len(looks))
+    findings += _about_bad(folder, looks) if folder.splits else []
     findings += _about_copies("duplicate", "have the same content", equal)
     findings += _about_copies("near-duplicate", "look the same", alike)
     findings += _about_sizes(images)
@@ -160,6 +160,15 @@ def _about_folder(folder: ImageFolder) -> list[Finding]:
     return found
 
 
+def _about_splits(folder: ImageFolder, problems: Sequence[str]) -> list[Finding]:
+    """Name a split that training needs and that holds nothing, where the scan has said nothing of it."""
+    missing = [name for name in ("train", "val") if name not in folder.splits]
+    if problems or not missing:
+        return []
+    message = f"no images for {' and '.join(missing)}"
+    return [Finding("error", "empty-split", message, "add images: a class of one image stays in train whole")]
+
+
 def _about_classes(folder: ImageFolder) -> list[Finding]:
     if "train" not in folder.splits or len(folder.class_names) < 2:
         return []
@@ -181,20 +190,28 @@ def _about_classes(folder: ImageFolder) -> list[Finding]:
     return found
 
 
-def _about_bad(bad: list[_Look], total: int) -> list[Finding]:
+def _about_bad(folder: ImageFolder, looks: Sequence[_Look]) -> list[Finding]:
+    bad = [look for look in looks if look.reason]
     if not bad:
         return []
     common = collections.Counter(look.reason for look in bad).most_common(3)
     reasons = ", ".join(f"{count} x {reason}" for reason, count in common)
-    too_many = len(bad) > MAX_BAD_FRACTION * total
-    message = f"{len(bad)} of {total} images are unreadable: {reasons}"
+    by_split = collections.Counter(look.split for look in bad)
+    too_many = [split for split, count in by_split.items() if count > MAX_BAD_FRACTION * len(folder.splits[split])]
+    message = f"{len(bad)} of {len(looks)} images are unreadable: {reasons}"
     advice = "replace or delete them; " + (
-        f"training refuses more than {MAX_BAD_FRACTION:.0%} (data.max_bad_fraction)"
+        f"training refuses more than {MAX_BAD_FRACTION:.0%} of a split (data.max_bad_fraction): {', '.join(too_many)}"
         if too_many
         else "training leaves them out"
     )
     paths = tuple(look.path for look in bad)
-    return [Finding("error" if too_many else "warning", "unreadable", message, advice, paths)]
+    found = [Finding("error" if too_many else "warning", "unreadable", message, advice, paths)]
+    good = {look.target for look in looks if look.split == "train" and not look.reason}
+    lost = sorted({look.target for look in bad if look.split == "train"} - good)
+    if lost:
+        message = f"no training image can be read of {len(lost)} classes: {some([folder.class_names[k] for k in lost])}"
+        found.append(Finding("error", "unreadable-class", message, "mend the files, or remove these folders"))
+    return found
 
 
 def _about_copies(kind: str, what: str, groups: list[list[_Look]]) -> list[Finding]:

@@ -9,7 +9,7 @@ from rexnet_lit.folder.scanner import (
     survey,
     write_split,
 )
-from rexnet_lit.folder.splits import Split
+from rexnet_lit.folder.splits import Split, some
 from rexnet_lit.folder.walk import PathList
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "fingerprint",
     "list_images",
     "scan",
+    "some",
     "survey",
     "write_split",
 ]

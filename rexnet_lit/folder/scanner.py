@@ -218,16 +218,28 @@ def _read_folders(
         return "flat", {"train": _read_classes(walk, b"", tops, loose, problems, notes)}
     if "train" not in split_folders and class_names is None:
         got = some([os.fsdecode(top) for top in tops])
-        problems.append(f"there is no train/ folder beside {got}; {_LAYOUT}")
+        meant = ", ".join(quoted(os.fsdecode(f)) for some_folders in split_folders.values() for f in some_folders)
+        problems.append(
+            f"there is no train/ folder beside {got}; {_LAYOUT} (if {meant} is meant as a class, rename that folder)"
+        )
+    if loose:
+        notes.append(f"{loose} images beside the splits are ignored")
     if others:
         walk.clutter += len(others)
         notes.append(f"ignored beside the splits: {some([os.fsdecode(top) for top in others])}")
     found: Found = {}
+    real: dict[str, Split] = {}
     for split, folders in split_folders.items():
+        where = os.path.realpath(os.path.join(os.fsdecode(walk.root), os.fsdecode(folders[0])))  # noqa: PTH118
         if len(folders) > 1:
             problems.append(f"{some([os.fsdecode(f) for f in folders])} are one split; keep one")
         elif folders[0] != split.encode():
             notes.append(f"{quoted(os.fsdecode(folders[0]))} is taken as {split}/")
+        if where in real:
+            problems.append(f"{split} and {real[where]} are the same folder by a link")
+        real[where] = split
+        if not walk.stays_inside(folders[0]):
+            continue  # said with the other links
         names, loose = walk.folders(folders[0])
         if split == "test" and loose and not names:
             notes.append(f"test/ has {loose} images without class folders: ignored (they can be predicted)")
@@ -242,11 +254,11 @@ def _are_classes(
     others: list[bytes],
     class_names: Sequence[str] | None,
 ) -> bool:
-    """Say whether folders called train or test are classes: of vehicles, say."""
+    """Say whether folders called train or valid are classes: of vehicles, or beside invalid."""
     folders = [folder for some_folders in split_folders.values() for folder in some_folders]
     if class_names is not None:
         return {os.fsdecode(folder) for folder in folders} <= set(class_names)
-    if set(split_folders) != {"train"} or not others:
+    if len(folders) > 1 or "test" in split_folders or not others:  # test/ may well hold unlabelled images
         return False
     names, loose = walk.folders(folders[0])
     return not names and loose > 0
@@ -262,7 +274,16 @@ def _read_classes(
         problems.append(f"{where}{got}; {_LAYOUT}")
     elif loose:
         notes.append(f"{where}{loose} images outside every class folder are ignored")
+    before = len(walk.nested)
     lists = walk.images([base + b"/" + name if base else name for name in names])
+    inner = [folder.removeprefix(os.fsdecode(base) + "/").split("/") for folder in walk.nested[before:]]
+    by_class = {name: {parts[-1] for parts in inner if parts[0] == os.fsdecode(name)} for name in names}
+    shared = sorted(set.intersection(*by_class.values())) if len(names) > 1 else []
+    if len(shared) > 1:
+        notes.append(
+            f"{where}each of the classes {some([os.fsdecode(name) for name in names])} holds folders called "
+            f"{some(shared)}: if those are the classes, name the outer folders train, val and test"
+        )
     return {os.fsdecode(name): paths for name, paths in zip(names, lists, strict=True)}
 
 
@@ -275,7 +296,7 @@ def _say_walk(walk: Walk, problems: list[str], notes: list[str]) -> None:
             "copy the files in, or set data.follow_outside_links: true"
         )
     if walk.unreadable:
-        problems.append(f"no permission to read {some(walk.unreadable)}")
+        problems.append(f"{len(walk.unreadable)} folders may not or cannot be read: {some(walk.unreadable)}")
     if walk.nested:
         first = quoted(walk.nested[0])
         notes.append(f"{len(walk.nested)} nested folders belong to the class above them, first {first}")
@@ -297,16 +318,18 @@ def _order(found: Found, class_order: str | os.PathLike[str], problems: list[str
     if class_order == "natural":
         return tuple(sorted(names, key=lambda name: (natural_key(name), name)))
     try:
-        listed = Path(class_order).read_text(encoding="utf-8").split("\n")
+        listed = Path(class_order).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         problems.append(f"data.class_order {quoted(os.fspath(class_order))} cannot be read ({type(error).__name__})")
         return tuple(names)
     wanted = tuple(line.strip("\r") for line in listed if line.strip())
     missing, extra = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
-    if missing or extra or len(wanted) != len(names):
+    twice = sorted({name for name in wanted if wanted.count(name) > 1})
+    if missing or extra or twice:
         problems.append(
             f"data.class_order {quoted(os.fspath(class_order))} lists {len(wanted)} classes, the folder has "
-            f"{len(names)}; without a folder: {some(missing) or 'none'}; not listed: {some(extra) or 'none'}"
+            f"{len(names)}; without a folder: {some(missing) or 'none'}; not listed: {some(extra) or 'none'}; "
+            f"listed twice: {some(twice) or 'none'}"
         )
         return tuple(names)
     return wanted
@@ -329,7 +352,7 @@ def _check_classes(
         elif extra:
             problems.append(f"{len(extra)} classes are in {split}, but not in train: {some(extra)}")
         elif empty and split == "train" and not given:
-            problems.append(f"{len(empty)} class folders hold no images: {some(empty)}")
+            problems.append(f"{len(empty)} class folders hold no images: {some(empty, 100)}")
         elif empty:
             notes.append(f"{len(empty)} of {len(names)} classes have no images in {split}: {some(empty)}")
         for name in extra:
@@ -395,25 +418,30 @@ def _samples(root: Path, by_class: dict[str, PathList], names: tuple[str, ...]) 
     return Samples(root, PathList.join(lists), targets)
 
 
-def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList]:
+def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList, tuple[str, ...]]:
     """List what to predict: one image file, or all images in a folder and its sub-folders, sorted.
 
     Returns:
-        The folder, absolute, and the paths below it. Links may lead anywhere.
+        The folder, absolute, the paths below it, and what the user should know of what was left out. Links may lead
+        anywhere.
 
     Raises:
         UserError: There is no image.
     """
     where = Path(os.path.abspath(path))  # noqa: PTH100
     if where.is_file():
-        return where.parent, PathList([os.fsencode(where.name)])
+        return where.parent, PathList([os.fsencode(where.name)]), ()
     if not where.is_dir():
         raise UserError(f"{quoted(os.fspath(path))}: no such file or folder")
     walk = Walk(os.fsencode(where), follow_outside_links=True)
     (paths,) = walk.images([b""])
+    problems: list[str] = []
+    notes: list[str] = []
+    walk.nested.clear()  # there are no classes
+    _say_walk(walk, problems, notes)
     if not len(paths):
         raise UserError(f"{quoted(os.fspath(path))}: no images here; expected JPEG, PNG, WebP, BMP, TIFF or GIF files")
-    return where, paths
+    return where, paths, (*problems, *notes)
 
 
 def write_split(folder: ImageFolder, path: str | os.PathLike[str]) -> None:
@@ -431,9 +459,17 @@ def write_split(folder: ImageFolder, path: str | os.PathLike[str]) -> None:
 
 
 def fingerprint(samples: Samples) -> str:
-    """Return a SHA-256 over paths and class numbers: the same set gives the same, in any order, anywhere."""
+    """Return a SHA-256 over paths, class numbers and file sizes: the same for the same set, in any order, anywhere."""
     rows = sorted(zip(samples.paths.raws(), samples.targets.tolist(), strict=True))
+    root = os.fsencode(samples.root)
     digest = hashlib.sha256()
     for path, target in rows:
-        digest.update(b"%b\0%d\n" % (path, target))
+        digest.update(b"%b\0%d %d\n" % (path, target, _size(os.path.join(root, path))))  # noqa: PTH118
     return digest.hexdigest()
+
+
+def _size(path: bytes) -> int:
+    try:
+        return os.stat(path).st_size  # noqa: PTH116 - maybe a million
+    except OSError:
+        return -1

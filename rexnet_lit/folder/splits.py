@@ -40,15 +40,20 @@ SPLITS: tuple[Split, ...] = get_args(Split)
 
 SPLIT_OF_NAME: dict[str, Split] = {
     "train": "train",
+    "training": "train",
     "val": "val",
     "valid": "val",
     "validation": "val",
+    "dev": "val",
     "test": "test",
+    "testing": "test",
 }
 """How people call their splits, in lower case."""
 
 Found = dict[Split, dict[str, PathList]]
 """The images of each split by class name."""
+
+_COLUMNS = ("path", "label", "split", "group")  # of a split file
 
 _SALT = b"rexnet_lit split"  # changing it moves everyone's validation images
 
@@ -107,8 +112,9 @@ def draw(paths: PathList, shares: Shares) -> dict[Split, PathList]:
     cut into folds. A class of two or more images gives val at least one (if its share is not 0) and keeps one in train.
     """
     count = len(paths)
-    val, test = int(count * shares.val + 0.5), int(count * shares.test + 0.5)
-    if shares.val > 0:
+    val_share = 0.0 if shares.num_folds else shares.val
+    val, test = int(count * val_share + 0.5), int(count * shares.test + 0.5)
+    if val_share > 0:
         val = max(val, 1)
     spare = max(count - 1, 0)
     val = min(val, spare)
@@ -192,8 +198,12 @@ def group_by_name(paths: Iterable[bytes], pattern: str, problems: list[str]) -> 
     except re.error as error:
         problems.append(f"data.group_pattern {quoted(pattern)} is no regular expression: {error}")
         return {}
-    found = ((path, compiled.search(os.fsdecode(path))) for path in paths)
-    return {path: match.group(1 if compiled.groups else 0) for path, match in found if match is not None}
+    matches = ((path, compiled.search(os.fsdecode(path))) for path in paths)
+    found = {path: match.group(1 if compiled.groups else 0) for path, match in matches if match is not None}
+    groups = {path: group for path, group in found.items() if group is not None}
+    if not groups:
+        problems.append(f"data.group_pattern {quoted(pattern)} matches no image's path")
+    return groups
 
 
 def read_split_file(walk: Walk, file: Path, problems: list[str], groups: dict[bytes, str]) -> Found:
@@ -210,16 +220,25 @@ def read_split_file(walk: Walk, file: Path, problems: list[str], groups: dict[by
         problems.append(f"split file {quoted(str(file))}: {error.strerror}")
         return {}
     reader = csv.DictReader(io.StringIO(text, newline=""))
-    columns = reader.fieldnames or []
-    if "path" not in columns:
-        problems.append(f"split file {quoted(str(file))}: expected a header path,label,split; got {some(columns)}")
-        return {}
     faults: dict[str, list[str]] = collections.defaultdict(list)
     rows: dict[Split, dict[str, list[bytes]]] = {}
-    for path, label, split, group in _rows(walk, reader, faults):
-        if group:
-            groups[path] = group
-        rows.setdefault(split, {}).setdefault(label, []).append(path)
+    try:
+        columns = [column.strip().lower() for column in reader.fieldnames or []]
+        unknown = [column for column in columns if column not in _COLUMNS]
+        if "path" not in columns or unknown:
+            expected = f"expected a header {','.join(_COLUMNS)} (all but path may be missing)"
+            problems.append(f"split file {quoted(str(file))}: {expected}; got {some(columns, 20)}")
+            return {}
+        reader.fieldnames = columns
+        for path, label, split, group in _rows(walk, reader, faults):
+            if group:
+                groups[path] = group
+            rows.setdefault(split, {}).setdefault(label, []).append(path)
+    except csv.Error as error:
+        problems.append(f"split file {quoted(str(file))}, line {reader.line_num}: {error}")
+        return {}
+    if not rows and not faults:
+        problems.append(f"split file {quoted(str(file))} lists no images")
     for fault, where in faults.items():
         problems.append(f"split file {quoted(str(file))}: {len(where)} x {fault}: {some(where, 3)}")
     return {
@@ -235,7 +254,7 @@ def _rows(
     real_folders: dict[bytes, bool] = {}
     root = os.fsdecode(walk.root)
     for row in reader:
-        name, label, split_name, group = (row.get(column) or "" for column in ("path", "label", "split", "group"))
+        name, label, split_name, group = (row.get(column) or "" for column in _COLUMNS)
         relative = os.path.relpath(name, root) if os.path.isabs(name) else os.path.normpath(name or ".")
         relative = relative.replace(os.sep, "/")
         path = os.fsencode(relative)

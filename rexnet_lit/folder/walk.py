@@ -128,7 +128,7 @@ class Walk:
         for entry in self._entries(relative):
             if is_clutter(entry.name):
                 self.clutter += 1
-            elif entry.is_dir():
+            elif self._is_folder(entry, relative):
                 names.append(entry.name)
             elif suffix_of(entry.name) in IMAGE_SUFFIXES:
                 images += 1
@@ -151,8 +151,10 @@ class Walk:
                 found[number].append(self._below(top, top, seen, number, links))
         while links:
             number, link = links.pop(0)
-            target = os.stat(self._absolute(link))
-            if (target.st_dev, target.st_ino) in seen or self._leads_up(link):
+            target = self._identity(link)
+            if target is None:
+                continue
+            if target in seen or self._leads_up(link):
                 self.repeated_links.append(os.fsdecode(link))
             elif self.stays_inside(link):
                 found[number].append(self._below(link, tops[number], seen, number, links))
@@ -171,8 +173,10 @@ class Walk:
         stack = [start]
         while stack:
             folder = stack.pop()
-            status = os.stat(self._absolute(folder))
-            seen.add((status.st_dev, status.st_ino))
+            identity = self._identity(folder)
+            if identity is None:
+                continue
+            seen.add(identity)
             prefix = folder + b"/" if folder else b""
             before = len(names)
             for entry in self._entries(folder):
@@ -202,11 +206,15 @@ class Walk:
         links: list[tuple[int, bytes]],
     ) -> None:
         """Take a link to an image, put off one to a folder."""
-        if entry.is_dir():
+        try:
+            is_folder, is_file = entry.is_dir(), entry.is_file()
+        except OSError:  # it leads to itself, through a file, nowhere near
+            is_folder = is_file = False
+        if is_folder:
             links.append((number, path))
         elif suffix_of(entry.name) not in IMAGE_SUFFIXES:
             self._leave_out(entry.name)
-        elif not entry.is_file():
+        elif not is_file:
             self.broken_links.append(os.fsdecode(path))
         elif self.stays_inside(path):
             names.append(path)
@@ -219,11 +227,27 @@ class Walk:
         elif b"." not in name:
             self.unsupported[""] += 1
 
+    def _is_folder(self, entry: os.DirEntry[bytes], relative: bytes) -> bool:
+        try:
+            return entry.is_dir()
+        except OSError:
+            self.broken_links.append(os.fsdecode(os.path.join(relative, entry.name)))
+            return False
+
+    def _identity(self, relative: bytes) -> tuple[int, int] | None:
+        """Return what tells a folder from all others; None, remembered, where it may not be looked at."""
+        try:
+            status = os.stat(self._absolute(relative))
+        except OSError:
+            self.unreadable.append(os.fsdecode(relative))
+            return None
+        return status.st_dev, status.st_ino
+
     def _entries(self, relative: bytes) -> list[os.DirEntry[bytes]]:
         try:
             with os.scandir(self._absolute(relative)) as entries:
                 return list(entries)
-        except PermissionError:
+        except OSError:
             self.unreadable.append(os.fsdecode(relative))
             return []
 
