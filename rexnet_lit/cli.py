@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -220,6 +221,12 @@ def user_message(error: BaseException) -> str | None:
             "set a smaller data.num_workers (0 reads in the main process) or data.batch_size"
         )
     if kind in ("DistBackendError", "DistNetworkError") or "/gloo/transport/" in str(error):
+        waited = re.search(r"[Tt]imed out waiting (\d+)ms", str(error))
+        if waited:
+            return (
+                f"another process of this run has not answered for {int(waited.group(1)) / 1000:g} s: it, its disk or "
+                "its machine hangs (trainer.strategy's timeout is how long to wait)"
+            )
         return "another process of this run has ended; what it said last is the cause"
     if kind == "MisconfigurationException":
         return " ".join(str(error).split())

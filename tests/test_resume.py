@@ -6,6 +6,7 @@ import csv
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -16,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from run_tools import command_line, differing, fit, run_folder, weights
+from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 
 from rexnet_lit import checkpoint
 from rexnet_lit.errors import UserError
@@ -429,24 +430,29 @@ def test_a71_steps_that_overflow_are_counted_and_too_many_end_the_run(capsys):
         guard.on_train_batch_end(trainer, None, None, None, 6)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(("number", "rank"), [(15, 0), (15, 1), (9, 0), (9, 1)])
-def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank):
-    """SIGTERM: one save, both exit with 143. SIGKILL: the other ends too, and says so; no process stays."""
+def two_processes(cwd, overlay):
+    """Start a long run; return the main process, the other's number, and the log, in the second epoch."""
     log = cwd / "log"
-    overlay = Path(__file__).parents[1] / "configs" / "hardware" / "ddp_sim.yaml"
-    quick = overlay.parents[1] / "quickstart.yaml"
-    argv = ["fit", "--config", quick, "--config", overlay, "--data.root", "data", "--trainer.default_root_dir", "runs"]
-    argv += ["--data.num_workers", 0, "--data.batch_size", 4, "--trainer.max_epochs", 100]
+    argv = ["fit", "--config", CONFIGS / "quickstart.yaml", "--config", overlay, "--data.root", "data"]
+    argv += ["--trainer.default_root_dir", "runs", "--data.num_workers", 0, "--data.batch_size", 4]
     with log.open("w") as out:
-        main = subprocess.Popen([sys.executable, "-m", "rexnet_lit", *map(str, argv)], cwd=cwd, stdout=out, stderr=out)
+        command = [sys.executable, "-m", "rexnet_lit", *map(str, argv), "--trainer.max_epochs", "100"]
+        main = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out)
     waited = time.monotonic()
     while "epoch 2/" not in log.read_text():
         assert main.poll() is None, log.read_text()
         assert time.monotonic() - waited < 200
         time.sleep(0.2)
     (child,) = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
-    os.kill((main.pid, int(child))[rank], number)
+    return main, int(child), log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("number", "rank"), [(15, 0), (15, 1), (9, 0), (9, 1)])
+def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank):
+    """SIGTERM: one save, both exit with 143. SIGKILL: the other ends too, and says so; no process stays."""
+    main, child, log = two_processes(cwd, CONFIGS / "hardware" / "ddp_sim.yaml")
+    os.kill((main.pid, child)[rank], number)
     code, text = main.wait(60), log.read_text()
     waited = time.monotonic()
     while Path(f"/proc/{child}").exists() and time.monotonic() - waited < 60:
@@ -460,4 +466,20 @@ def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank):
         assert code in ((-9,) if rank == 0 else (2, -9)), text
         said = f"another process of this run has ended|process with PID {child} terminated"
         assert re.search(said, log.read_text())
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a63_a_process_that_stalls_is_waited_for_a_bounded_time(cwd):
+    """By default torch's half hour."""
+    strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"timeout": "0:00:10"}}
+    overlay = {"trainer": {"accelerator": "cpu", "devices": 2, "strategy": strategy}}
+    (cwd / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    main, child, log = two_processes(cwd, cwd / "overlay.yaml")
+    os.kill(child, signal.SIGSTOP)
+    try:
+        assert main.wait(60) == 2
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert "another process of this run has not answered for 10 s" in log.read_text().splitlines()[-1]
     assert "Traceback" not in log.read_text()
