@@ -185,10 +185,19 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return self._fingerprints
 
     def prepare_data(self) -> None:
-        """Look for unreadable files in one process; the others find the answer in the cache."""
-        if self.folder is not None:
-            for name, samples in self.folder.splits.items():
-                quarantine.find_bad(samples, progress=_said_now_and_then(f"looking at the {name} images"))
+        """Look for unreadable and repeated files in one process; the others find the answer in the cache."""
+        splits = self.folder.splits if self.folder else {}
+        if not splits:
+            return
+        looks = [
+            quarantine.look(samples, progress=_said_now_and_then(f"looking at the {name} images"))
+            for name, samples in splits.items()
+        ]
+        leaks, conflicts = quarantine.repeated([look.contents for look in looks], [s.targets for s in splits.values()])
+        for count, where in ((leaks, "splits: the scores are too good"), (conflicts, "classes: one label is wrong")):
+            if count:
+                lists = "`python -m rexnet_lit check` lists them"
+                print(f"warning: {count} images stand with the same content in several {where}; {lists}")  # noqa: T201
 
     def lost_files(self) -> list[quarantine.BadFile]:
         """Return the training images that have become unreadable since `setup`."""

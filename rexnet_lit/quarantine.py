@@ -1,4 +1,4 @@
-"""Finding unreadable images before training, so that no epoch meets them.
+"""Finding unreadable images before training, so that no epoch meets them, and files with the same content.
 
 Every file is decoded once, JPEGs at an eighth of their size, in threads (the decoders release Python's
 lock). What was found is kept in the user's cache folder, never in the dataset: a second look at an unchanged
@@ -14,11 +14,13 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rexnet_lit.decode import RULES, DecodeError, decode, read_bytes
 from rexnet_lit.folder import Samples
@@ -27,8 +29,11 @@ from rexnet_lit.process import cache_folder, cpu_count
 __all__ = [
     "MAX_BAD_FRACTION",
     "BadFile",
+    "Looks",
     "csv_cell",
     "find_bad",
+    "look",
+    "repeated",
     "write_quarantine",
 ]
 
@@ -51,6 +56,18 @@ class BadFile:
     reason: str
 
 
+class Looks(NamedTuple):
+    """What a look at every image has found.
+
+    Args:
+        bad: Pairs of index and reason of the unreadable ones, in the order of the samples.
+        contents: (N, 16) uint8: a digest of each file's content; zeros where it is unreadable.
+    """
+
+    bad: list[tuple[int, str]]
+    contents: NDArray[np.uint8]
+
+
 def find_bad(
     samples: Samples,
     *,
@@ -58,45 +75,73 @@ def find_bad(
     cache: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> list[tuple[int, str]]:
-    """Decode every image, and return those that fail.
+    """Do what `look` does, and return the unreadable images alone."""
+    return look(samples, workers=workers, cache=cache, progress=progress).bad
+
+
+def look(
+    samples: Samples,
+    *,
+    workers: int | None = None,
+    cache: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> Looks:
+    """Read and decode every image.
 
     Args:
         samples: The images.
         workers: Threads; as many as there are usable cores by default.
         cache: Whether to use and update the user's cache.
         progress: Called with the number of images done and their total, in the calling thread.
-
-    Returns:
-        Pairs of index and reason, in the order of the samples.
     """
     total = len(samples)
     known = _Known(samples.root, enabled=cache)
     starts = range(0, total, _CHUNK)
     bad: list[tuple[int, str]] = []
+    contents = np.zeros((total, 16), np.uint8)
     pool = ThreadPoolExecutor(cpu_count() if workers is None else max(workers, 1))
     try:
         for start, found in zip(starts, pool.map(lambda at: _check(samples, known, at), starts), strict=True):
-            bad += found
+            bad += [(start + i, reason) for i, (reason, _) in enumerate(found) if reason]
+            digests = b"".join(_NO_CONTENT if reason else digest for reason, digest in found)
+            contents[start : start + _CHUNK] = np.frombuffer(digests, np.uint8).reshape(-1, 16)
             if progress is not None:
                 progress(min(start + _CHUNK, total), total)
     finally:
         pool.shutdown(cancel_futures=True)
         known.save()  # after an interruption too: the next run goes on from here
-    return bad
+    return Looks(bad, contents)
 
 
-def _check(samples: Samples, known: _Known, start: int) -> list[tuple[int, str]]:
+def _check(samples: Samples, known: _Known, start: int) -> list[tuple[str, bytes]]:
     """Check one chunk."""
-    bad = []
-    for index in range(start, min(start + _CHUNK, len(samples))):
-        reason = known.reason(samples.path(index))
-        if reason:
-            bad.append((index, reason))
-    return bad
+    return [known.look(samples.path(index)) for index in range(start, min(start + _CHUNK, len(samples)))]
+
+
+def repeated(contents: Sequence[NDArray[np.uint8]], targets: Sequence[NDArray[np.int64]]) -> tuple[int, int]:
+    """Count files whose content stands elsewhere too: in another split, and under another class.
+
+    Args:
+        contents: `Looks.contents` of each split.
+        targets: The class numbers (N,) of each split.
+    """
+    digests = np.concatenate(contents).view("V16").ravel()
+    splits, classes = np.repeat(np.arange(len(contents)), [len(c) for c in contents]), np.concatenate(targets)
+    _, content, counts = np.unique(digests, return_inverse=True, return_counts=True)
+    known = digests != np.zeros((), "V16")
+
+    def files_in_several(of: NDArray[np.int64]) -> int:
+        pairs = np.unique(np.stack([content[known], of[known]]), axis=1)[0]
+        return int(counts[np.bincount(pairs, minlength=len(counts)) > 1].sum())
+
+    return files_in_several(splits), files_in_several(classes)
+
+
+_NO_CONTENT = bytes(16)
 
 
 class _Known:
-    """What is known about files of one dataset: by (path, size, time of change), good or why not.
+    """What is known about files of one dataset: by (path, size, time of change), good or why not, and the content.
 
     One ``.npz`` file of plain numbers per dataset folder. Two runs at once may lose each other's news, but
     not harm the file: it is replaced as a whole. Whatever is wrong with it, it is as if it were not there.
@@ -106,14 +151,14 @@ class _Known:
         name = hashlib.blake2b(os.fsencode(root) + RULES.encode(), digest_size=16).hexdigest()
         self._file = cache_folder() / "quarantine" / f"{name}.npz" if enabled else None
         self._seen = self._load()
-        self._news: dict[bytes, str] = {}
+        self._news: dict[bytes, tuple[str, bytes]] = {}
 
-    def reason(self, path: str) -> str:
-        """Return why a file is bad; empty if it is good. May run in several threads."""
+    def look(self, path: str) -> tuple[str, bytes]:
+        """Return why a file is bad, empty if it is good, and its content's digest. May run in several threads."""
         try:
             status = os.stat(path)  # noqa: PTH116 - once per sample: no Path objects
         except (OSError, ValueError) as error:
-            return getattr(error, "strerror", None) or type(error).__name__
+            return getattr(error, "strerror", None) or type(error).__name__, _NO_CONTENT
         text = b"%b\0%d\0%d" % (os.fsencode(path), status.st_size, status.st_mtime_ns)
         key = hashlib.blake2b(text, digest_size=16).digest()
         if key in self._seen:
@@ -121,15 +166,16 @@ class _Known:
         try:
             data = read_bytes(path)
         except DecodeError as error:
-            return str(error)  # a failing disk or a missing permission may be mended: not remembered
+            return str(error), _NO_CONTENT  # a failing disk or a missing permission may be mended: not remembered
         reason = ""
         try:
             decode(data, min_size=1, thorough=True)
         except DecodeError as error:
             reason = str(error)
+        found = reason, hashlib.blake2b(data, digest_size=16).digest()
         if "memory" not in reason:
-            self._news[key] = reason
-        return reason
+            self._news[key] = found
+        return found
 
     def save(self) -> None:
         """Add what is new to the cache, if it can be written."""
@@ -137,33 +183,40 @@ class _Known:
             return
         everything = {**self._load(), **self._news}  # what another run wrote meanwhile stays
         keys = np.frombuffer(b"".join(everything), np.uint8).reshape(-1, 16)
-        bad = {index: reason for index, reason in enumerate(everything.values()) if reason}
+        contents = np.frombuffer(b"".join(digest for _, digest in everything.values()), np.uint8).reshape(-1, 16)
+        bad = {index: reason for index, (reason, _) in enumerate(everything.values()) if reason}
         reasons = np.frombuffer(json.dumps(bad).encode(), np.uint8)
         temporary = None
         try:
             self._file.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(dir=self._file.parent, suffix=".tmp", delete=False) as file:
                 temporary = Path(file.name)
-                np.savez(file, keys=keys, reasons=reasons)
+                np.savez(file, keys=keys, reasons=reasons, contents=contents)
             temporary.replace(self._file)
         except OSError:
             if temporary is not None:
                 with contextlib.suppress(OSError):
                     temporary.unlink()
 
-    def _load(self) -> dict[bytes, str]:
+    def _load(self) -> dict[bytes, tuple[str, bytes]]:
         if self._file is None:
             return {}
         try:
             with self._file.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
-                keys, reasons = arrays["keys"], json.loads(arrays["reasons"].tobytes())
-            raw = np.ascontiguousarray(keys, np.uint8).reshape(-1, 16).tobytes()
-            seen = dict.fromkeys((raw[at : at + 16] for at in range(0, len(raw), 16)), "")
-            ordered = list(seen)
-            seen.update((ordered[int(index)], str(reason)) for index, reason in reasons.items())
+                keys, contents = (_rows(arrays[name]) for name in ("keys", "contents"))
+                reasons = json.loads(arrays["reasons"].tobytes())
+            return {
+                key: (str(reasons.get(str(index), "")), content)
+                for index, (key, content) in enumerate(zip(keys, contents, strict=True))
+            }
         except Exception:  # a cut or foreign file raises anything
             return {}
-        return seen
+
+
+def _rows(array: NDArray[np.uint8]) -> list[bytes]:
+    """Return each row of (N, 16) as bytes."""
+    raw = np.ascontiguousarray(array, np.uint8).reshape(-1, 16).tobytes()
+    return [raw[at : at + 16] for at in range(0, len(raw), 16)]
 
 
 def write_quarantine(rows: Iterable[BadFile], path: str | os.PathLike[str]) -> None:

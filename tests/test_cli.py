@@ -403,14 +403,18 @@ def test_images_that_cannot_be_read_are_said_wherever_they_are_left_out(tmp_path
     assert rows_of(listed) == [{"path": "test/disc/empty.png", "reason": "empty file"}]
 
 
-def test_a29_images_that_are_lost_in_a_run_are_listed_at_its_end(tmp_path, capsys, monkeypatch):
+def test_a24_a29_copies_and_images_lost_in_a_run_are_said(tmp_path, capsys, monkeypatch):
     root = write_dataset(tmp_path / "data", train=8, val=4)
+    shutil.copy(next((root / "train" / "bars").iterdir()), root / "val" / "ring" / "copy.png")
     lost = sorted((root / "train" / "disc").iterdir())[3]
     monkeypatch.setattr(RexNetModule, "on_train_start", lambda self: lost.unlink())
     fit = [*QUICK, "--data.root", "data", "--data.batch_size", "8", "--trainer.max_epochs", "1"]
     with pytest.warns(UserWarning, match="can no longer be read"):
         assert cli.main([*map(str, fit), "--data.num_workers", "0"]) == 0
-    assert "1 image(s) were lost during the run, others of their class stood in" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "1 image(s) were lost during the run, others of their class stood in" in out
+    for where in ("splits", "classes"):  # A24
+        assert f"warning: 2 images stand with the same content in several {where}: " in out
     reason = "No such file or directory"
     name = f"train/disc/{lost.name}"
     assert rows_of("runs/lightning_logs/version_0/quarantine.csv") == [{"path": name, "reason": reason}]

@@ -14,7 +14,7 @@ import pytest
 from rexnet_lit import quarantine
 from rexnet_lit.folder import PathList, Samples
 from rexnet_lit.process import cache_folder
-from rexnet_lit.quarantine import BadFile, csv_cell, find_bad, write_quarantine
+from rexnet_lit.quarantine import BadFile, csv_cell, find_bad, look, repeated, write_quarantine
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
 
@@ -65,6 +65,18 @@ def test_a1_a2_a3_bad_files_are_found_with_reasons(tmp_path):
     assert found["a/empty.png"] == "empty file"
     assert "HTML" in found["b/page.jpg"]
     assert "data missing" in found["b/lost.jpg"]
+
+
+def test_a24_the_same_content_in_several_splits_and_classes(tmp_path):
+    x, y, z = jpeg(1), jpeg(2), jpeg(3)
+    train = make(tmp_path / "train", {"a1": x, "a2": x, "b1": y, "b2": z, "b3": b"", "a3": b""})
+    val = make(tmp_path / "val", {"a1": y, "a2": jpeg(4), "a3": b"no", "b1": z})
+    targets = [np.array([0, 0, 1, 1, 1, 0]), np.array([0, 0, 0, 1])]
+    for _ in range(2):  # the second time from the cache
+        contents = [look(samples).contents for samples in (train, val)]
+        # Two files of y and two of z in both splits; those of y in both classes. x is twice in one class.
+        assert repeated(contents, targets) == (4, 2)
+    assert repeated(contents[:1], targets[:1]) == (0, 0)
 
 
 @pytest.mark.parametrize("workers", [1, 4])
