@@ -64,7 +64,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             width in pixels from then on, such as ``[[0, 128], [10, 224]]``. Validation keeps ``image_size``.
         augment: The training recipe.
         sampler: ``shuffle``; ``balanced`` meets every class equally often, ``balanced_sqrt`` goes halfway.
-        cache: ``ram`` keeps the decoded images in memory, ``disk`` in the user's cache folder; from the second epoch
+        cache: ``auto`` decodes a fit's images once if they take no more than a quarter of the free memory, ``ram`` as
+            many as fit. ``disk`` keeps the decoded images in the user's cache folder: from the second epoch
             on, or the second run, nothing is decoded.
         cache_gb: Gigabytes (10^9 bytes) that the cache may fill; half of what is free by default.
         max_bad_fraction: A run refuses when a larger share of the images cannot be read.
@@ -92,7 +93,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         size_schedule: list[tuple[int, int]] | None = None,
         augment: AugmentSettings = AugmentSettings(),  # noqa: B008 (frozen)
         sampler: SamplerName = "shuffle",
-        cache: Literal["none", "ram", "disk"] = "none",
+        cache: Literal["auto", "none", "ram", "disk"] = "auto",
         cache_gb: float | None = None,
         max_bad_fraction: float = quarantine.MAX_BAD_FRACTION,
         predict_path: str | None = None,
@@ -110,8 +111,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 "rising from 0, such as [[0, 128], [10, 224]]"
             )
         self.size_schedule = size_schedule
-        if cache not in ("none", "ram", "disk"):
-            raise UserError(f"data.cache is {cache!r}; expected none, ram or disk")
+        if cache not in ("auto", "none", "ram", "disk"):
+            raise UserError(f"data.cache is {cache!r}; expected auto, none, ram or disk")
         if cache_gb is not None and not cache_gb > 0:
             raise UserError(f"data.cache_gb is {cache_gb}; expected above 0, or data.cache none")
         if not 0 <= max_bad_fraction <= 1:
@@ -251,23 +252,43 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return np.stack([dataset.augmented(int(index), 0) for index in order])
 
     def _dataset(self, samples: Samples, transform: TrainTransform | EvalTransform, mix: Any = None) -> ImageDataset:
-        """Return a dataset that reads through the cache that is asked for."""
-        images = None
+        """Return a dataset that reads through the disk cache where that is asked for."""
         read: Callable[[str, int], NDArray[np.uint8]] = decode.read
-        world = self.trainer.world_size if self.trainer is not None else 1
-        if self.cache == "ram":
-            paths = [samples.path(i) for i in range(len(samples))]
-            held = sum(data.images_bytes for data in self._datasets.values())
-            limit = process.free_memory() / 2 if self._cache_bytes is None else self._cache_bytes - held
-            images = decode_all(paths, transform.min_size, limit / world)
-            missing = sum(image is None for image in images)
-            if missing:
-                warnings.warn(f"data.cache: {missing} of {len(images)} images do not fit into the memory", stacklevel=2)
         if self.cache == "disk":
             if self._disk is None:
+                world = self.trainer.world_size if self.trainer is not None else 1
                 self._disk = DiskCache(limit=self._cache_bytes, sharers=world)
             read = self._disk.read
-        return ImageDataset(samples, transform, run_seed(), images, read, mix)
+        return ImageDataset(samples, transform, run_seed(), read, mix)
+
+    def _keep_in_memory(self, name: str) -> None:
+        """Decode a split's images for all epochs where that is asked for, or pays and fits."""
+        dataset = self._datasets[name]
+        if self.cache not in ("auto", "ram") or name not in ("train", "val") or dataset.images is not None:
+            return
+        count, size = len(dataset), dataset.transform.min_size
+        held = sum(data.images_bytes for data in self._datasets.values())
+        free = process.free_memory() / (4 if self.cache == "auto" else 2)
+        limit = free if self._cache_bytes is None else self._cache_bytes - held
+        limit /= self.trainer.world_size if self.trainer is not None else 1
+        if self.cache == "auto" and not self._pays_and_fits(dataset, limit):
+            return
+        dataset.images = decode_all([dataset.samples.path(i) for i in range(count)], size, limit)
+        missing = sum(image is None for image in dataset.images)
+        if missing and self.cache == "ram":
+            warnings.warn(f"data.cache: {missing} of {count} images do not fit into the memory", stacklevel=2)
+
+    def _pays_and_fits(self, dataset: ImageDataset, limit: float) -> bool:
+        """Say whether a fit asks for all images more than once, and a sample of them is small enough."""
+        trainer = self.trainer
+        if trainer is None or trainer.state.fn != "fit" or trainer.max_epochs == 1 or trainer.limit_train_batches != 1:
+            return False
+        count = len(dataset)
+        paths = [dataset.samples.path(i) for i in range(0, count, max(1, count // 64))]
+        images = decode_all(paths, dataset.transform.min_size, limit)
+        return all(image is not None for image in images) and bool(
+            np.mean([image.nbytes for image in images if image is not None]) * count <= limit
+        )
 
     def _recipe(self) -> tuple[EvalRecipe, int]:
         """Return the eval recipe and the training size: the model's where there is one."""
@@ -346,26 +367,42 @@ class ImageFolderDataModule(pl.LightningDataModule):
         on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
         return process.auto_num_workers(on_gpu) if self.num_workers is None else self.num_workers, on_gpu
 
-    def _loader(self, name: str, order: Callable[[int], NDArray[np.int64]] | None = None) -> Loader:
+    def _sampler(self, name: str) -> BatchSampler:
         dataset, trainer = self._datasets[name], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        if order is not None and len(dataset) < 2 * world:
+        if name != "train":
+            return BatchSampler(len(dataset), self.batch_size, rank=rank, world_size=world)
+        if len(dataset) < 2 * world:
             raise UserError(
                 f"{dataset.samples.root}: {len(dataset)} training image(s) for {world} process(es); "
                 "each needs at least 2 (BatchNorm cannot train on one): add images"
             )
-        position = (lambda: training_position(trainer)) if trainer is not None and order is not None else None
+        targets = dataset.samples.targets
+        position = (lambda: training_position(trainer)) if trainer is not None else None
+        return BatchSampler(
+            len(dataset),
+            self.batch_size,
+            lambda epoch: training_order(targets, self.sampler, run_seed(), epoch),
+            position,
+            rank,
+            world,
+        )
+
+    def _loader(self, name: str) -> Loader:
+        sampler, stays = self._sampler(name), name in ("train", "val")
         workers, on_gpu = self._workers()
-        sampler = BatchSampler(len(dataset), self.batch_size, order, position, rank, world)
-        stays = name in ("train", "val")
         if name in self._features:
             return build_loader(self._features[name], sampler, 0, stays=stays, on_gpu=on_gpu, seed=run_seed())
-        return build_loader(dataset, sampler, workers, stays=stays, on_gpu=on_gpu, seed=run_seed())
+        self._keep_in_memory(name)
+        return build_loader(self._datasets[name], sampler, workers, stays=stays, on_gpu=on_gpu, seed=run_seed())
+
+    def steps_per_epoch(self) -> int:
+        """Return the number of training batches of an epoch, in each process."""
+        return len(self._sampler("train"))
 
     def train_dataloader(self) -> DataLoader[Any]:
         """Batches of the training split, augmented, in an order of their own each epoch."""
-        targets = self._datasets["train"].samples.targets
-        return self._loader("train", lambda epoch: training_order(targets, self.sampler, run_seed(), epoch))
+        return self._loader("train")
 
     def val_dataloader(self) -> DataLoader[Any]:
         """Batches of the validation split, in order."""

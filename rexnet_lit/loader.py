@@ -254,7 +254,6 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         samples: Paths and targets.
         transform: How an image becomes a tensor.
         seed: The run's.
-        images: Decoded images by index; where there is one, its file is not read (``data.cache``).
         read: What reads files: `decode.read`, or a cache's.
         mix: MixUp or CutMix: maps images (B, 3, S, S) and targets (B,) to images and target probabilities (B, K).
     """
@@ -264,12 +263,13 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         samples: Samples,
         transform: TrainTransform | EvalTransform,
         seed: int,
-        images: Sequence[NDArray[np.uint8] | None] | None = None,
         read: Callable[[str, int], NDArray[np.uint8]] = decode.read,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
     ) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
-        self.images, self._read, self.mix = images, read, mix
+        self._read, self.mix = read, mix
+        self.images: Sequence[NDArray[np.uint8] | None] | None = None
+        """Decoded images by index, None for what is to be read from its file (``data.cache``)."""
 
     def __len__(self) -> int:
         return len(self.samples)

@@ -326,7 +326,8 @@ class RexNetModule(pl.LightningModule):
         if data is None:  # someone's own loaders
             total, epochs = int(trainer.estimated_stepping_batches), trainer.max_epochs
             return (math.ceil(total / epochs) if epochs and epochs > 0 else total), total
-        limit, batches = trainer.limit_train_batches, len(data.train_dataloader())
+        ours = isinstance(data, ImageFolderDataModule)
+        limit, batches = trainer.limit_train_batches, data.steps_per_epoch() if ours else len(data.train_dataloader())
         batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
         per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
         ends = [] if trainer.max_epochs in (None, -1) else [per_epoch * int(trainer.max_epochs)]

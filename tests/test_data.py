@@ -12,6 +12,7 @@ import torch
 from conftest import draw_shape
 from PIL import Image
 
+from rexnet_lit import process
 from rexnet_lit.cli import user_message
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
@@ -267,8 +268,31 @@ def test_wrong_mixes():
 def test_the_cache_reads_no_file_again(tmp_path, make_shapes):
     data = module(make_shapes(tmp_path / "d"), cache="ram")
     data.setup("fit")
+    loader = data.train_dataloader()
     shutil.rmtree(tmp_path / "d")
-    assert sum(len(y) for _, y in data.train_dataloader()) == 24
+    assert sum(len(y) for _, y in loader) == 24
+
+
+@pytest.mark.parametrize(
+    ("change", "kept"),
+    [({}, True), ({"max_epochs": 1}, False), ({"limit_train_batches": 2}, False), ({"state": "test"}, False)],
+)
+def test_a_fit_of_several_epochs_decodes_once_what_fits(shapes, monkeypatch, change, kept):
+    data = module(shapes)
+    assert data.cache == "auto"
+    data.setup("fit")
+    what = {"max_epochs": 2, "limit_train_batches": 1.0, "state": "fit", **change}
+    strategy = SimpleNamespace(root_device=torch.device("cpu"))
+    data.trainer = SimpleNamespace(
+        **{**what, "state": SimpleNamespace(fn=what["state"])}, world_size=1, global_rank=0, strategy=strategy
+    )
+    whole = sum(data._datasets["train"].read(i).nbytes for i in range(24))
+    monkeypatch.setattr(process, "free_memory", lambda: 4 * whole - 4)  # a byte too little
+    data.train_dataloader()
+    assert data._datasets["train"].images is None
+    monkeypatch.setattr(process, "free_memory", lambda: 4 * whole)
+    data.train_dataloader()
+    assert (data._datasets["train"].images is not None) == kept
 
 
 # --- files that go missing ------------------------------------------------------------------------
