@@ -218,4 +218,9 @@ def build_optimizer(network: nn.Module, settings: OptimizerSettings, lr: float |
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"model.optimizer: {settings.name} refuses its settings: {error}") from None
+    if isinstance(optimizer, torch.optim.Adam) and next(network.parameters()).device.type == "cpu":
+        # One call for all parameters. Not on a GPU: Lightning could not clip gradients under 16-mixed then. Not SGD:
+        # torch's fused one fails where only some parameters have a momentum yet.
+        for group in optimizer.param_groups:
+            group["fused"] = True
     return optimizer
