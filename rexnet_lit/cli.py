@@ -228,6 +228,8 @@ def user_message(error: BaseException) -> str | None:
                 "its machine hangs (trainer.strategy's timeout is how long to wait)"
             )
         return "another process of this run has ended; what it said last is the cause"
+    if kind == "ValueError" and "null byte" in str(error):
+        return "a path holds a null byte, which no file's name does"
     if kind == "MisconfigurationException":
         return " ".join(str(error).split())
     return None

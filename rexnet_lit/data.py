@@ -30,7 +30,7 @@ from rexnet_lit.loader import (
     training_order,
     training_position,
 )
-from rexnet_lit.spec import DataRecord, EvalRecipe
+from rexnet_lit.spec import MAX_IMAGE_SIZE, DataRecord, EvalRecipe
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, ProgressiveTransform, TrainTransform, build_mix
 
 __all__ = ["ImageFolderDataModule", "run_seed"]
@@ -105,11 +105,14 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if batch_size < 2:
             raise UserError(f"data.batch_size is {batch_size}; ReXNet's BatchNorm needs at least 2")
         starts = [start for start, _ in size_schedule or [(0, 32)]]
-        if starts != sorted(set(starts)) or starts[0] != 0 or min(size for _, size in size_schedule or [(0, 32)]) < 32:
+        sizes = [size for _, size in size_schedule or [(0, 32)]]
+        if starts != sorted(set(starts)) or starts[0] != 0 or not 32 <= min(sizes) <= max(sizes) <= MAX_IMAGE_SIZE:
             raise UserError(
-                f"data.size_schedule is {size_schedule}; expected pairs of epoch and pixels (32 or more), epochs "
-                "rising from 0, such as [[0, 128], [10, 224]]"
+                f"data.size_schedule is {size_schedule}; expected pairs of epoch and pixels (32 to {MAX_IMAGE_SIZE}), "
+                "epochs rising from 0, such as [[0, 128], [10, 224]]"
             )
+        if num_workers is not None and not 0 <= num_workers <= 1024:
+            raise UserError(f"data.num_workers is {num_workers}; expected 0 (the main process reads) or a few")
         self.size_schedule = size_schedule
         if cache not in ("auto", "none", "ram", "disk"):
             raise UserError(f"data.cache is {cache!r}; expected auto, none, ram or disk")

@@ -80,6 +80,8 @@ class RexNetModule(pl.LightningModule):
         super().__init__()
         if not 0 <= ema < 1:
             raise UserError(f"model.ema is {ema}; expected a decay from 0 (none) to below 1, such as 0.999")
+        if not 0 <= drop_path_rate < 1:
+            raise UserError(f"model.drop_path_rate is {drop_path_rate}; expected a fraction from 0 to below 1")
         head = _settings(HeadSpec, head)
         self.strategy_settings = _settings(StrategySettings, strategy)
         self.optimizer_settings = _settings(OptimizerSettings, optimizer)
@@ -94,6 +96,8 @@ class RexNetModule(pl.LightningModule):
         self.loss_settings = _settings(LossSettings, loss)
         self.loss = build_loss(self.loss_settings, [1] * len(names))
         self._plateau: Plateau | None = None
+        self.started = False
+        """Whether training has begun: all of a checkpoint is restored then."""
         self._scratch = weights is None and not pretrained
         if self._solved and head.name != "linear":
             raise UserError(f"model.strategy.solver: logistic solves a linear head; model.head.name is {head.name}")
@@ -246,6 +250,7 @@ class RexNetModule(pl.LightningModule):
 
     def on_train_start(self) -> None:
         """Freeze what the strategy freezes in this epoch, which on a resume is known only now."""
+        self.started = True
         self.on_train_epoch_start()
 
     def on_train_epoch_start(self) -> None:
@@ -356,6 +361,16 @@ class RexNetModule(pl.LightningModule):
             raise UserError(
                 f"ckpt_path: the checkpoint is a {spec.backbone} with a {spec.head.name} head, this run a "
                 f"{ours.backbone} with a {ours.head.name} head; set model.backbone and model.head to the checkpoint's"
+            )
+        theirs, own = content.get("state_dict"), self.state_dict()
+        theirs = theirs if isinstance(theirs, dict) else {}
+        missing, unknown = own.keys() - theirs.keys(), theirs.keys() - own.keys()
+        other = [name for name in own.keys() & theirs.keys() if getattr(theirs[name], "shape", None) != own[name].shape]
+        if missing or unknown or other:
+            examples = ", ".join([*missing, *map(str, unknown), *other][:3])
+            raise UserError(
+                f"ckpt_path: the checkpoint's weights do not fit: {len(missing)} tensors missing, {len(unknown)} "
+                f"unknown, {len(other)} of another shape (such as {examples})"
             )
         if spec.class_names != ours.class_names:
             raise UserError(

@@ -49,6 +49,7 @@ _yaml_load = jsonargparse.get_loader("yaml")  # before ours takes its place
 # Settings for which a bare name stands for {name: ...}.
 _NAMED = {"model": ("head", "strategy", "optimizer", "schedule", "loss"), "data": ("augment",)}
 _MAX_ALIASES = 20  # of a YAML file; nested aliases grow exponentially
+_MAX_DEPTH = 40  # of nesting; parsers recurse
 _MAX_CONFIG_BYTES = 2**20
 
 
@@ -256,7 +257,12 @@ class RexNetCLI(LightningCLI):
         Raises:
             UserError: A callback monitors what nobody logs.
         """
-        logged = ["train/loss", "train/loss_step", *map(str, self.model.val_metrics.keys())]
+        trainer: Trainer = self.trainer
+        if 0 in (trainer.max_epochs, trainer.max_steps) or trainer.limit_train_batches == 0:
+            raise UserError("trainer: max_epochs, max_steps or limit_train_batches is 0: nothing would be trained")
+        logged = ["train/loss", "train/loss_step"]
+        if trainer.limit_val_batches != 0:
+            logged += map(str, self.model.val_metrics.keys())
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if monitor is not None and monitor not in logged:
@@ -279,6 +285,24 @@ class RexNetCLI(LightningCLI):
             print(f"note: {note}", flush=True)  # noqa: T201
         if self.config["fit"]["find_lr"]:
             self._find_lr()
+
+    def _set_seed(self) -> None:
+        try:
+            super()._set_seed()
+        except ValueError as error:
+            raise UserError(f"seed_everything: {error}") from None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        try:
+            super()._run_subcommand(subcommand)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
+            if subcommand != "fit" or not self.resumed or self.model.started:
+                raise
+            reason = (str(error).splitlines() or [""])[0]
+            raise UserError(
+                f"ckpt_path: {self.config['fit']['ckpt_path']} cannot be resumed ({type(error).__name__}: {reason}); "
+                "use another checkpoint of the run, or start a new run with model.weights"
+            ) from error
 
     def _find_lr(self) -> None:
         """Raise the learning rate over some steps until the loss explodes (Smith 2017); show it, and end."""
@@ -378,6 +402,8 @@ def _expand(argv: list[str]) -> list[str]:
     for i, argument in enumerate(argv):
         key, equals, value = argument.partition("=")
         following = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
+        if key == "--config" and "://" in following:
+            raise UserError(f"--config: {following!r} is an address; configs are read from local files only")
         if key in keys and re.fullmatch(r"\w+", following):
             expanded[i] = f"{key}.name{equals}{value}"
     return expanded
@@ -387,11 +413,15 @@ def _load_yaml(text: str, command: str) -> Any:
     """Read YAML as jsonargparse does, within bounds, with our short forms written out."""
     if len(text) > _MAX_CONFIG_BYTES:
         raise yaml.YAMLError(f"a config of more than {_MAX_CONFIG_BYTES} bytes")
-    if "*" in text and sum(isinstance(t, yaml.AliasToken) for t in yaml.scan(text)) > _MAX_ALIASES:
-        raise yaml.YAMLError(f"a config with more than {_MAX_ALIASES} aliases")
+    _check_yaml(text)
     value = _yaml_load(text)
     if not isinstance(value, dict):
         return value
+    for group in ("trainer", "data", "model"):
+        if value.get(group, {}) is None:  # a section whose settings are all commented out
+            del value[group]
+        elif not isinstance(value.get(group, {}), dict):
+            raise yaml.YAMLError(f"{group} must hold settings, such as {group}: {{key: value}}")
     for group, names in _NAMED.items():
         section: Any = value.get(group)
         for name in names if isinstance(section, dict) else ():
@@ -402,6 +432,37 @@ def _load_yaml(text: str, command: str) -> Any:
     if command != "fit":  # a fit's config may be given to the other runs: its model is in the model file
         value = {key: part for key, part in value.items() if key not in ("model", "ckpt_path")}
     return value
+
+
+def _check_yaml(text: str) -> None:
+    """Refuse what a parser would spend all memory or its whole stack on, and keys that stand twice in one place.
+
+    Raises:
+        yaml.YAMLError: The text is no YAML, or one of these.
+    """
+    aliases = 0
+    stack: list[tuple[set[str] | None, bool]] = []  # of each open mapping its keys, and whether a key is next
+    for event in yaml.parse(text, Loader=yaml.SafeLoader):
+        if isinstance(event, yaml.CollectionEndEvent):
+            stack.pop()
+            continue
+        if not isinstance(event, yaml.NodeEvent):
+            continue
+        aliases += isinstance(event, yaml.AliasEvent)
+        if aliases > _MAX_ALIASES:
+            raise yaml.YAMLError(f"a config with more than {_MAX_ALIASES} aliases")
+        keys, is_key = stack[-1] if stack else (None, False)
+        if keys is not None:
+            if is_key and isinstance(event, yaml.ScalarEvent):
+                if event.value in keys:
+                    raise yaml.YAMLError(f"the key {event.value!r} stands twice in one place")
+                keys.add(event.value)
+            stack[-1] = keys, not is_key
+        if isinstance(event, yaml.CollectionStartEvent):
+            is_mapping = isinstance(event, yaml.MappingStartEvent)
+            stack.append((set() if is_mapping else None, is_mapping))
+            if len(stack) > _MAX_DEPTH:
+                raise yaml.YAMLError(f"a config nested deeper than {_MAX_DEPTH}")
 
 
 def read_augment(config: str) -> tuple[AugmentSettings, int]:

@@ -42,11 +42,11 @@ class ScheduleSettings:
             raise UserError(
                 f"model.schedule.name is {self.name!r}; expected one of {', '.join(get_args(ScheduleName))}"
             )
-        if self.warmup_epochs < 0:
+        if not 0 <= self.warmup_epochs < math.inf:
             raise UserError(f"model.schedule.warmup_epochs is {self.warmup_epochs}; expected 0 or more")
         if not 0 <= self.min_factor <= 1:
             raise UserError(f"model.schedule.min_factor is {self.min_factor}; expected a fraction from 0 to 1")
-        if self.step_epochs <= 0 or self.gamma <= 0:
+        if not 0 < self.step_epochs < math.inf or not 0 < self.gamma < math.inf:
             raise UserError("model.schedule.step_epochs and model.schedule.gamma must be above 0")
         if self.patience < 0:
             raise UserError(f"model.schedule.patience is {self.patience}; expected 0 or more")

@@ -8,14 +8,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from typing import Any, Literal, get_args
 
 from rexnet_lit.errors import UserError
 
-__all__ = ["FORMAT_VERSION", "DataRecord", "EvalRecipe", "HeadSpec", "Interpolation", "ModelSpec"]
+__all__ = ["FORMAT_VERSION", "MAX_IMAGE_SIZE", "DataRecord", "EvalRecipe", "HeadSpec", "Interpolation", "ModelSpec"]
 
 FORMAT_VERSION = 1
 """Raised when a file written today could not be read right by yesterday's code."""
+
+MAX_IMAGE_SIZE = 4096
+"""Pixels a side: above what any memory trains on."""
 
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Pool = Literal["avg", "max", "avgmax"]
@@ -38,6 +42,8 @@ class EvalRecipe:
     def __post_init__(self) -> None:
         if self.image_size < 32:
             raise UserError(f"data.image_size is {self.image_size}; a ReXNet needs at least 32 pixels")
+        if self.image_size > MAX_IMAGE_SIZE:
+            raise UserError(f"data.image_size is {self.image_size}; expected at most {MAX_IMAGE_SIZE} pixels")
         if not 0 < self.crop_pct <= 1:
             raise UserError(f"crop_pct is {self.crop_pct}; expected a fraction above 0 and up to 1")
         if self.interpolation not in get_args(Interpolation):
@@ -73,7 +79,7 @@ class HeadSpec:
     def __post_init__(self) -> None:
         if self.pool not in get_args(Pool):
             raise UserError(f"model.head.pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")
-        if not self.temperature > 0:
+        if not 0 < self.temperature < math.inf:
             raise UserError(f"model.head.temperature is {self.temperature}; expected above 0, such as 0.05")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.head.dropout is {self.dropout}; expected a fraction from 0 to below 1")
@@ -154,3 +160,9 @@ class DataRecord:
     num_folds: int = 0
     fold: int = 0
     group_pattern: str | None = None
+
+    def __post_init__(self) -> None:
+        texts = [self.class_order, *(t for t in (self.root, self.split_file, self.group_pattern) if t is not None)]
+        numbers = (self.val_fraction, self.test_fraction, self.num_folds, self.fold)
+        if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
+            raise TypeError(f"not the record of a dataset: {self}")

@@ -75,7 +75,7 @@ class AugmentSettings:
         if not 0 <= self.magnitude <= 10 or self.num_ops < 0:
             raise UserError("data.augment.magnitude must be from 0 to 10 and data.augment.num_ops 0 or more")
         for key in ("mixup", "cutmix"):
-            if not getattr(self, key) >= 0:
+            if not 0 <= getattr(self, key) < math.inf:
                 raise UserError(f"data.augment.{key} is {getattr(self, key)}; expected an alpha of 0 or more")
 
     @property

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import os
 import pickle
@@ -64,17 +65,49 @@ def _elsewhere(tmp_path, monkeypatch):
         (("--ckpt_path", "last"), "ckpt_path"),
         (("--ckpt_path", "https://example.com/m.ckpt"), "local files only"),
         (("--data.image_size", "16"), "data.image_size is 16"),
+        (("--data.image_size", "100000"), "data.image_size is 100000; expected at most 4096 pixels"),
         (("--data.val_fraction", "2"), "data.val_fraction is 2.0"),
+        (("--data.num_workers", "-1"), "data.num_workers is -1"),
+        (("--data.size_schedule", "[[0, 64], [3, 100000]]"), "pairs of epoch and pixels (32 to 4096)"),
+        (("--model.drop_path_rate", "1"), "model.drop_path_rate is 1.0"),
+        (("--seed_everything", "-1"), "seed_everything: -1 is not in bounds"),
+        (("--trainer.max_epochs", "0"), "max_epochs, max_steps or limit_train_batches is 0: nothing would be trained"),
+        (("--config", "s3://bucket/c.yaml"), "is an address; configs are read from local files only"),
+        (("--config", "deep.yaml"), "nested deeper than 40"),
+        (("--config", "bomb.yaml"), "more than 20 aliases"),  # S6
+        (("--config", "twice.yaml"), "the key 'data' stands twice"),
+        (("--config", "list.yaml"), "data must hold settings"),
     ],
     ids=lambda value: "=".join(map(str, value)) if isinstance(value, tuple) else "",
 )
 def test_a_wrong_setting(pictures, capsys, arguments, expected):
     Path("unknown.yaml").write_text("trainer:\n  max_epoch: 3\n")
     Path("broken.yaml").write_text("model: [\n")
+    Path("deep.yaml").write_text(f"data: {'[' * 100_000}\n")
+    rows = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi")]
+    Path("bomb.yaml").write_text("\n".join(["a: &a [lol]", *rows]))
+    Path("twice.yaml").write_text("data:\n  batch_size: 4\ntrainer:\n  max_epochs: 1\ndata:\n  batch_size: 8\n")
+    Path("list.yaml").write_text("data: [1]\n")
     line = fails(capsys, *QUICK, "--data.root", pictures, *arguments)
     assert expected in line
     assert "rexnet" not in arguments[0] or "<class" not in line
     assert not Path("runs").exists()  # nothing was begun
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: {max_bad_fraction: .nan}", "data.max_bad_fraction is nan"),
+        ("data: {cache_gb: .nan}", "data.cache_gb is nan"),
+        ("data: {augment: {mixup: .inf}}", "data.augment.mixup is inf"),
+        ("model: {head: {temperature: .nan}}", "model.head.temperature is nan"),
+        ("model: {schedule: {warmup_epochs: .nan}}", "model.schedule.warmup_epochs is nan"),
+        ("model: {schedule: {step_epochs: .inf}}", "model.schedule.step_epochs and"),
+    ],
+)
+def test_numbers_that_are_none_in_a_config(pictures, capsys, text, expected):
+    Path("numbers.yaml").write_text(text)
+    assert expected in fails(capsys, *QUICK, "--config", "numbers.yaml", "--data.root", pictures)
 
 
 def test_a_wrong_folder(tmp_path, capsys):

@@ -301,6 +301,30 @@ def test_other_classes_are_refused(run, make_shapes):
     failed(fit(run, "--ckpt_path", "last"), "classes (3: circle, cross, square) differ", "x, y, z", "model.weights")
 
 
+def odd(run, change):
+    """A checkpoint that is whole, but was made by somebody else."""
+    content = checkpoint.read_ckpt(str(run_folder(run) / "checkpoints" / "last.ckpt"))
+    change(content)
+    checkpoint.write_ckpt(content, run / "odd.ckpt")
+    return fit(run, "--ckpt_path", "odd.ckpt")
+
+
+def test_c43_tensors_that_are_missing_or_unknown_are_counted(run):
+    def change(content):
+        state = content["state_dict"]
+        state["other"] = state.pop("network.stem.conv.weight")
+        state["network.head.fc.bias"] = torch.zeros(9)
+
+    failed(odd(run, change), "1 tensors missing, 1 unknown, 1 of another shape", "network.stem.conv.weight")
+
+
+@pytest.mark.parametrize("key", ["optimizer_states", "loops", "lr_schedulers"])
+def test_a_checkpoint_that_cannot_be_restored_is_one_line(run, key):
+    failed(
+        odd(run, lambda content: content.update({key: {"junk": [1]}})), "odd.ckpt cannot be resumed (", "model.weights"
+    )
+
+
 def test_the_newest_valid_checkpoint(run):
     folder = run_folder(run) / "checkpoints"
     shutil.copy(folder / "last.ckpt", folder / checkpoint.PREVIOUS)
