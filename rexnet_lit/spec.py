@@ -21,6 +21,8 @@ FORMAT_VERSION = 1
 MAX_IMAGE_SIZE = 4096
 """Pixels a side: above what any memory trains on."""
 
+_MAX_CLASSES = 200_000  # of a model file: more would fill the memory with a head
+
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Pool = Literal["avg", "max", "avgmax"]
 
@@ -48,6 +50,8 @@ class EvalRecipe:
             raise UserError(f"crop_pct is {self.crop_pct}; expected a fraction above 0 and up to 1")
         if self.interpolation not in get_args(Interpolation):
             raise UserError(f"interpolation is {self.interpolation!r}; expected one of {get_args(Interpolation)}")
+        if not all(len(t) == 3 and all(map(math.isfinite, t)) for t in (self.mean, self.std)) or not min(self.std) > 0:
+            raise UserError(f"mean is {self.mean} and std {self.std}; expected three numbers each, std above 0")
 
     @property
     def resize_size(self) -> int:
@@ -83,9 +87,9 @@ class HeadSpec:
             raise UserError(f"model.head.temperature is {self.temperature}; expected above 0, such as 0.05")
         if not 0 <= self.dropout < 1:
             raise UserError(f"model.head.dropout is {self.dropout}; expected a fraction from 0 to below 1")
-        for key in ("hidden", "layers"):
-            if getattr(self, key) < 1:
-                raise UserError(f"model.head.{key} is {getattr(self, key)}; expected at least 1")
+        for key, most in (("hidden", 65_536), ("layers", 16)):
+            if not 1 <= getattr(self, key) <= most:
+                raise UserError(f"model.head.{key} is {getattr(self, key)}; expected 1 to {most}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -134,12 +138,19 @@ class ModelSpec:
                     f"{where}: model format {version} is newer than this rexnet_lit reads ({FORMAT_VERSION}); "
                     "upgrade with: pip install -U rexnet-lit"
                 )
-            recipe = dict(raw["eval_recipe"])
+            recipe, head, names = dict(raw["eval_recipe"]), dict(raw["head"]), raw["class_names"]
             recipe["mean"], recipe["std"] = tuple(recipe["mean"]), tuple(recipe["std"])
+            counts = (recipe["image_size"], *(head[key] for key in ("hidden", "layers") if key in head))
+            if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
+                raise TypeError("a size is no whole number")
+            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                raise TypeError("class_names is no list of names")
+            if not 0 < len(set(names)) == len(names) <= _MAX_CLASSES:
+                raise ValueError(f"{len(names)} class names, {len(set(names))} of them different")
             return cls(
                 backbone=str(raw["backbone"]),
-                class_names=tuple(str(name) for name in raw["class_names"]),
-                head=HeadSpec(**raw["head"]),
+                class_names=tuple(names),
+                head=HeadSpec(**head),
                 eval_recipe=EvalRecipe(**recipe),
                 format_version=version,
             )

@@ -64,8 +64,21 @@ def changed(**values) -> str:
         changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "mean": 3}),
         changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "image_size": "big"}),
         changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "crop_pct": float("nan")}),
+        changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "image_size": 64.5}),
+        changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "image_size": 10**9}),
+        changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "mean": [0.5, None, 0.5]}),
+        changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "std": [0.5, 0.5]}),
+        changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "std": [0.5, 0.5, 0]}),
+        changed(head={**dataclasses.asdict(SPEC.head), "hidden": True}),
+        changed(head={**dataclasses.asdict(SPEC.head), "layers": 10**9}),
+        changed(head=["linear"]),
+        changed(class_names=[]),
+        changed(class_names=["a", "b", "a"]),
+        changed(class_names={"a": 1, "b": 2}),
+        changed(class_names=["a", ["b"]]),
+        changed(class_names=list(map(str, range(200_001)))),
     ],
-    ids=range(16),
+    ids=range(29),
 )
 def test_what_is_no_description_is_one_line(text):
     with pytest.raises(UserError) as error:
