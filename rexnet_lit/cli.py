@@ -211,9 +211,9 @@ def user_message(error: BaseException) -> str | None:
         # A loader worker's error arrives as the text of its traceback.
         return str(error).rpartition("rexnet_lit.errors.UserError: ")[2]
     kind = type(error).__name__
-    if isinstance(error, PermissionError | IsADirectoryError | NotADirectoryError) or kind == "OSError":
+    if (isinstance(error, OSError) and error.filename is not None) or kind == "OSError":
         return " ".join(str(error).split())
-    if kind == "OutOfMemoryError" or "out of memory" in str(error):
+    if kind == "OutOfMemoryError" or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return "out of memory; set a smaller data.batch_size or data.image_size"
     if kind == "RuntimeError" and str(error).startswith("DataLoader worker"):  # raised wherever it is noticed
         return (

@@ -9,6 +9,7 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
 from pathlib import Path
 from typing import Any
@@ -201,6 +202,7 @@ class RexNetCLI(LightningCLI):
         if not isinstance(settings["plugins"], list):
             settings["plugins"] = [settings["plugins"]]
         settings["plugins"].append(AtomicCheckpointIO())
+        _check_trainer(settings)
         terminal = sys.stdout.isatty()
         if settings["enable_progress_bar"] is None:
             settings["enable_progress_bar"] = terminal
@@ -220,7 +222,7 @@ class RexNetCLI(LightningCLI):
             callbacks.append(self._writer()) if self.subcommand != "validate" else None
         try:
             return self._instantiate_trainer({**settings, **kwargs}, callbacks)
-        except (ValueError, TypeError, MisconfigurationException) as error:
+        except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from None
 
     def _loggers(self, root: str) -> list[Logger]:
@@ -296,7 +298,11 @@ class RexNetCLI(LightningCLI):
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
-            if subcommand != "fit" or not self.resumed or self.model.started:
+            if subcommand != "fit" or self.model.started:
+                raise
+            if isinstance(error, ValueError) and _raised_by_lightning(error):  # a setting does not suit the data
+                raise UserError(f"trainer: {error}") from error
+            if not self.resumed:
                 raise
             reason = (str(error).splitlines() or [""])[0]
             raise UserError(
@@ -393,6 +399,26 @@ def _new_version(root: Path) -> Path:
     folder = Path(logger.log_dir)
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def _check_trainer(settings: Namespace) -> None:
+    """Refuse what Lightning only meets, with a traceback, once a run has begun."""
+    least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0}
+    for key, low in least.items():
+        value = settings[key]
+        if value is not None and value < low:
+            raise UserError(f"trainer.{key} is {value}; expected {low} or more")
+    if settings["val_check_interval"] is not None and settings["val_check_interval"] == 0:
+        raise UserError("trainer.val_check_interval is 0; expected a share of an epoch, or a number of batches")
+    if settings["overfit_batches"]:
+        raise UserError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
+    if "://" in str(settings["default_root_dir"] or ""):
+        raise UserError(f"trainer.default_root_dir is {settings['default_root_dir']!r}; expected a local folder")
+
+
+def _raised_by_lightning(error: BaseException) -> bool:
+    frames = traceback.extract_tb(error.__traceback__)
+    return "lightning" in Path(frames[-1].filename).parts
 
 
 def _expand(argv: list[str]) -> list[str]:

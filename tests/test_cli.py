@@ -71,6 +71,13 @@ def _elsewhere(tmp_path, monkeypatch):
         (("--data.size_schedule", "[[0, 64], [3, 100000]]"), "pairs of epoch and pixels (32 to 4096)"),
         (("--model.drop_path_rate", "1"), "model.drop_path_rate is 1.0"),
         (("--seed_everything", "-1"), "seed_everything: -1 is not in bounds"),
+        (("--trainer.accumulate_grad_batches", "0"), "trainer.accumulate_grad_batches is 0; expected 1 or more"),
+        (("--trainer.val_check_interval", "0"), "trainer.val_check_interval is 0"),
+        (("--trainer.check_val_every_n_epoch", "0"), "trainer.check_val_every_n_epoch is 0"),
+        (("--trainer.overfit_batches", "1"), "trainer.overfit_batches is not supported"),
+        (("--trainer.default_root_dir", "s3://b/c"), "trainer.default_root_dir is 's3://b/c'; expected a local folder"),
+        (("--trainer.default_root_dir", "/proc/foo"), "No such file or directory: '/proc/foo"),
+        (("--trainer.accelerator", "tpu"), "trainer: "),
         (("--trainer.max_epochs", "0"), "max_epochs, max_steps or limit_train_batches is 0: nothing would be trained"),
         (("--config", "s3://bucket/c.yaml"), "is an address; configs are read from local files only"),
         (("--config", "deep.yaml"), "nested deeper than 40"),
@@ -92,6 +99,11 @@ def test_a_wrong_setting(pictures, capsys, arguments, expected):
     assert expected in line
     assert "rexnet" not in arguments[0] or "<class" not in line
     assert not Path("runs").exists()  # nothing was begun
+
+
+def test_what_lightning_finds_once_it_has_seen_the_data(pictures, capsys):
+    arguments = ("--data.root", pictures, "--data.num_workers", 0, "--trainer.val_check_interval", 700)
+    assert fails(capsys, *QUICK, *arguments).startswith("trainer: `val_check_interval` (700) must be less")
 
 
 @pytest.mark.parametrize(
