@@ -66,7 +66,7 @@ def _augmented(
     checkup: Checkup, read: Callable[[str], NDArray[np.uint8]], config: str
 ) -> list[tuple[str, str, NDArray[np.uint8]]]:
     """Return path, caption and picture of four images as they are, and as a config's recipe shows them in training."""
-    from rexnet_lit.runs import read_augment
+    from rexnet_lit.config import read_augment
     from rexnet_lit.spec import EvalRecipe
     from rexnet_lit.transforms import TrainTransform
 
