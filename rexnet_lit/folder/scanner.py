@@ -14,6 +14,7 @@ seeded shuffle (scikit-learn's too) draws everything anew, and mixes what was tr
 
 from __future__ import annotations
 
+import collections
 import csv
 import dataclasses
 import hashlib
@@ -276,9 +277,11 @@ def _read_classes(
         notes.append(f"{where}{loose} images outside every class folder are ignored")
     before = len(walk.nested)
     lists = walk.images([base + b"/" + name if base else name for name in names])
-    inner = [folder.removeprefix(os.fsdecode(base) + "/").split("/") for folder in walk.nested[before:]]
-    by_class = {name: {parts[-1] for parts in inner if parts[0] == os.fsdecode(name)} for name in names}
-    shared = sorted(set.intersection(*by_class.values())) if len(names) > 1 else []
+    inner: dict[str, set[str]] = {os.fsdecode(name): set() for name in names}
+    for folder in walk.nested[before:]:
+        parts = folder.removeprefix(os.fsdecode(base) + "/").split("/")
+        inner[parts[0]].add(parts[-1])
+    shared = sorted(set.intersection(*inner.values())) if len(names) > 1 else []
     if len(shared) > 1:
         notes.append(
             f"{where}each of the classes {some([os.fsdecode(name) for name in names])} holds folders called "
@@ -324,7 +327,7 @@ def _order(found: Found, class_order: str | os.PathLike[str], problems: list[str
         return tuple(names)
     wanted = tuple(line.strip("\r") for line in listed if line.strip())
     missing, extra = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
-    twice = sorted({name for name in wanted if wanted.count(name) > 1})
+    twice = sorted(name for name, count in collections.Counter(wanted).items() if count > 1)
     if missing or extra or twice:
         problems.append(
             f"data.class_order {quoted(os.fspath(class_order))} lists {len(wanted)} classes, the folder has "
