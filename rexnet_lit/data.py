@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import time
 import warnings
@@ -176,10 +177,20 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return {name: self._datasets[name].samples if name in self._datasets else samples
                 for name, samples in self.folder.splits.items()}  # fmt: skip
 
+    def settings(self) -> dict[str, Any]:
+        """Return, by key, what decides the weights of a run beside its model and the images."""
+        return {
+            "batch_size": self.batch_size,
+            "sampler": self.sampler,
+            "image_size": self.image_size,
+            "size_schedule": self.size_schedule,
+            **{f"augment.{key}": value for key, value in dataclasses.asdict(self.augment).items()},
+        }
+
     def fingerprints(self) -> dict[str, str]:
         """Return what tells one set of images from another, by split: of training and validation."""
         if self._fingerprints is None:
-            splits = self.splits()
+            splits = self.folder.splits if self.folder else self.splits()
             names: tuple[Split, ...] = ("train", "val")
             self._fingerprints = {
                 f"{name} images": f"{len(splits[name])}, fingerprint {fingerprint(splits[name])[:12]}"

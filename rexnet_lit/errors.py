@@ -6,16 +6,31 @@ Everything below the command line raises `UserError`; the command line prints it
 from __future__ import annotations
 
 import difflib
+import re
 from collections.abc import Iterable
 
-__all__ = ["Stopped", "UserError", "did_you_mean"]
+__all__ = ["Stopped", "UserError", "did_you_mean", "visible"]
+
+# Control characters, line separators, direction overrides (they make a name read as another) and surrogates.
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def visible(text: str) -> str:
+    r"""Return `text` with what cannot be seen or encoded written out (a newline as ``\n``)."""
+
+    def escape(match: re.Match[str]) -> str:
+        char = match.group()
+        # os.fsdecode keeps an undecodable byte b as U+DC00 + b.
+        return f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else ascii(char)[1:-1]
+
+    return _INVISIBLE.sub(escape, text)
 
 
 class UserError(Exception):
     """What is wrong, where (file or key), and what to do: one line, no traceback."""
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.split()))
+        super().__init__(visible(" ".join(message.split())))
 
 
 class Stopped(Exception):  # noqa: N818 (no error)

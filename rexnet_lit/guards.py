@@ -28,8 +28,9 @@ from rexnet_lit import checkpoint
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import Stopped, UserError
 from rexnet_lit.loader import BatchSampler
+from rexnet_lit.module import RexNetModule
 
-__all__ = ["AtomicCheckpointIO", "FiniteLoss", "RunCheckpoint", "find_last"]
+__all__ = ["AtomicCheckpointIO", "FiniteLoss", "RunCheckpoint"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -155,24 +156,42 @@ class RunCheckpoint(ModelCheckpoint):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Write down what an exact resume depends on."""
-        checkpoint[_KEY] = json.dumps(_conditions(trainer))
+        conditions = _conditions(trainer, pl_module, getattr(trainer, "datamodule", None))
+        checkpoint[_KEY] = json.dumps(conditions, default=str)
+        checkpoint[_LENGTH] = json.dumps(_length(trainer))
 
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse to go on where the run would silently be another.
+        """Refuse to go on where the run would silently be another."""
+        self.refuse_changes(trainer, pl_module, getattr(trainer, "datamodule", None), checkpoint)
+        then = json.loads(checkpoint.get(_LENGTH, "{}"))
+        for key, now in _length(trainer).items():
+            if then.get(key, now) != now:
+                rank_zero_only(print)(f"note: trainer.{key} was {then[key]} and is {now}: the schedule changes with it")
+
+    def refuse_changes(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any, content: Any) -> None:
+        """Compare a run with the one that a checkpoint's ``content`` is of.
 
         Raises:
-            UserError: Something has changed and ``accept_changes`` is not set; all of it is named.
+            UserError: Something has changed and ``accept_changes`` is not set, or cannot be changed; all is named.
         """
-        then, now = json.loads(checkpoint.get(_KEY, "{}")), _conditions(trainer)
-        differing = (name for name in now if then.get(name) != now[name])
-        changed = [f"{name} ({then.get(name, 'not recorded')} then, {now[name]} now)" for name in differing]
-        if changed and not self._accept_changes:
-            raise UserError(
-                f"ckpt_path: since the checkpoint these have changed: {'; '.join(changed)}; set them back, "
-                "or go on nevertheless with --accept_changes true"
-            )
+        then = json.loads(content.get(_KEY, "{}"))
+        now = json.loads(json.dumps(_conditions(trainer, module, data), default=str))
+        differing = [name for name in now if then.get(name, _ABSENT) != now[name]]
+        fixed = [name for name in differing if name.startswith(_FIXED) and name in then]
+        named = fixed or ([] if self._accept_changes else differing)
+        if not named:
+            return
+        changed = [f"{name} ({then.get(name, _ABSENT)} then, {now[name]} now)" for name in named[:8]]
+        more = f" and {len(named) - 8} more" if len(named) > 8 else ""
+        remedy = (
+            "set them back (the run folder's config.yaml has them), or start a new run from its weights with "
+            "model.weights"
+            if fixed
+            else "set them back, or go on nevertheless with --accept_changes true"
+        )
+        raise UserError(f"ckpt_path: since the checkpoint these have changed: {'; '.join(changed)}{more}; {remedy}")
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score over; a run folder may have been moved since."""
@@ -188,50 +207,32 @@ def _tries_out(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-_KEY = "rexnet_lit_run"
+_KEY, _LENGTH = "rexnet_lit_run", "rexnet_lit_run_length"
+_ABSENT = "not recorded"
+_FIXED = ("model.optimizer.", "model.ema", "model.schedule.name")
+"""What a resume takes from the checkpoint: to change it would be in vain, or fail."""
 
 
-def _conditions(trainer: pl.Trainer) -> dict[str, Any]:
-    """Return, by setting, what decides a run's weights beside its settings."""
-    data = getattr(trainer, "datamodule", None)
+def _length(trainer: pl.Trainer) -> dict[str, int | None]:
+    """Return what a user may rightly change on a resume: to train longer."""
+    return {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+
+
+def _conditions(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, Any]:
+    """Return, by setting, what decides a run's weights."""
+    keys = ("accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches")
     conditions: dict[str, Any] = {
         "seed_everything": run_seed(),
         "processes": trainer.world_size,
-        "trainer.accumulate_grad_batches": trainer.accumulate_grad_batches,
+        **{f"trainer.{key}": getattr(trainer, key) for key in keys},
+        "trainer.precision": trainer.precision,
     }
+    if isinstance(module, RexNetModule):
+        conditions |= {f"model.{key}": value for key, value in module.settings().items()}
     if isinstance(data, ImageFolderDataModule):
-        conditions |= {"data.batch_size": data.batch_size, "data.sampler": data.sampler, **data.fingerprints()}
+        conditions |= {f"data.{key}": value for key, value in data.settings().items()}
+        conditions |= data.fingerprints()
     return conditions
-
-
-def find_last(root: Path) -> tuple[Path, list[str]]:
-    """Find the newest checkpoint that can be resumed, in the run folders below ``root``.
-
-    Returns:
-        The ``last.ckpt`` (or the generation before it), and why newer files were passed over, a line each.
-
-    Raises:
-        UserError: There is none.
-    """
-    runs = root / "lightning_logs"
-    found = sorted(
-        (file for name in ("last.ckpt", checkpoint.PREVIOUS) for file in runs.glob(f"version_*/checkpoints/{name}")),
-        key=lambda file: file.stat().st_mtime_ns,
-        reverse=True,
-    )
-    skipped: list[str] = []
-    for file in found:
-        try:
-            checkpoint.read_record(checkpoint.read_ckpt(str(file)), str(file))
-        except UserError as error:
-            skipped.append(f"skipped: {error}")
-        else:
-            return file, skipped
-    reasons = "".join(f"; {reason}" for reason in skipped)
-    raise UserError(
-        f"ckpt_path: there is no checkpoint to resume below {runs}{reasons}; "
-        "name a file, or leave --ckpt_path out to start a new run"
-    )
 
 
 class FiniteLoss(Callback):

@@ -59,11 +59,11 @@ class MetricsLog(CSVLogger):
 
     Args:
         root: The folder that holds ``lightning_logs/``.
-        version: The run's number.
+        version: The run's number; not yet known by default.
         keep: The step up to which an existing file's rows are kept.
     """
 
-    def __init__(self, root: str, version: int | str, keep: int = -1) -> None:
+    def __init__(self, root: str, version: int | None = None, keep: int = -1) -> None:
         super().__init__(root, version=version, flush_logs_every_n_steps=1)
         self._keep = keep
 
@@ -81,20 +81,29 @@ class MetricsLog(CSVLogger):
 
 
 class _Rows(ExperimentWriter):
-    """Rows behind those of an existing file, which Lightning's own would delete."""
+    """Rows behind those of an existing file, which Lightning's own would delete; cut back when the first is due."""
 
     def __init__(self, folder: str, keep: int) -> None:
-        self._keep = keep
         super().__init__(folder)
+        self._keep: int | None = keep
 
     def _check_log_dir_exists(self) -> None:
-        path = Path(self.metrics_file_path)
+        """Leave what is there."""
+
+    def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
+        """Take a row."""
+        if self._keep is not None:
+            self._cut_back(Path(self.metrics_file_path), self._keep)
+            self._keep = None
+        super().log_metrics(metrics_dict, step)
+
+    def _cut_back(self, path: Path, keep: int) -> None:
         if not path.is_file():
             return
         with path.open(encoding="utf-8", newline="") as file:
             reader = csv.DictReader(file)
             self.metrics_keys = list(reader.fieldnames or [])
-            rows = [row for row in reader if (row["step"] or "").isdecimal() and int(row["step"]) < self._keep]
+            rows = [row for row in reader if (row["step"] or "").isdecimal() and int(row["step"]) < keep]
         text = io.StringIO(newline="")
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from rexnet_lit import checkpoint, network, probe, process, strategies
 from rexnet_lit.data import ImageFolderDataModule, run_seed
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import UserError, visible
 from rexnet_lit.losses import LossSettings, build_loss
 from rexnet_lit.metrics import build_metrics
 from rexnet_lit.schedules import Plateau, ScheduleSettings, lr_factor
@@ -86,7 +86,7 @@ class RexNetModule(pl.LightningModule):
         self.strategy_settings = _settings(StrategySettings, strategy)
         self.optimizer_settings = _settings(OptimizerSettings, optimizer)
         self.schedule_settings = _settings(ScheduleSettings, schedule)
-        self.ema = ema
+        self.ema, self._drop_path_rate = ema, drop_path_rate
         names = _names(num_classes, class_names)
         self.spec = ModelSpec(backbone, names, head, network.eval_recipe(backbone, image_size))
         self.train_size = image_size or network.train_size(backbone)
@@ -352,35 +352,46 @@ class RexNetModule(pl.LightningModule):
         content[checkpoint.KEY] = checkpoint.make_record(self.spec, record)
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model."""
-        if self._trainer is None:
-            return
+        """Refuse a checkpoint of another model.
+
+        Raises:
+            UserError: The architecture, the classes or the tensors differ.
+        """
         spec, _ = checkpoint.read_record(content, "ckpt_path")
         ours = self.spec
-        if spec.backbone != ours.backbone or spec.head != ours.head:
-            raise UserError(
-                f"ckpt_path: the checkpoint is a {spec.backbone} with a {spec.head.name} head, this run a "
-                f"{ours.backbone} with a {ours.head.name} head; set model.backbone and model.head to the checkpoint's"
-            )
-        theirs, own = content.get("state_dict"), self.state_dict()
-        theirs = theirs if isinstance(theirs, dict) else {}
-        missing, unknown = own.keys() - theirs.keys(), theirs.keys() - own.keys()
-        other = [name for name in own.keys() & theirs.keys() if getattr(theirs[name], "shape", None) != own[name].shape]
-        if missing or unknown or other:
-            examples = ", ".join([*missing, *map(str, unknown), *other][:3])
-            raise UserError(
-                f"ckpt_path: the checkpoint's weights do not fit: {len(missing)} tensors missing, {len(unknown)} "
-                f"unknown, {len(other)} of another shape (such as {examples})"
-            )
+        for name, then, now in (
+            ("backbone", spec.backbone, ours.backbone),
+            *((f"head.{key}", then, getattr(ours.head, key)) for key, then in dataclasses.asdict(spec.head).items()),
+        ):
+            if then != now:
+                raise UserError(
+                    f"ckpt_path: the checkpoint's model.{name} is {then}, this run's is {now}; set it to the "
+                    "checkpoint's, or start a new run with model.weights"
+                )
         if spec.class_names != ours.class_names:
             raise UserError(
                 f"ckpt_path: the checkpoint's classes ({_short(spec.class_names)}) differ from the folder's "
                 f"({_short(ours.class_names)}); to start a new run from its weights, use model.weights instead"
             )
+        theirs = content.get("state_dict")
+        difference = network.misfit(self.state_dict(), theirs if isinstance(theirs, dict) else {})
+        if difference:
+            raise UserError(f"ckpt_path: the checkpoint's weights do not fit: {difference}")
+
+    def settings(self) -> dict[str, Any]:
+        """Return, by key, what decides the weights of a run beside its data."""
+        groups: dict[str, Any] = {
+            "strategy": self.strategy_settings,
+            "optimizer": self.optimizer_settings,
+            "schedule": self.schedule_settings,
+            "loss": self.loss_settings,
+        }
+        nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
+        return {**nested, "ema": self.ema, "drop_path_rate": self._drop_path_rate}
 
 
 def _short(names: tuple[str, ...]) -> str:
-    return f"{len(names)}: {', '.join(names[:5])}{', ...' if len(names) > 5 else ''}"
+    return f"{len(names)}: {', '.join(map(visible, names[:5]))}{', ...' if len(names) > 5 else ''}"
 
 
 def _names(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:

@@ -201,6 +201,18 @@ def matching_rows(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
     return {row: rows[plain(name)] for row, name in enumerate(ours) if plain(name) in rows}
 
 
+def misfit(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
+    """Count what keeps ``state`` from being loaded as ``own``; an empty string where nothing does."""
+    missing, unknown = sorted(own.keys() - state.keys()), sorted(map(str, state.keys() - own.keys()))
+    other = sorted(k for k in own.keys() & state.keys() if getattr(state[k], "shape", None) != own[k].shape)
+    if not (missing or unknown or other):
+        return ""
+    return (
+        f"{len(missing)} tensors missing, {len(unknown)} unknown, {len(other)} of another shape "
+        f"(such as {', '.join([*missing, *unknown, *other][:3])})"
+    )
+
+
 def load_weights(
     network: nn.Module,
     state: Mapping[str, Tensor],
@@ -226,13 +238,10 @@ def load_weights(
     """
     own = network.state_dict()
     body, given = ({k: v for k, v in s.items() if not k.startswith("head.fc.")} for s in (own, state))
-    missing, unexpected = sorted(body.keys() - given.keys()), sorted(given.keys() - body.keys())
-    shapes = [k for k in body.keys() & given.keys() if body[k].shape != given[k].shape]
-    if missing or unexpected or shapes:
-        examples = ", ".join([*missing, *unexpected, *sorted(shapes)][:3])
+    difference = misfit(body, given)
+    if difference:
         raise UserError(
-            f"{where} does not fit this backbone: {len(missing)} tensors missing, {len(unexpected)} unknown, "
-            f"{len(shapes)} of another shape (such as {examples}); set model.backbone to the file's architecture"
+            f"{where} does not fit this backbone: {difference}; set model.backbone to the file's architecture"
         )
     head = {k: v for k, v in state.items() if k.startswith("head.fc.")}
     own_head = {k: v.shape for k, v in own.items() if k.startswith("head.fc.")}

@@ -7,7 +7,6 @@ import dataclasses
 import io
 import logging
 import os
-import re
 import sys
 import traceback
 import warnings
@@ -18,14 +17,14 @@ import jsonargparse
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from lightning.pytorch import Trainer
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit import checkpoint, report
+from rexnet_lit import checkpoint, run_folder
 from rexnet_lit.callbacks import (
     AugmentedSamples,
     EpochLine,
@@ -38,8 +37,8 @@ from rexnet_lit.callbacks import (
 )
 from rexnet_lit.config import expand, load_yaml, one_line
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.errors import UserError, did_you_mean
-from rexnet_lit.guards import AtomicCheckpointIO, FiniteLoss, RunCheckpoint, find_last
+from rexnet_lit.errors import UserError, did_you_mean, visible
+from rexnet_lit.guards import AtomicCheckpointIO, FiniteLoss, RunCheckpoint
 from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.module import RexNetModule
 from rexnet_lit.transforms import AugmentSettings
@@ -47,11 +46,25 @@ from rexnet_lit.transforms import AugmentSettings
 __all__ = ["RexNetCLI"]
 
 
+class RunConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` once training begins: a resume that fails before leaves the run's own as it is."""
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Wait."""
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write it."""
+        super().setup(trainer, pl_module, "fit")
+
+
 class RexNetCLI(LightningCLI):
     """The runs' command line.
 
     Model settings exist for ``fit`` alone; the other runs read the model file.
     """
+
+    folder: Path | None = None
+    """The run folder that this run has claimed or goes on in."""
 
     @classmethod
     def run(cls, argv: list[str]) -> None:
@@ -62,6 +75,7 @@ class RexNetCLI(LightningCLI):
         cls(
             RexNetModule,
             ImageFolderDataModule,
+            save_config_callback=RunConfig,
             args=expand(argv),
             seed_everything_default=0,
             trainer_defaults={
@@ -112,7 +126,7 @@ class RexNetCLI(LightningCLI):
             raise UserError(f"{command} needs a model: --ckpt_path MODEL (a .ckpt or .safetensors file of a run)")
         self.file = checkpoint.load_model(path)
         defaults: dict[str, Any] = {}
-        home = _run_folder(self.file.path)
+        home = run_folder.of(self.file.path)
         if home is not None:
             defaults["trainer.default_root_dir"] = str(home.parent.parent)
         if command != "predict":
@@ -131,7 +145,7 @@ class RexNetCLI(LightningCLI):
         if path is None:
             return
         if path == "last":
-            found, skipped = find_last(Path(config["trainer"]["default_root_dir"] or "."))
+            found, skipped = run_folder.find_last(Path(config["trainer"]["default_root_dir"] or "."))
             for line in skipped:
                 rank_zero_only(print)(line, flush=True)
             path = str(found.absolute())
@@ -202,10 +216,9 @@ class RexNetCLI(LightningCLI):
         callbacks: list[Any] = [RichProgressBar(leave=True)] if settings["enable_progress_bar"] and terminal else []
         if self.subcommand == "fit":
             callbacks += [RunFiles(), AugmentedSamples(), EpochLine(lines=not terminal), FiniteLoss()]
-            if settings["logger"] in (None, True):
-                settings["logger"] = self._loggers(settings["default_root_dir"] or ".")
-            if settings["logger"] is not False:
-                callbacks.append(LearningRateMonitor("step"))
+            if settings["logger"] in (None, True, False):  # metrics.csv is the run's record, and its folder the run's
+                settings["logger"] = self._loggers(settings["default_root_dir"] or ".", settings["logger"] is not False)
+            callbacks.append(LearningRateMonitor("step"))
             if settings["enable_checkpointing"] is not False:
                 callbacks.append(RunCheckpoint(accept_changes=self.config["fit"]["accept_changes"]))
         else:
@@ -218,20 +231,17 @@ class RexNetCLI(LightningCLI):
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from None
 
-    def _loggers(self, root: str) -> list[Logger]:
+    def _loggers(self, root: str, board: bool) -> list[Logger]:
         """Return the loggers of a new run folder; of a resumed run its own, less what was logged after the save."""
-        home = _run_folder(Path(self.config["fit"]["ckpt_path"])) if self.resumed else None
-        if home is None:
-            board = Board(root, default_hp_metric=False)
-            return [board, MetricsLog(board.save_dir, board.version)]
-        root, version, step = (
-            str(home.parent.parent),
-            int(home.name.removeprefix("version_")),
-            self.resumed["global_step"],
-        )
+        self.folder = run_folder.of(Path(self.config["fit"]["ckpt_path"])) if self.resumed else None
+        if self.folder is None:
+            boards: list[Logger] = [Board(root, default_hp_metric=False)] if board else []
+            return [*boards, MetricsLog(root)]
+        root, version = str(self.folder.parent.parent), run_folder.number(self.folder)
+        step = self.resumed["global_step"]
         self.save_config_kwargs["overwrite"] = True
-        board = Board(root, version=version, default_hp_metric=False, purge_step=step + 1)
-        return [board, MetricsLog(root, version, keep=step)]
+        boards = [Board(root, version=version, default_hp_metric=False, purge_step=step + 1)] if board else []
+        return [*boards, MetricsLog(root, version, keep=step)]
 
     def _writer(self) -> TestReport | PredictionWriter:
         root = Path(self._get(self.config_init, "trainer")["default_root_dir"] or ".")
@@ -239,10 +249,16 @@ class RexNetCLI(LightningCLI):
             given = self.datamodule.predict_output
             self.writer: Any = PredictionWriter(Path(given) if given else fresh_path(root / "predictions.csv"))
         else:
-            home = _run_folder(self.file.path)
+            home = run_folder.of(self.file.path)
             inside = home is not None and root.absolute() in home.parents
-            self.writer = TestReport(home if inside and home else _new_version(root))
+            self.writer = TestReport(home if inside and home else self._claim(root))
         return self.writer  # type: ignore[no-any-return]
+
+    def _claim(self, root: Path) -> Path:
+        """Make a run folder; the first process does."""
+        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+            self.folder = run_folder.claim(root)
+        return self.folder or root
 
     # Running
 
@@ -258,16 +274,21 @@ class RexNetCLI(LightningCLI):
         logged = ["train/loss", "train/loss_step"]
         if trainer.limit_val_batches != 0:
             logged += map(str, self.model.val_metrics.keys())
-        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
             if monitor is not None and monitor not in logged:
                 raise UserError(
                     f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}, which nobody logs"
                     f"{did_you_mean(monitor, logged)}; there are {', '.join(logged)}"
                 )
+        data, model = self.datamodule, self.model
+        if self.resumed:  # before anything in the run's folder is touched
+            model.on_load_checkpoint(self.resumed)
+            for callback in trainer.callbacks:  # type: ignore[attr-defined]
+                if isinstance(callback, RunCheckpoint):
+                    callback.refuse_changes(trainer, model, data, self.resumed)
         if not self.trainer.is_global_zero:
             return
-        data, model = self.datamodule, self.model
         counts = ", ".join(f"{len(samples)} {name}" for name, samples in data.splits().items())
         millions = sum(p.numel() for p in model.network.parameters()) / 1e6
         device = self.trainer.strategy.root_device.type
@@ -280,6 +301,17 @@ class RexNetCLI(LightningCLI):
             print(f"note: {note}", flush=True)  # noqa: T201
         if self.config["fit"]["find_lr"]:
             self._find_lr()
+        self._take_folder()
+
+    def _take_folder(self) -> None:
+        """Claim a new run folder, unless there is one to go on in, and see that nobody else trains there."""
+        ours = [logger for logger in self.trainer.loggers if isinstance(logger, Board | MetricsLog)]
+        if self.folder is None and ours:
+            self.folder = run_folder.claim(Path(ours[0].root_dir).parent)
+            for logger in ours:
+                logger._version = run_folder.number(self.folder)
+        if self.folder is not None:
+            self._held = run_folder.hold(self.folder)
 
     def _set_seed(self) -> None:
         try:
@@ -302,6 +334,9 @@ class RexNetCLI(LightningCLI):
                 f"ckpt_path: {self.config['fit']['ckpt_path']} cannot be resumed ({type(error).__name__}: {reason}); "
                 "use another checkpoint of the run, or start a new run with model.weights"
             ) from error
+        finally:
+            if self.folder is not None:
+                run_folder.drop_if_empty(self.folder)
 
     def _find_lr(self) -> None:
         """Raise the learning rate over some steps until the loss explodes (Smith 2017); show it, and end."""
@@ -358,7 +393,7 @@ class RexNetCLI(LightningCLI):
         """Say which images could not be read: those of the figures are without them."""
         bad = self.datamodule.bad_files
         if bad:
-            first = f"{report.visible(bad[0].path)}: {report.visible(bad[0].reason)}"
+            first = f"{visible(bad[0].path)}: {visible(bad[0].reason)}"
             where = f"; all are listed in {listed}" if listed else ""
             print(f"{len(bad)} image(s) cannot be read and are left out, such as {first}{where}")  # noqa: T201
 
@@ -368,30 +403,14 @@ class RexNetCLI(LightningCLI):
         if found is None:
             return
         best = found.probs.argmax(1)
-        labels = [report.visible(found.class_names[k]) for k in best[:10]]
+        labels = [visible(found.class_names[k]) for k in best[:10]]
         rows = zip(found.paths, labels, found.probs.max(1), strict=False)
-        print_rows("Predictions", [(report.visible(path), f"{label}  {prob:.3f}") for path, label, prob in rows])
+        print_rows("Predictions", [(visible(path), f"{label}  {prob:.3f}") for path, label, prob in rows])
         more = f" ({len(best)} images)" if len(best) > 10 else ""
         print(f"predictions: {self.writer.path}{more}")  # noqa: T201
         for note in self.datamodule.predict_notes:
             print(f"note: {note}")  # noqa: T201
         self._say_bad(self.writer.path.with_name("quarantine.csv"))
-
-
-def _run_folder(model: Path) -> Path | None:
-    """Return the run folder (``.../lightning_logs/version_N``) that ``model`` lies in, None where it lies elsewhere."""
-    for folder in list(Path(os.path.abspath(model)).parents)[:2]:  # noqa: PTH100 (no links resolved)
-        if re.fullmatch(r"version_\d+", folder.name) and folder.parent.name == "lightning_logs":
-            return folder
-    return None
-
-
-def _new_version(root: Path) -> Path:
-    """Return a new run folder below ``root``, numbered as Lightning numbers them."""
-    logger = CSVLogger(root)
-    folder = Path(logger.log_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    return folder
 
 
 def _check_trainer(settings: Namespace) -> None:

@@ -66,9 +66,10 @@ def _run(argv: list[str], cwd: str, log: str, trouble: tuple[str, int] | None, s
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(XDG_CACHE_HOME=str(Path(cwd) / "cache"), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
-    from rexnet_lit import __main__, guards, runs
+    from rexnet_lit import __main__
+    from rexnet_lit.guards import RunCheckpoint
 
-    runs.RunCheckpoint = functools.partial(guards.RunCheckpoint, every=save_every)  # type: ignore[misc,assignment]
+    RunCheckpoint.__init__ = functools.partialmethod(RunCheckpoint.__init__, every=save_every)  # type: ignore
     if trouble is not None:
         _TROUBLES[trouble[0]](trouble[1])
     sys.argv = ["rexnet-lit", *argv]

@@ -334,7 +334,7 @@ def test_a_checkpoint_of_another_model_is_not_resumed(tmp_path, shapes, make_sha
     assert record.root == str(shapes)
     other = make_shapes(tmp_path / "other", train=2, val=1, test=0, classes=("x", "y", "z"))
     for module, root, message in (
-        (model_of(head=HeadSpec("mlp", 8)), shapes, "with a linear head, this run a rexnet_100 with a mlp head"),
+        (model_of(head=HeadSpec("mlp", 8)), shapes, "model.head.name is linear, this run's is mlp"),
         (model_of(class_names=("x", "y", "z")), other, r"classes \(3: circle, cross, square\) differ from .* x, y, z"),
     ):
         with pytest.raises(UserError, match=message):

@@ -14,14 +14,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import UserError, visible
 from rexnet_lit.report import (
     Predictions,
     compute_metrics,
     figures,
     metrics,
     page,
-    visible,
     write_predictions,
     write_report,
 )

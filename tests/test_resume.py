@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import csv
 import os
 import re
@@ -20,8 +21,9 @@ import yaml
 from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 
 from rexnet_lit import checkpoint
+from rexnet_lit import run_folder as run_folders
 from rexnet_lit.errors import UserError
-from rexnet_lit.guards import FiniteLoss, find_last
+from rexnet_lit.guards import FiniteLoss
 
 STEPS = 18  # of a run here: 3 epochs of 6
 
@@ -274,14 +276,66 @@ def run(home, stopped, cwd):
             ("--data.sampler", "balanced", "--trainer.accumulate_grad_batches", 2),
             "data.sampler (shuffle then, balanced",
         ),
-        (("--model.backbone", "rexnet_130"), "rexnet_100"),
-        (("--model.head", "mlp"), "linear head"),
+        (("--data.image_size", 64, "--data.augment.hflip", 0.3), "data.image_size (32 then, 64 now); data.augment."),
+        (("--model.loss.label_smoothing", 0), "model.loss.label_smoothing (0.1 then, 0.0 now)"),
+        (("--trainer.gradient_clip_val", 1), "trainer.gradient_clip_val (None then, 1 now)"),
+        # The checkpoint's own would be used, whatever is said.
+        (("--model.optimizer.lr", 1), "model.optimizer.lr (0.004 then, 1.0 now)"),
+        (("--model.optimizer", "sgd", "--accept_changes", "true"), "model.optimizer.name (adamw then, sgd now)"),
+        (("--model.ema", 0.9), "model.ema (0.0 then, 0.9 now)"),
+        (("--model.backbone", "rexnet_130"), "model.backbone is rexnet_100, this run's is rexnet_130"),
+        (("--model.head", "mlp"), "model.head.name is linear, this run's is mlp"),
     ],
     ids=str,
 )
 def test_a_resume_refuses_what_would_be_another_run(run, settings, expected):
+    before = contents(run_folder(run))
     line = failed(fit(run, *settings, "--ckpt_path", "last"), expected)
-    assert ("--accept_changes true" in line) == (" then, " in line)
+    fixed = any(words in expected for words in ("optimizer", "ema", "backbone", "head"))
+    assert ("--accept_changes true" in line, "model.weights" in line) == (not fixed, fixed)
+    assert contents(run_folder(run)) == before
+
+
+def contents(folder):
+    """All files but the lock, which a process that opens and closes it would lose."""
+    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("[!.]*") if f.is_file()}
+
+
+def test_a_resume_may_be_longer(run):
+    done = fit(run, "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert done.code == 0, done.out
+    assert "note: trainer.max_epochs was 1 and is 2: the schedule changes with it" in done.out
+
+
+def test_nobody_resumes_a_run_that_is_still_running(run):
+    with run_folders.hold(run_folder(run)):
+        before = contents(run_folder(run))
+        failed(fit(run, "--ckpt_path", "last"), "version_0: another process is training in this run folder")
+        assert contents(run_folder(run)) == before
+    assert fit(run, "--ckpt_path", "last", "--trainer.max_epochs", 2).code == 0
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: run_folders.claim(tmp_path), range(40)))
+    assert sorted(map(run_folders.number, claimed)) == list(range(40))
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
+    folder, other = run_folders.claim(tmp_path), run_folders.claim(tmp_path)
+    with run_folders.hold(folder):
+        run_folders.drop_if_empty(folder)
+    (other / "config.yaml").touch()
+    run_folders.drop_if_empty(other)
+    assert [f.name for f in (tmp_path / "lightning_logs").iterdir()] == ["version_1"]
+
+
+def test_without_a_logger_there_are_run_folders_too(cwd):
+    for number in (0, 1):
+        assert fit(cwd, "--trainer.logger", "false", "--trainer.max_epochs", 1).code == 0
+        names = {file.name for file in run_folder(cwd, number).iterdir()}
+        assert names == {".lock", "checkpoints", "config.yaml", "metrics.csv", "model.safetensors"}
+    assert fit(cwd, "--ckpt_path", "last", "--trainer.max_epochs", 2).code == 0
 
 
 def test_a_resume_refuses_changed_images_unless_told(run, home, make_shapes):
@@ -355,7 +409,7 @@ def test_every_flipped_byte_is_seen(tmp_path):
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint to resume"):
-        find_last(tmp_path)
+        run_folders.find_last(tmp_path)
 
 
 def test_weights_cannot_be_resumed(run):

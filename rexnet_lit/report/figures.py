@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rexnet_lit.report.metrics import BINS, visible
+from rexnet_lit.errors import visible
+from rexnet_lit.report.metrics import BINS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

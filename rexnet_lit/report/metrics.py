@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import csv
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -21,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import UserError, visible
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,7 +37,6 @@ __all__ = [
     "percent",
     "shown_names",
     "top_k_classes",
-    "visible",
     "wilson",
     "write_csv",
     "write_file",
@@ -48,8 +46,6 @@ __all__ = [
 BINS = 15
 MATRIX_CLASSES = 25  # more cells than 25 x 25 can neither be read nor, for 10,000 classes, be drawn
 
-# Control characters, line separators, direction overrides (they make a name read as another) and surrogates.
-_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 # Tab and carriage return as `visible` shows them; the last four are the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\\t", "\\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
@@ -90,17 +86,6 @@ class Predictions:
                 f"{visible(self.paths[broken[0]])}: the model's output is not finite (NaN or infinity), for "
                 f"{broken.size} of {shape[0]} images; its weights are damaged: use another checkpoint"
             )
-
-
-def visible(text: str) -> str:
-    r"""Return `text` with what cannot be seen or encoded written out (a newline as ``\n``)."""
-
-    def escape(match: re.Match[str]) -> str:
-        char = match.group()
-        # os.fsdecode keeps an undecodable byte b as U+DC00 + b.
-        return f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else ascii(char)[1:-1]
-
-    return _INVISIBLE.sub(escape, text)
 
 
 def shown_names(p: Predictions) -> list[str]:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from rexnet_lit.errors import visible
 from rexnet_lit.report.figures import (
     DARK,
     FEW,
@@ -36,7 +37,6 @@ from rexnet_lit.report.metrics import (
     known_targets,
     percent,
     shown_names,
-    visible,
     wilson,
     write_csv,
     write_file,

@@ -1,0 +1,115 @@
+"""A run's folder, ``lightning_logs/version_N``: claimed by one process, held while it trains, found again."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from pathlib import Path
+from typing import IO
+
+from rexnet_lit import checkpoint
+from rexnet_lit.errors import UserError
+
+try:
+    import fcntl
+except ImportError:  # Windows; nothing is locked there
+    fcntl = None  # type: ignore[assignment]
+
+__all__ = ["claim", "drop_if_empty", "find_last", "hold", "of"]
+
+_LOCK = ".lock"
+
+
+def of(model: Path) -> Path | None:
+    """Return the run folder that ``model`` lies in, None where it lies elsewhere."""
+    for folder in list(Path(os.path.abspath(model)).parents)[:2]:  # noqa: PTH100 (no links resolved)
+        if re.fullmatch(r"version_\d+", folder.name) and folder.parent.name == "lightning_logs":
+            return folder
+    return None
+
+
+def number(folder: Path) -> int:
+    """Return N of a run folder."""
+    return int(folder.name.removeprefix("version_"))
+
+
+def claim(root: Path) -> Path:
+    """Make a new run folder below ``root``; of runs that start at once, each gets its own."""
+    runs = root / "lightning_logs"
+    runs.mkdir(parents=True, exist_ok=True)
+    taken = [number(folder) for folder in runs.iterdir() if re.fullmatch(r"version_\d+", folder.name)]
+    free = max(taken, default=-1) + 1
+    while True:
+        folder = runs / f"version_{free}"
+        try:
+            folder.mkdir()
+        except FileExistsError:
+            free += 1
+        else:
+            return folder
+
+
+def hold(folder: Path) -> IO[str] | None:
+    """Let no other process train in a run folder while the returned file is open; None where nothing can be locked.
+
+    The lock is the process's own: its children do not inherit it, and the kernel drops it however the process ends.
+
+    Raises:
+        UserError: Another process trains there.
+    """
+    try:
+        file = (folder / _LOCK).open("w", encoding="utf-8")
+    except OSError:  # not for us to say: what the run cannot write, it will say itself
+        return None
+    try:
+        if fcntl is not None:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.close()
+        raise UserError(
+            f"{folder}: another process is training in this run folder; wait for it, stop it, or leave --ckpt_path out "
+            "to start a new run"
+        ) from None
+    except OSError:  # a file system without locks
+        pass
+    return file
+
+
+def drop_if_empty(folder: Path) -> None:
+    """Remove a claimed folder of a run that has written nothing."""
+    with contextlib.suppress(OSError):
+        if all(entry.name == _LOCK for entry in folder.iterdir()):
+            (folder / _LOCK).unlink(missing_ok=True)
+            folder.rmdir()
+            folder.parent.rmdir()
+
+
+def find_last(root: Path) -> tuple[Path, list[str]]:
+    """Find the newest checkpoint that can be resumed, in the run folders below ``root``.
+
+    Returns:
+        The ``last.ckpt`` (or the generation before it), and why newer files were passed over, a line each.
+
+    Raises:
+        UserError: There is none.
+    """
+    runs = root / "lightning_logs"
+    found = sorted(
+        (file for name in ("last.ckpt", checkpoint.PREVIOUS) for file in runs.glob(f"version_*/checkpoints/{name}")),
+        key=lambda file: file.stat().st_mtime_ns,
+        reverse=True,
+    )
+    skipped: list[str] = []
+    for file in found:
+        try:
+            checkpoint.read_record(checkpoint.read_ckpt(str(file)), str(file))
+        except UserError as error:
+            skipped.append(f"skipped: {error}")
+        else:
+            return file, skipped
+    reasons = "".join(f"; {reason}" for reason in skipped)
+    raise UserError(
+        f"ckpt_path: there is no checkpoint to resume below {runs}{reasons}; "
+        "name a file, or leave --ckpt_path out to start a new run"
+    )
