@@ -25,6 +25,7 @@ from torchvision.utils import make_grid
 from rexnet_lit import checkpoint, decode, quarantine, report
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
+from rexnet_lit.files import fresh_path
 from rexnet_lit.folder import write_split
 from rexnet_lit.loggers import Board
 from rexnet_lit.module import RexNetModule
@@ -36,18 +37,8 @@ __all__ = [
     "RunFiles",
     "TestReport",
     "figures",
-    "fresh_path",
     "print_rows",
 ]
-
-
-def fresh_path(path: Path) -> Path:
-    """Return ``path``, or its name with the lowest free number behind where it exists: nothing is overwritten."""
-    number, fresh = 1, path
-    while fresh.exists():
-        fresh = path.with_name(f"{path.stem}-{number}{path.suffix}")
-        number += 1
-    return fresh
 
 
 def _data(trainer: pl.Trainer) -> ImageFolderDataModule | None:
@@ -220,8 +211,8 @@ class _Collector(Callback):
         self._indices.append(loader.sampler.batches(0)[batch_idx])
         self._rows.append(rows.cpu().numpy())
 
-    def _gather(self, trainer: pl.Trainer, size: int) -> NDArray[np.float32]:
-        """Return (N, K) on every process."""
+    def _gather(self, trainer: pl.Trainer) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the images that were looked at, (N,), rising, and their rows (N, K), on every process."""
         mine = (self._indices, self._rows)
         parts = [mine]
         if trainer.world_size > 1:
@@ -229,9 +220,8 @@ class _Collector(Callback):
             torch.distributed.all_gather_object(parts, mine)
         indices = np.concatenate([i for part in parts for i in part[0]])
         rows = np.concatenate([r for part in parts for r in part[1]])
-        gathered = np.empty((size, rows.shape[1]), np.float32)
-        gathered[indices] = rows
-        return gathered
+        order = np.argsort(indices)
+        return indices[order], rows[order]
 
 
 class TestReport(_Collector):
@@ -259,8 +249,9 @@ class TestReport(_Collector):
         data = _data(trainer)
         if data is None or not isinstance(pl_module, RexNetModule):
             return
-        samples = data.splits()["test"]
-        probs = self._gather(trainer, len(samples))
+        found, probs = self._gather(trainer)
+        total = len(data.splits()["test"])
+        samples = data.splits()["test"].take(found)
         if not trainer.is_global_zero:
             return
         spec = pl_module.spec
@@ -269,7 +260,7 @@ class TestReport(_Collector):
             "Model": f"{spec.backbone}, {spec.head.name} head",
             "Input": f"{spec.eval_recipe.image_size} x {spec.eval_recipe.image_size} pixels",
             "Classes": str(spec.num_classes),
-            "Test pictures": str(len(samples)),
+            "Test pictures": f"{len(samples)} of {total}" if len(samples) < total else str(total),
             "Left out as unreadable": str(len(data.bad_files)),
         }
         target = self.folder / "report"
@@ -306,13 +297,13 @@ class PredictionWriter(_Collector):
 
     Args:
         path: The file.
-        top_k: Names per image, at most.
     """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
         self.predictions: report.Predictions | None = None
+        self.quarantined: Path | None = None
 
     def on_predict_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
@@ -325,12 +316,12 @@ class PredictionWriter(_Collector):
         data = _data(trainer)
         if data is None or not isinstance(pl_module, RexNetModule):
             return
-        samples = data.predict_dataloader().dataset.samples  # type: ignore[attr-defined]
-        probs = self._gather(trainer, len(samples))
+        found, probs = self._gather(trainer)
+        samples = trainer.predict_dataloaders.dataset.samples.take(found)  # type: ignore[union-attr]
         if not trainer.is_global_zero:
             return
         self.predictions = report.Predictions(samples.paths, probs, None, pl_module.spec.class_names)
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         report.write_predictions(self.predictions, self.path)
-        if data.bad_files:
-            quarantine.write_quarantine(data.bad_files, self.path.with_name("quarantine.csv"))
+        if data.bad_files and self.path.is_file():  # a device has no place beside it
+            self.quarantined = fresh_path(self.path.with_name("quarantine.csv"))
+            quarantine.write_quarantine(data.bad_files, self.quarantined)

@@ -16,12 +16,11 @@ import io
 import json
 import os
 import pickle
-import tempfile
 import warnings
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 import yaml
@@ -30,12 +29,12 @@ from safetensors.torch import save as serialise
 from torch import Tensor
 
 from rexnet_lit.errors import UserError
+from rexnet_lit.files import atomic_write
 from rexnet_lit.spec import DataRecord, ModelSpec
 
 __all__ = [
     "PREVIOUS",
     "Model",
-    "atomic_write",
     "load_model",
     "load_starting_weights",
     "make_record",
@@ -67,38 +66,6 @@ class Model:
     spec: ModelSpec
     state: dict[str, Tensor]
     data: DataRecord
-
-
-@contextlib.contextmanager
-def atomic_write(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
-    """Open a file that takes ``path``'s place when the block ends well, and leaves no trace when it does not.
-
-    Args:
-        path: The file.
-        previous: Where to keep what was at ``path``.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)  # mkstemp makes private files
-        if previous is not None and path.exists():
-            path.replace(previous)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
-    if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)
-        finally:
-            os.close(folder)
 
 
 def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:

@@ -30,8 +30,8 @@ def expand(argv: list[str]) -> list[str]:
     for i, argument in enumerate(argv):
         key, equals, value = argument.partition("=")
         following = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-        if key == "--config" and "://" in following:
-            raise UserError(f"--config: {following!r} is an address; configs are read from local files only")
+        if key in ("--config", "-c") and "://" in following:
+            raise UserError(f"{key}: {following!r} is an address; configs are read from local files only")
         if key in keys and re.fullmatch(r"\w+", following):
             expanded[i] = f"{key}.name{equals}{value}"
     return expanded

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import os
 import tempfile
 import warnings
 from collections.abc import Callable, Iterator
@@ -23,6 +24,7 @@ from torch import Tensor, nn
 
 from rexnet_lit import checkpoint
 from rexnet_lit.errors import UserError
+from rexnet_lit.files import check_output
 from rexnet_lit.predictor import Classifier, load
 
 __all__ = ["FORMATS", "export"]
@@ -86,6 +88,8 @@ def _onnx(classifier: Classifier, example: Tensor, target: Path) -> Check:
         verbose=False,
     )
     proto = cast(Any, program).model_proto
+    for node in proto.graph.node:  # where in the source each came from, with this machine's paths
+        del node.metadata_props[:]
     for key, value in _metadata(classifier).items():
         proto.metadata_props.add(key=key, value=value)
     onnx.checker.check_model(proto)
@@ -97,6 +101,8 @@ def _onnx(classifier: Classifier, example: Tensor, target: Path) -> Check:
 def _torch(classifier: Classifier, example: Tensor, target: Path) -> Check:
     shapes = {"images": {0: torch.export.Dim("batch")}}
     program = torch.export.export(_Deployed(classifier).eval(), (example,), dynamic_shapes=shapes)
+    for node in program.graph.nodes:  # where in the source each came from, with this machine's paths
+        node.meta.pop("stack_trace", None)
     # torch.export reads its archive by this ending only.
     archive = target.with_suffix(".pt2")
     torch.export.save(program, archive, extra_files=_metadata(classifier))
@@ -126,6 +132,9 @@ FORMATS: dict[str, Callable[[Classifier, Tensor, Path], Check]] = {
 """Each writes a classifier to a path, given example images (B, 3, S, S), and returns how to ask the written file."""
 
 
+_ENDINGS = {"onnx": (".onnx",), "torch": (".pt2", ".pt"), "safetensors": (".safetensors",)}
+
+
 def export(model: str, kind: str, output: str) -> float:
     """Write ``model`` in another format.
 
@@ -140,7 +149,7 @@ def export(model: str, kind: str, output: str) -> float:
     Raises:
         UserError: The model cannot be read, a package is missing, or the export disagrees with the model.
     """
-    folder = _output_folder(Path(output), Path(model))
+    folder = _output_folder(Path(output), Path(model), kind)
     classifier = load(model, device="cpu")
     images = _photographs(classifier)
     with torch.no_grad():
@@ -156,18 +165,17 @@ def export(model: str, kind: str, output: str) -> float:
                 f"export: the {kind} file's probabilities differ from the model's by {difference:.2g}, more than "
                 f"{TOLERANCE:g}; it is not kept"
             )
-        written.replace(output)
+        written.replace(Path(os.path.realpath(output)))
     return difference
 
 
-def _output_folder(output: Path, model: Path) -> Path:
+def _output_folder(output: Path, model: Path, kind: str) -> Path:
     folder = output.absolute().parent
     if not folder.is_dir():
         raise UserError(f"--output: there is no folder {str(folder)!r}; make it first")
-    if output.is_dir():
-        raise UserError(f"--output: {str(output)!r} is a folder; name a file")
     if output.exists() and model.exists() and output.samefile(model):
         raise UserError(f"--output: {str(output)!r} is the model itself; name another file")
+    check_output("--output", output, *_ENDINGS[kind])
     return folder
 
 

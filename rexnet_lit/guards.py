@@ -19,32 +19,18 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from rexnet_lit import checkpoint
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import Stopped, UserError
 from rexnet_lit.loader import BatchSampler
 from rexnet_lit.module import RexNetModule
 
-__all__ = ["AtomicCheckpointIO", "FiniteLoss", "RunCheckpoint"]
+__all__ = ["FiniteLoss", "RunCheckpoint"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
-
-class AtomicCheckpointIO(TorchCheckpointIO):
-    """Lightning's checkpoint reader and writer, made safe: atomic writes, no pickles, local files only."""
-
-    def save_checkpoint(self, checkpoint_: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        """Write a checkpoint in the place of ``path``."""
-        checkpoint.write_ckpt(checkpoint_, path)
-
-    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
-        """Read a checkpoint; ``weights_only`` is always on, whatever is asked."""
-        return checkpoint.read_ckpt(str(path))
 
 
 class RunCheckpoint(ModelCheckpoint):

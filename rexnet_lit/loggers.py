@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from torch import Tensor
 
-from rexnet_lit import checkpoint
+from rexnet_lit.files import atomic_write
 
 __all__ = ["Board", "MetricsLog"]
 
@@ -108,5 +108,5 @@ class _Rows(ExperimentWriter):
         writer = csv.DictWriter(text, self.metrics_keys)
         writer.writeheader()
         writer.writerows(rows)
-        with checkpoint.atomic_write(path) as file:
+        with atomic_write(path) as file:
             file.write(text.getvalue().encode())

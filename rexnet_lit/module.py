@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import os
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
@@ -16,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 
-from rexnet_lit import checkpoint, network, probe, process, strategies
+from rexnet_lit import checkpoint, checkpoint_io, network, probe, process, strategies
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import UserError, visible
 from rexnet_lit.losses import LossSettings, build_loss
@@ -119,6 +120,11 @@ class RexNetModule(pl.LightningModule):
             raise UserError(f"{model.path}: its head does not fit its description; re-create the file")
         return module
 
+    @classmethod
+    def load_from_checkpoint(cls, checkpoint_path: str | os.PathLike[str]) -> RexNetModule:  # type: ignore[override]
+        """Return the module of a model file, as `from_model` does; unlike Lightning's, this never unpickles."""
+        return cls.from_model(checkpoint.load_model(checkpoint_path))
+
     @property
     def _solved(self) -> bool:
         """Whether the head is solved rather than learned."""
@@ -153,7 +159,8 @@ class RexNetModule(pl.LightningModule):
         rank_zero_only(print)(f"Starting from {path}: {said}.")
 
     def setup(self, stage: str) -> None:
-        """Take the data module's class names, and lay the weights out for the device."""
+        """Take the data module's class names, lay the weights out for the device, and have checkpoints read safely."""
+        checkpoint_io.install(self.trainer.strategy)
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if stage == "fit" and names and tuple(names) != self.spec.class_names:
             if len(names) != self.spec.num_classes:

@@ -8,7 +8,6 @@ dataset only asks the file system for sizes and times.
 from __future__ import annotations
 
 import contextlib
-import csv
 import dataclasses
 import hashlib
 import json
@@ -23,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rexnet_lit.decode import RULES, DecodeError, decode, read_bytes
+from rexnet_lit.files import write_csv
 from rexnet_lit.folder import Samples
 from rexnet_lit.process import cache_folder, cpu_count
 
@@ -30,7 +30,6 @@ __all__ = [
     "MAX_BAD_FRACTION",
     "BadFile",
     "Looks",
-    "csv_cell",
     "find_bad",
     "look",
     "repeated",
@@ -220,18 +219,5 @@ def _rows(array: NDArray[np.uint8]) -> list[bytes]:
 
 
 def write_quarantine(rows: Iterable[BadFile], path: str | os.PathLike[str]) -> None:
-    """Write ``path,reason`` as CSV, for people: every cell is safe in a terminal and in a spreadsheet."""
-    with Path(path).open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "reason"))
-        writer.writerows((csv_cell(row.path), csv_cell(row.reason)) for row in rows)
-
-
-def csv_cell(text: str) -> str:
-    """Return text for one line of a CSV file.
-
-    Control characters and undecodable bytes are written as escapes, and what a spreadsheet would take as a
-    formula gets an apostrophe in front.
-    """
-    shown = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-    return "'" + shown if text[:1] in ("=", "+", "-", "@", "\t", "\r") else shown
+    """Write ``path,reason`` as CSV, for people."""
+    write_csv(Path(path), ("path", "reason"), ((row.path, row.reason) for row in rows))

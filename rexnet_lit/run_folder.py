@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
 
 from rexnet_lit import checkpoint
 from rexnet_lit.errors import UserError
@@ -37,52 +37,49 @@ def number(folder: Path) -> int:
 def claim(root: Path) -> Path:
     """Make a new run folder below ``root``; of runs that start at once, each gets its own."""
     runs = root / "lightning_logs"
-    runs.mkdir(parents=True, exist_ok=True)
-    taken = [number(folder) for folder in runs.iterdir() if re.fullmatch(r"version_\d+", folder.name)]
+    found = runs.iterdir() if runs.is_dir() else ()
+    taken = [number(folder) for folder in found if re.fullmatch(r"version_\d+", folder.name)]
     free = max(taken, default=-1) + 1
     while True:
         folder = runs / f"version_{free}"
         try:
-            folder.mkdir()
+            folder.mkdir(parents=True)
         except FileExistsError:
             free += 1
         else:
             return folder
 
 
-def hold(folder: Path) -> IO[str] | None:
-    """Let no other process train in a run folder while the returned file is open; None where nothing can be locked.
+@contextlib.contextmanager
+def hold(folder: Path) -> Iterator[None]:
+    """Let no other process train in a run folder meanwhile, where the file system has locks.
 
     The lock is the process's own: its children do not inherit it, and the kernel drops it however the process ends.
 
     Raises:
         UserError: Another process trains there.
     """
-    try:
-        file = (folder / _LOCK).open("w", encoding="utf-8")
-    except OSError:  # not for us to say: what the run cannot write, it will say itself
-        return None
-    try:
-        if fcntl is not None:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.close()
-        raise UserError(
-            f"{folder}: another process is training in this run folder; wait for it, stop it, or leave --ckpt_path out "
-            "to start a new run"
-        ) from None
-    except OSError:  # a file system without locks
-        pass
-    return file
+    path = folder / _LOCK
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):  # not for us to say: what the run cannot write, it will say itself
+            file = stack.enter_context(path.open("w", encoding="utf-8"))
+            try:
+                if fcntl is not None:
+                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"{folder}: another process is training in this run folder; wait for it, stop it, or leave "
+                    "--ckpt_path out to start a new run"
+                ) from None
+            stack.callback(path.unlink, missing_ok=True)
+        yield
 
 
 def drop_if_empty(folder: Path) -> None:
     """Remove a claimed folder of a run that has written nothing."""
     with contextlib.suppress(OSError):
-        if all(entry.name == _LOCK for entry in folder.iterdir()):
-            (folder / _LOCK).unlink(missing_ok=True)
-            folder.rmdir()
-            folder.parent.rmdir()
+        folder.rmdir()
+        folder.parent.rmdir()
 
 
 def find_last(root: Path) -> tuple[Path, list[str]]:

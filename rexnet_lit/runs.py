@@ -32,13 +32,13 @@ from rexnet_lit.callbacks import (
     RunFiles,
     TestReport,
     figures,
-    fresh_path,
     print_rows,
 )
 from rexnet_lit.config import expand, load_yaml, one_line
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, did_you_mean, visible
-from rexnet_lit.guards import AtomicCheckpointIO, FiniteLoss, RunCheckpoint
+from rexnet_lit.files import check_output, fresh_path
+from rexnet_lit.guards import FiniteLoss, RunCheckpoint
 from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.module import RexNetModule
 from rexnet_lit.transforms import AugmentSettings
@@ -71,6 +71,7 @@ class RexNetCLI(LightningCLI):
         """Parse ``argv`` (the run's name first) and run it."""
         _quieten()
         command = argv[0]
+        jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning reads addresses
         jsonargparse.set_loader("yaml", lambda text: load_yaml(text, command), (yaml.YAMLError,))
         cls(
             RexNetModule,
@@ -204,11 +205,6 @@ class RexNetCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with our loggers, callbacks and safe checkpoints."""
         settings = self._get(self.config_init, "trainer")
-        if settings["plugins"] is None:
-            settings["plugins"] = []
-        if not isinstance(settings["plugins"], list):
-            settings["plugins"] = [settings["plugins"]]
-        settings["plugins"].append(AtomicCheckpointIO())
         _check_trainer(settings)
         terminal = sys.stdout.isatty()
         if settings["enable_progress_bar"] is None:
@@ -247,7 +243,11 @@ class RexNetCLI(LightningCLI):
         root = Path(self._get(self.config_init, "trainer")["default_root_dir"] or ".")
         if self.subcommand == "predict":
             given = self.datamodule.predict_output
-            self.writer: Any = PredictionWriter(Path(given) if given else fresh_path(root / "predictions.csv"))
+            output = Path(given) if given else fresh_path(root / "predictions.csv")
+            check_output("data.predict_output", output, ".csv")
+            if output.name == "quarantine.csv":
+                raise UserError("data.predict_output: quarantine.csv is the list of unreadable images; name another")
+            self.writer: Any = PredictionWriter(output)
         else:
             home = run_folder.of(self.file.path)
             inside = home is not None and root.absolute() in home.parents
@@ -311,7 +311,7 @@ class RexNetCLI(LightningCLI):
             for logger in ours:
                 logger._version = run_folder.number(self.folder)
         if self.folder is not None:
-            self._held = run_folder.hold(self.folder)
+            self._held.enter_context(run_folder.hold(self.folder))
 
     def _set_seed(self) -> None:
         try:
@@ -320,6 +320,7 @@ class RexNetCLI(LightningCLI):
             raise UserError(f"seed_everything: {error}") from None
 
     def _run_subcommand(self, subcommand: str) -> None:
+        self._held = contextlib.ExitStack()
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -335,6 +336,7 @@ class RexNetCLI(LightningCLI):
                 "use another checkpoint of the run, or start a new run with model.weights"
             ) from error
         finally:
+            self._held.close()
             if self.folder is not None:
                 run_folder.drop_if_empty(self.folder)
 
@@ -371,18 +373,35 @@ class RexNetCLI(LightningCLI):
         kwargs.pop("weights_only", None)
         return {**kwargs, "verbose": False} if subcommand != "predict" else {**kwargs, "return_predictions": False}
 
+    def before_validate(self) -> None:
+        """Refuse a run of nothing."""
+        self._refuse_no_batches("limit_val_batches")
+
+    def before_test(self) -> None:
+        """Refuse a run of nothing."""
+        self._refuse_no_batches("limit_test_batches")
+
+    def before_predict(self) -> None:
+        """Refuse a run of nothing."""
+        self._refuse_no_batches("limit_predict_batches")
+
+    def _refuse_no_batches(self, key: str) -> None:
+        if getattr(self.trainer, key) == 0:
+            raise UserError(f"trainer.{key} is 0: no image would be looked at")
+
     def after_validate(self) -> None:
         """Print the figures."""
-        self._print_metrics("Validation", len(self.datamodule.splits()["val"]))
+        limit, count = self.trainer.limit_val_batches, len(self.datamodule.splits()["val"])
+        self._print_metrics("Validation", count if limit == 1 else f"limit_val_batches {limit} of {count}")
 
     def after_test(self) -> None:
         """Print the figures and where the report is."""
         page = self.writer.folder / "report" / "report.html"
-        self._print_metrics("Test", len(self.datamodule.splits()["test"]), page.with_name("quarantine.csv"))
+        self._print_metrics("Test", self.writer.metrics.get("count", 0), page.with_name("quarantine.csv"))
         if self.trainer.is_global_zero:
             print(f"report: {page}")  # noqa: T201
 
-    def _print_metrics(self, title: str, count: int, quarantined: Path | None = None) -> None:
+    def _print_metrics(self, title: str, count: object, quarantined: Path | None = None) -> None:
         if not self.trainer.is_global_zero:
             return
         values = figures(self.trainer.callback_metrics)
@@ -410,7 +429,7 @@ class RexNetCLI(LightningCLI):
         print(f"predictions: {self.writer.path}{more}")  # noqa: T201
         for note in self.datamodule.predict_notes:
             print(f"note: {note}")  # noqa: T201
-        self._say_bad(self.writer.path.with_name("quarantine.csv"))
+        self._say_bad(self.writer.quarantined)
 
 
 def _check_trainer(settings: Namespace) -> None:

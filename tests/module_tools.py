@@ -9,7 +9,6 @@ import lightning.pytorch as pl
 import torch
 
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.guards import AtomicCheckpointIO
 from rexnet_lit.module import RexNetModule
 
 NAMES = ("circle", "cross", "square")
@@ -30,7 +29,7 @@ def trainer_of(folder: Path, **settings: Any) -> pl.Trainer:
         **{
             "max_epochs": 2, "accelerator": "cpu", "logger": False, "enable_checkpointing": False,
             "enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": folder,
-            "num_sanity_val_steps": 0, "use_distributed_sampler": False, "plugins": [AtomicCheckpointIO()],
+            "num_sanity_val_steps": 0, "use_distributed_sampler": False,
             **settings,
         }
     )  # fmt: skip

@@ -164,6 +164,17 @@ class Bomb:
         return (os.mkdir, ("exploded",))
 
 
+@pytest.mark.parametrize("option", ["-c", "--config", "--data", "--model", "--trainer", "--trainer.callbacks"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/x.yaml", "memory://x.yaml"])
+def test_no_address_is_read_as_a_config(option, address, capsys, monkeypatch):
+    def no_request(*args, **kwargs):
+        raise AssertionError("a request was made")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_request)
+    monkeypatch.setattr(socket.socket, "connect", no_request)
+    assert address in fails(capsys, "fit", option, address, "--data.root", "gone")
+
+
 @pytest.mark.parametrize("command", ["validate", "test", "predict", "export"])
 def test_a_wrong_model(command, capsys, monkeypatch):
     def no_request(*args, **kwargs):
@@ -213,6 +224,43 @@ def test_predict_says_what_is_missing(tmp_path, capsys):
     line = fails(capsys, "predict", "--ckpt_path", model, "--data.predict_path", "gone")
     assert "gone" in line
     assert "data.root" in fails(capsys, "test", "--ckpt_path", model)
+
+
+def test_predict_overwrites_nothing_of_value(tmp_path, capsys):
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    before = model.read_bytes()
+    write_pictures(tmp_path / "flat", "disc", 1)
+    (tmp_path / "flat" / "broken.png").touch()
+    argv = ["predict", "--ckpt_path", model, "--data.num_workers", 0, "--data.predict_path", tmp_path / "flat"]
+    line = fails(capsys, *argv, "--data.predict_output", model)
+    assert "model.safetensors' exists and is no .csv file" in line
+    assert "quarantine.csv is the list" in fails(capsys, *argv, "--data.predict_output", "quarantine.csv")
+    assert model.read_bytes() == before
+    (tmp_path / "quarantine.csv").write_text("mine")
+    assert cli.main([*map(str, argv), "--data.predict_output", str(tmp_path / "p.csv")]) == 0
+    assert "all are listed in" in capsys.readouterr().out
+    assert (tmp_path / "quarantine.csv").read_text() == "mine"
+    assert [row["path"] for row in rows_of(tmp_path / "quarantine-1.csv")] == ["broken.png"]
+
+
+def test_a_part_of_the_images(tmp_path, capsys):
+    """With a limit, only what was looked at is written and counted."""
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    write_dataset(tmp_path / "data", test=3, train=2, val=2)
+    limits = ("--data.batch_size", 4, "--trainer.limit_test_batches", 1, "--trainer.limit_predict_batches", 1)
+    argv = ["--ckpt_path", model, "--data.num_workers", 0, *limits]
+    assert cli.main([*map(str, ["test", *argv, "--data.root", tmp_path / "data"])]) == 0
+    assert "Test: 4 images" in capsys.readouterr().out
+    report = Path("lightning_logs/version_0/report")
+    assert json.loads((report / "metrics.json").read_text())["count"] == 4
+    assert "4 of 9" in (report / "report.html").read_text()
+    argv += ["--data.predict_path", tmp_path / "data" / "test"]
+    assert cli.main([*map(str, ["predict", *argv])]) == 0
+    rows = rows_of("predictions.csv")
+    assert [f"test/{row['path']}" for row in rows] == [row["path"] for row in rows_of(report / "predictions.csv")]
+    assert len(rows) == 4
+    line = fails(capsys, "predict", *argv, "--trainer.limit_predict_batches", 0)
+    assert line == "trainer.limit_predict_batches is 0: no image would be looked at"
 
 
 def test_debug_shows_the_traceback(capsys, monkeypatch):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -38,6 +39,9 @@ def run(model, kind, output, capfd):
     assert len(out.splitlines()) == 1
     assert f"{output}: " in out
     assert [f.name for f in output.parent.iterdir()] == [output.name]
+    content = output.read_bytes()
+    assert str(Path(export.__file__).parents[1]).encode() not in content  # no folder of whoever exported it
+    assert b"site-packages" not in content
 
 
 def check_metadata(metadata):
@@ -134,4 +138,8 @@ def test_mistakes_are_one_line(model, tmp_path, capsys, monkeypatch):
     assert "invalid choice" in fails(capsys, "export", model, "--format", "coreml", "--output", output)
     assert "there is no file" in fails(capsys, "export", "gone.ckpt", "--format", "onnx", "--output", output)
     assert "is a folder" in fails(capsys, "export", model, "--format", "onnx", "--output", tmp_path)
+    other = tmp_path / "last.ckpt"
+    other.write_text("precious")
+    assert "is no .onnx file, so it is not" in fails(capsys, "export", model, "--format", "onnx", "--output", other)
+    assert other.read_text() == "precious"
     assert "the model itself" in fails(capsys, "export", model, "--format", "onnx", "--output", model)

@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "rexnet_lit"
 
 # A module imports from the groups above its own, and from what stands before it in its own.
 LAYERS = (
-    ("errors", "process"),  # what even L0 stands on
+    ("errors", "process", "files"),  # what even L0 stands on
     ("spec", "image_header", "decode", "folder"),  # L0
     (
         "sample",
@@ -27,7 +27,7 @@ LAYERS = (
         "strategies",
         "probe",
     ),  # L1
-    ("loader", "data", "checkpoint"),  # L2
+    ("loader", "data", "checkpoint", "checkpoint_io"),  # L2
     ("doctor", "module", "report", "predictor", "export"),  # L3
     ("config", "run_folder", "guards", "loggers", "callbacks", "runs", "cli", "__main__"),  # L4
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -339,6 +340,33 @@ def test_a_checkpoint_of_another_model_is_not_resumed(tmp_path, shapes, make_sha
     ):
         with pytest.raises(UserError, match=message):
             trainer_of(tmp_path).fit(module, data_of(root), ckpt_path=last)
+
+
+class Bomb:
+    """Unpickled, it makes a folder."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+def test_no_way_through_lightning_unpickles(tmp_path, shapes, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    model, path, good = model_of(), tmp_path / "bomb.ckpt", tmp_path / "good.ckpt"
+    torch.save({"state_dict": model.state_dict(), "hyper_parameters": Bomb()}, path)
+    for refused in (
+        lambda: RexNetModule.load_from_checkpoint(path),
+        lambda: trainer_of(tmp_path).fit(model_of(), data_of(shapes), ckpt_path=path, weights_only=False),
+        lambda: trainer_of(tmp_path).validate(model_of(), data_of(shapes), ckpt_path=path, weights_only=False),
+    ):
+        with pytest.raises(UserError, match=r"bomb.ckpt: refused, it holds pickled objects"):
+            refused()
+    with pytest.raises(UserError, match="is an address; models are read from local files only"):
+        trainer_of(tmp_path).fit(model_of(), data_of(shapes), ckpt_path="http://127.0.0.1:1/a.ckpt")
+    assert not Path("exploded").exists()
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(model, data_of(shapes))
+    trainer.save_checkpoint(good)
+    assert equal(state_of(RexNetModule.load_from_checkpoint(good)), state_of(model))
 
 
 def test_data_of_another_class_count_is_one_line(tmp_path, shapes):

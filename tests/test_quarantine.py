@@ -14,7 +14,7 @@ import pytest
 from rexnet_lit import quarantine
 from rexnet_lit.folder import PathList, Samples
 from rexnet_lit.process import cache_folder
-from rexnet_lit.quarantine import BadFile, csv_cell, find_bad, look, repeated, write_quarantine
+from rexnet_lit.quarantine import BadFile, find_bad, look, repeated, write_quarantine
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
 
@@ -239,9 +239,8 @@ def test_s10_a26_the_list_is_safe_and_readable(tmp_path):
     assert rows[0] == ["path", "reason"]
     assert [row[0] for row in rows[1:]] == [
         "'=cmd|x.jpg", "'+1.jpg", "'-1.jpg", "'@a.jpg", "'\\ttab.jpg", "a\\nb.jpg", "\\x1b[31mred.jpg",
-        "\\udcff.jpg", 'ü,".jpg',
+        "\\xff.jpg", 'ü,".jpg',
     ]  # fmt: skip
-    assert csv_cell("") == ""
 
 
 def test_a4_mutated_files_are_listed_and_good_ones_are_not(tmp_path):

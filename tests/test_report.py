@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rexnet_lit import files
 from rexnet_lit.errors import UserError, visible
 from rexnet_lit.report import (
     Predictions,
@@ -427,7 +428,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise RuntimeError("in the middle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(metrics, "_cell", broken)
+        patch.setattr(files, "_cell", broken)
         with pytest.raises(RuntimeError, match="middle"):
             write_predictions(p, path)
     assert [f.name for f in tmp_path.iterdir()] == ["p.csv"]

@@ -18,6 +18,7 @@ import collections
 import csv
 import dataclasses
 import hashlib
+import io
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,6 +28,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rexnet_lit.errors import UserError
+from rexnet_lit.files import write_file
 from rexnet_lit.folder.splits import (
     SPLIT_OF_NAME,
     SPLITS,
@@ -453,12 +455,13 @@ def write_split(folder: ImageFolder, path: str | os.PathLike[str]) -> None:
     UTF-8 as the csv module quotes it (a newline in a name stands between quotes); bytes of a name that are no
     UTF-8 are written as they are. It is for reading back, so nothing is escaped for spreadsheets.
     """
-    with Path(path).open("w", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(("path", "label", "split"))
-        for split, samples in folder.splits.items():
-            for name, target in zip(samples.paths, samples.targets.tolist(), strict=True):
-                writer.writerow((name, folder.class_names[target], split))
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("path", "label", "split"))
+    for split, samples in folder.splits.items():
+        for name, target in zip(samples.paths, samples.targets.tolist(), strict=True):
+            writer.writerow((name, folder.class_names[target], split))
+    write_file(Path(path), text.getvalue())
 
 
 def fingerprint(samples: Samples) -> str:

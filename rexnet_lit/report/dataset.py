@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rexnet_lit.errors import visible
+from rexnet_lit.files import write_file
 from rexnet_lit.report.figures import SMALL, thumbnail, thumbnail_uri
-from rexnet_lit.report.metrics import write_file
 from rexnet_lit.report.page import render_page
 
 if TYPE_CHECKING:

@@ -9,11 +9,9 @@ each place they go to: CSV cells against formulas, HTML by jinja2's autoescape, 
 
 from __future__ import annotations
 
-import csv
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rexnet_lit.errors import UserError, visible
+from rexnet_lit.files import write_csv
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -38,16 +37,11 @@ __all__ = [
     "shown_names",
     "top_k_classes",
     "wilson",
-    "write_csv",
-    "write_file",
     "write_predictions",
 ]
 
 BINS = 15
 MATRIX_CLASSES = 25  # more cells than 25 x 25 can neither be read nor, for 10,000 classes, be drawn
-
-# Tab and carriage return as `visible` shows them; the last four are the full-width forms.
-_FORMULA = ("=", "+", "-", "@", "\\t", "\\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 @dataclass(frozen=True)
@@ -181,47 +175,10 @@ def compute_metrics(p: Predictions) -> dict[str, Any]:
     }
 
 
-@contextmanager
-def _replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary file beside `path` that takes its place once it is whole; otherwise it is removed."""
-    # Not tempfile: its files are 0600, and a report is there to be read by colleagues.
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        temporary.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror or error}; free or choose another place") from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink()
-
-
-def write_file(path: Path, content: bytes | str) -> None:
-    """Write a whole file in the place of `path`, or leave it as it was."""
-    with _replacing(path) as temporary:
-        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-
-
-def _cell(text: str) -> str:
-    """Make `text` printable, and a text rather than a formula to a spreadsheet."""
-    shown = visible(text)
-    return f"'{shown}" if shown.startswith(_FORMULA) else shown
-
-
-def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:
-    """Write a CSV file whole, its texts made printable and harmless to a spreadsheet."""
-    with _replacing(path) as temporary, temporary.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.writer(file, lineterminator="\n")
-        writer.writerow(header)
-        writer.writerows([_cell(v) if isinstance(v, str) else v for v in row] for row in rows)
-
-
 def write_predictions(p: Predictions, path: str | os.PathLike[str], top_k: int = 5) -> None:
-    r"""Write ``path,label_1,prob_1,...,label_k,prob_k`` and, with truth known, ``target``: UTF-8, atomically.
+    """Write ``path,label_1,prob_1,...,label_k,prob_k`` and, with truth known, ``target``: UTF-8, atomically.
 
-    A cell that a spreadsheet would run as a formula gets a leading apostrophe; what cannot be seen or encoded
-    is written out (a newline as ``\n``). Probabilities have 6 decimals.
+    Probabilities have 6 decimals.
 
     Args:
         p: The predictions.

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from rexnet_lit.errors import visible
+from rexnet_lit.files import write_csv, write_file
 from rexnet_lit.report.figures import (
     DARK,
     FEW,
@@ -38,8 +39,6 @@ from rexnet_lit.report.metrics import (
     percent,
     shown_names,
     wilson,
-    write_csv,
-    write_file,
     write_predictions,
 )
 

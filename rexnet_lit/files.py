@@ -1,0 +1,118 @@
+"""Writing files: whole, in the place of what was there, never over what a user did not mean."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from rexnet_lit.errors import UserError, visible
+
+__all__ = ["atomic_write", "check_output", "fresh_path", "write_csv", "write_file"]
+
+# Tab and carriage return as `visible` shows them; the last four are the full-width forms.
+_FORMULA = ("=", "+", "-", "@", "\\t", "\\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
+
+
+@contextlib.contextmanager
+def atomic_write(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
+    """Open a file that takes ``path``'s place when the block ends well, and leaves no trace when it does not.
+
+    Args:
+        path: The file; of a link, what it leads to. A device or a pipe is written straight into.
+        previous: Where to keep what was at ``path``.
+    """
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file() and not path.is_dir():
+        with path.open("wb") as stream:
+            yield stream
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        Path(temporary).chmod(0o666 & ~mask)  # mkstemp makes private files
+        if previous is not None and path.exists():
+            path.replace(previous)
+        Path(temporary).replace(path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+    if os.name == "posix":
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def write_file(path: Path, content: bytes | str) -> None:
+    """Write a whole file in the place of ``path``, or leave it as it was.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    try:
+        with atomic_write(path) as file:
+            file.write(content.encode("utf-8", "surrogateescape") if isinstance(content, str) else content)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror or error}; free or choose another place") from error
+
+
+def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:
+    r"""Write a CSV file for people: UTF-8, whole or not at all.
+
+    A cell that a spreadsheet would run as a formula gets a leading apostrophe; what cannot be seen or encoded is
+    written out (a newline as ``\n``).
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows([_cell(v) if isinstance(v, str) else v for v in row] for row in rows)
+    write_file(path, text.getvalue())
+
+
+def _cell(text: str) -> str:
+    shown = visible(text)
+    return f"'{shown}" if shown.startswith(_FORMULA) else shown
+
+
+def fresh_path(path: Path) -> Path:
+    """Return ``path``, or its name with the lowest free number behind where it exists: nothing is overwritten."""
+    number, fresh = 1, path
+    while fresh.exists():
+        fresh = path.with_name(f"{path.stem}-{number}{path.suffix}")
+        number += 1
+    return fresh
+
+
+def check_output(key: str, path: Path, *endings: str) -> None:
+    """See that what a user asks to be written takes nobody's place but that of an earlier output.
+
+    Args:
+        key: The option that names it, for the error.
+        path: The file.
+        endings: What its kind of file is called, such as ``.csv``.
+
+    Raises:
+        UserError: ``path`` is a folder, or an existing file of another kind.
+    """
+    if path.is_dir():
+        raise UserError(f"{key}: {str(path)!r} is a folder; name a file")
+    if path.is_file() and path.suffix.lower() not in endings:
+        raise UserError(
+            f"{key}: {str(path)!r} exists and is no {' or '.join(endings)} file, so it is not overwritten; name another"
+        )
