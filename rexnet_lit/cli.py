@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rexnet_lit import __version__
-from rexnet_lit.errors import Stopped, UserError
+from rexnet_lit.errors import Stopped, UserError, visible
 
 if TYPE_CHECKING:
     import numpy as np
@@ -190,18 +190,20 @@ def main(argv: Sequence[str]) -> int:
     except Stopped as stop:
         print(f"rexnet-lit: {stop}", file=sys.stderr)  # noqa: T201
         return stop.exit_code
-    except KeyboardInterrupt:
+    except KeyboardInterrupt:  # where `process.answer_signals` was not called
         return 130
     except BrokenPipeError:  # the reader of our output has gone, as `| head` does
         sys.stderr.close()
         return 1
     except SystemExit as stop:
+        if type(stop).__name__ == "SIGTERMException":  # Lightning's, without a code
+            return 143
         return stop.code if isinstance(stop.code, int) else 2
     except Exception as error:
         message = None if debug else user_message(error)
         if message is None:
             raise
-        print(f"rexnet-lit: error: {message}", file=sys.stderr)  # noqa: T201
+        print(f"rexnet-lit: error: {visible(message)}", file=sys.stderr)  # noqa: T201
         return 2
 
 

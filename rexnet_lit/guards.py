@@ -7,6 +7,7 @@ bit for bit on a CPU, if nothing that decides them has changed; `RunCheckpoint` 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
@@ -23,12 +24,13 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
+from rexnet_lit import process
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import Stopped, UserError
 from rexnet_lit.loader import BatchSampler
 from rexnet_lit.module import RexNetModule
 
-__all__ = ["FiniteLoss", "RunCheckpoint"]
+__all__ = ["FiniteLoss", "RunCheckpoint", "StopWhenTold"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -107,8 +109,11 @@ class RunCheckpoint(ModelCheckpoint):
             if trainer.is_global_zero and not again:
                 where = "this validation" if trainer.validating else "this step"
                 # print() must not be entered twice, and the signal may have come in one.
-                os.write(1, f"{self._told.name}: saving and stopping after {where}\n".encode())
+                with contextlib.suppress(OSError):
+                    os.write(1, f"{self._told.name}: saving and stopping after {where}\n".encode())
 
+        before = process.told_to_stop()
+        self._told = signal.Signals(before) if before else None
         self._handlers = {number: signal.signal(number, told) for number in _SIGNALS}
 
     def _stop_if_told(self, trainer: pl.Trainer) -> None:
@@ -219,6 +224,17 @@ def _conditions(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> d
         conditions |= {f"data.{key}": value for key, value in data.settings().items()}
         conditions |= data.fingerprints()
     return conditions
+
+
+class StopWhenTold(Callback):
+    """Ends a run that a signal should have ended, where Python has dropped the signal's exception."""
+
+    def _look(self, *args: Any, **kwargs: Any) -> None:
+        number = process.told_to_stop()
+        if number:
+            raise Stopped(number, f"stopped by {signal.Signals(number).name}")
+
+    on_validation_batch_start = on_test_batch_start = on_predict_batch_start = _look
 
 
 class FiniteLoss(Callback):

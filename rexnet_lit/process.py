@@ -1,4 +1,4 @@
-"""Set the process up for fast CPU training: once, before torch is imported.
+"""Set the process up: its allocator for fast CPU training, before torch is imported; its signals and its screen.
 
 glibc gives every large activation back to the kernel and faults it in again at the next step. Told to keep its
 memory, a ReXNet training step on a CPU takes about half the time, for roughly a quarter more memory (README,
@@ -10,12 +10,25 @@ Source: glibc's mallopt(3); the figures are measured by ``tests/benchmarks/bench
 from __future__ import annotations
 
 import ctypes
+import io
 import os
 import platform
+import signal
 import sys
 from pathlib import Path
+from typing import Any, TextIO
 
-__all__ = ["auto_num_workers", "cache_folder", "cpu_count", "free_memory", "tune"]
+__all__ = [
+    "answer_signals",
+    "auto_num_workers",
+    "cache_folder",
+    "cpu_count",
+    "free_memory",
+    "have_streams",
+    "told_to_stop",
+    "tune",
+    "unfailing",
+]
 
 # malloc.h: parameter numbers of mallopt(3).
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -36,6 +49,68 @@ def tune() -> bool:
     # -1 is "never": the most that fits mallopt's int, 2 GiB, is less than a step at 224 px gives back.
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 256 * 2**20))
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+_told: list[int] = []
+
+
+def answer_signals() -> None:
+    """Have SIGTERM and Ctrl-C end the process as the shell's convention has it, through the clean-up of an exception.
+
+    A training run has its own answer, which saves.
+    """
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _end)
+
+
+def _end(number: int, frame: object) -> None:
+    _told.append(number)
+    sys.exit(128 + number)
+
+
+def told_to_stop() -> int:
+    """Return the signal that should have ended this process, 0 for none: Python drops an exception raised in a fork."""
+    return _told[-1] if _told else 0
+
+
+def have_streams() -> None:
+    """Open what the caller has closed of input, output and errors, or the next file would be taken for the screen."""
+    for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+        if getattr(sys, name) is None:
+            setattr(sys, name, os.fdopen(number, mode, closefd=False))
+
+
+class _Lossy(io.FileIO):
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream.fileno(), "w", closefd=False)
+        self._stream = stream  # which would close what it shares, were it collected
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError:
+            return len(data)
+
+
+def unfailing(stream: TextIO) -> TextIO:
+    """Return a screen that drops what nobody takes any more: the reader has gone, the disk of a log is full.
+
+    A stream that is none of the process's own, as in a notebook or a test, is returned as it is.
+    """
+    try:
+        number = stream.fileno()
+    except (OSError, ValueError):
+        return stream
+    if number not in (1, 2):
+        return stream
+    stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(_Lossy(stream)), encoding=stream.encoding, errors=stream.errors, line_buffering=True
+    )
 
 
 def cpu_count() -> int:

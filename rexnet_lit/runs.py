@@ -24,7 +24,7 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit import checkpoint, run_folder
+from rexnet_lit import checkpoint, process, run_folder
 from rexnet_lit.callbacks import (
     AugmentedSamples,
     EpochLine,
@@ -38,7 +38,7 @@ from rexnet_lit.config import expand, load_yaml, one_line
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, did_you_mean, visible
 from rexnet_lit.files import check_output, fresh_path
-from rexnet_lit.guards import FiniteLoss, RunCheckpoint
+from rexnet_lit.guards import FiniteLoss, RunCheckpoint, StopWhenTold
 from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.module import RexNetModule
 from rexnet_lit.transforms import AugmentSettings
@@ -71,6 +71,8 @@ class RexNetCLI(LightningCLI):
         """Parse ``argv`` (the run's name first) and run it."""
         _quieten()
         command = argv[0]
+        if command == "fit":  # nobody reads on: no reason to lose a training
+            sys.stdout, sys.stderr = process.unfailing(sys.stdout), process.unfailing(sys.stderr)
         jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning reads addresses
         jsonargparse.set_loader("yaml", lambda text: load_yaml(text, command), (yaml.YAMLError,))
         cls(
@@ -221,7 +223,8 @@ class RexNetCLI(LightningCLI):
             settings["logger"] = False
             settings["enable_checkpointing"] = False
             self.save_config_callback = None
-            callbacks.append(self._writer()) if self.subcommand != "validate" else None
+            callbacks.append(StopWhenTold())
+            callbacks += [self._writer()] if self.subcommand != "validate" else []
         try:
             return self._instantiate_trainer({**settings, **kwargs}, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:

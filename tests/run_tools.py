@@ -149,16 +149,36 @@ def _worker_hangs(step: int) -> None:
     loader.ImageDataset.read = slow  # type: ignore[method-assign]
 
 
-def _start_up(step: int) -> None:
+def _start_up(number: signal.Signals, step: int) -> None:
     from rexnet_lit import data
 
     scan = data.scan
 
     def told(*args: Any, **kwargs: Any) -> Any:
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
         return scan(*args, **kwargs)
 
     data.scan = told  # type: ignore[assignment]
+
+
+def _told_in_a_fork(step: int) -> None:
+    """Python drops what is raised in a fork's call-backs, a signal's exception too."""
+
+    def drop() -> None:
+        if os.getpid() == main:
+            os.kill(main, signal.SIGTERM)
+
+    main = os.getpid()
+    os.register_at_fork(before=drop)
+
+
+def _no_screen(step: int) -> None:
+    def lose(module: Any) -> None:
+        full = os.open("/dev/full", os.O_WRONLY)
+        os.dup2(full, 1)
+        os.dup2(full, 2)
+
+    at_step(step, lose)
 
 
 _TROUBLES = {
@@ -166,7 +186,11 @@ _TROUBLES = {
     "kill in validation": functools.partial(_signalled, signal.SIGKILL, "validation_step"),
     "term": functools.partial(_signalled, signal.SIGTERM, "on_train_batch_start"),
     "term in validation": functools.partial(_signalled, signal.SIGTERM, "validation_step"),
-    "term at start-up": _start_up,
+    "term at start-up": functools.partial(_start_up, signal.SIGTERM),
+    "ctrl-c at start-up": functools.partial(_start_up, signal.SIGINT),
+    "ctrl-c in validation": functools.partial(_signalled, signal.SIGINT, "validation_step"),
+    "term in a fork": _told_in_a_fork,
+    "no screen": _no_screen,
     "ctrl-c": functools.partial(_signalled, signal.SIGINT, "on_train_batch_start"),
     "nan": _nan,
     "full disk": _full_disk,

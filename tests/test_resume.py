@@ -183,11 +183,43 @@ def test_the_command_that_it_prints_goes_on(whole, cwd):
     assert yaml.safe_load((run_folder(cwd) / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
 
 
-def test_told_at_start_up(cwd):
-    done = fit(cwd, trouble=("term at start-up", 0))
-    assert done.code == 143
+@pytest.mark.parametrize(("trouble", "code"), [("term at start-up", 143), ("ctrl-c at start-up", 130)])
+def test_told_at_start_up(cwd, trouble, code):
+    done = fit(cwd, trouble=(trouble, 0))
+    assert done.code == code
     assert "Traceback" not in done.out
     assert not (cwd / "runs").exists()
+
+
+def test_told_in_another_run(run):
+    argv = ("validate", "--ckpt_path", run_folder(run) / "model.safetensors", "--data.num_workers", 0)
+    done = command_line(run, *argv, trouble=("ctrl-c in validation", 0))
+    assert done.code == 130, done.out
+    assert "Traceback" not in done.out
+
+
+def test_told_where_python_drops_it(cwd):
+    done = fit(cwd, "--data.num_workers", 1, trouble=("term in a fork", 0))
+    assert done.code == 143, done.out
+    assert "SIGTERM after batch 1 of 6 of epoch 1; go on with" in done.out
+
+
+def test_a_lost_screen_ends_no_training(whole, cwd):
+    done = fit(cwd, trouble=("no screen", 7))
+    assert done.code == 0
+    assert done.out.count("epoch") == 1
+    assert differing(weights(cwd), whole()) == []
+
+
+def test_a_closed_screen_is_no_other_file(tmp_path):
+    script = (
+        "import os, sys; [os.close(n) for n in (0, 1, 2)]\n"
+        "from rexnet_lit import process; process.have_streams(); print('lost')\n"
+        "file = open('file', 'w'); os.write(1, b'lost'); assert file.fileno() > 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
 
 
 # --- what may fail --------------------------------------------------------------------------------
