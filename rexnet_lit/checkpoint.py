@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save as serialise
 from torch import Tensor
@@ -219,13 +218,10 @@ def _is_plain(tensor: Tensor) -> bool:
 
 def _run_data(file: Path) -> DataRecord:
     """Return what the run folder around a shared model file says of the dataset; nothing where there is none."""
-    config = file.parent / "config.yaml"
-    if not config.is_file() or config.stat().st_size > 2**20:
-        return DataRecord()
-    with contextlib.suppress(yaml.YAMLError, TypeError, KeyError, AttributeError, UnicodeDecodeError):
-        data = yaml.safe_load(config.read_text("utf-8"))["data"]
-        names = [field.name for field in dataclasses.fields(DataRecord)]
-        return DataRecord(**{name: data[name] for name in names if name in data})
+    for name in ("last.ckpt", "best.ckpt"):
+        with contextlib.suppress(UserError, OSError):
+            path = str(file.parent / "checkpoints" / name)
+            return read_record(read_ckpt(path), path)[1]
     return DataRecord()
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.spec import EvalRecipe
 from rexnet_lit.transforms import AugmentSettings
 
-__all__ = ["expand", "load_yaml", "one_line", "read_augment"]
+__all__ = ["expand", "load_yaml", "named_key", "one_line", "read_augment", "read_configs", "without"]
 
 _yaml_load = jsonargparse.get_loader("yaml")  # before ours takes its place
 # Settings for which a bare name stands for {name: ...}.
@@ -28,6 +30,8 @@ def expand(argv: list[str]) -> list[str]:
     keys = {f"--{group}.{key}" for group, names in _NAMED.items() for key in names}
     expanded = list(argv)
     for i, argument in enumerate(argv):
+        if _brackets(argument) > _MAX_DEPTH:
+            raise UserError(f"{argument[:40]}...: nested deeper than {_MAX_DEPTH}")
         key, equals, value = argument.partition("=")
         following = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
         if key in ("--config", "-c") and "://" in following:
@@ -37,8 +41,14 @@ def expand(argv: list[str]) -> list[str]:
     return expanded
 
 
-def load_yaml(text: str, command: str) -> Any:
-    """Read YAML as jsonargparse does, within bounds, with our short forms written out."""
+def load_yaml(text: str, command: str, leave_out: Iterable[str] = ()) -> Any:
+    """Read YAML as jsonargparse does, within bounds, with our short forms written out.
+
+    Args:
+        text: Of a file, or of an option's value.
+        command: The run that it is for.
+        leave_out: Keys of a file that are not wanted.
+    """
     if len(text) > _MAX_CONFIG_BYTES:
         raise yaml.YAMLError(f"a config of more than {_MAX_CONFIG_BYTES} bytes")
     _check_yaml(text)
@@ -57,6 +67,8 @@ def load_yaml(text: str, command: str) -> Any:
                 section[name] = {"name": section[name]}
             elif isinstance(section.get(name), list):
                 section[name] = {"transforms": section[name]}
+    for key in leave_out:
+        value = without(value, key)
     if command != "fit":  # a fit's config may be given to the other runs: its model is in the model file
         value = {key: part for key, part in value.items() if key not in ("model", "ckpt_path")}
     return value
@@ -79,6 +91,8 @@ def _check_yaml(text: str) -> None:
         aliases += isinstance(event, yaml.AliasEvent)
         if aliases > _MAX_ALIASES:
             raise yaml.YAMLError(f"a config with more than {_MAX_ALIASES} aliases")
+        if isinstance(event, yaml.ScalarEvent) and _brackets(event.value) > _MAX_DEPTH:  # jsonargparse parses it again
+            raise yaml.YAMLError(f"a value nested deeper than {_MAX_DEPTH}")
         keys, is_key = stack[-1] if stack else (None, False)
         if keys is not None:
             if is_key and isinstance(event, yaml.ScalarEvent):
@@ -91,6 +105,15 @@ def _check_yaml(text: str) -> None:
             stack.append((set() if is_mapping else None, is_mapping))
             if len(stack) > _MAX_DEPTH:
                 raise yaml.YAMLError(f"a config nested deeper than {_MAX_DEPTH}")
+
+
+def _brackets(text: str) -> int:
+    """Return how many brackets are open at once in a text, at most."""
+    depth = most = 0
+    for char in re.findall(r"[\[\]{}]", text):
+        depth += 1 if char in "[{" else -1
+        most = max(most, depth)
+    return most
 
 
 def read_augment(config: str) -> tuple[AugmentSettings, int]:
@@ -107,11 +130,69 @@ def read_augment(config: str) -> tuple[AugmentSettings, int]:
         raise UserError(f"--config {config}: {' '.join(str(error).split())}") from None
 
 
+def read_configs(argv: list[str], command: str) -> dict[str, Any]:
+    """Return what each config file on a command line says, by its path.
+
+    Raises:
+        UserError: One cannot be read; it is named.
+    """
+    found = {}
+    for key, following in itertools.pairwise([*argv, ""]):
+        option, equals, value = key.partition("=")
+        path = value if equals else following
+        if option in ("--config", "-c") and Path(path).is_file():
+            try:
+                found[path] = load_yaml(Path(path).read_text("utf-8"), command)
+            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                raise UserError(f"{path}: {error}") from None
+    return found
+
+
+_KEY = re.compile(
+    r"(?:unrecognized arguments: --|accept option '|Key '|[Nn]o action for key \"|nested key '|Parser key \")([\w.]+)"
+)
+
+
+def named_key(message: str) -> str | None:
+    """Return the key that a complaint of the parser's is about."""
+    found = _KEY.search(message)
+    return found.group(1) if found else None
+
+
+def without(value: Any, key: str) -> Any:
+    """Return a config, or the arguments of a command line, less what they say of ``key``; itself where nothing is."""
+    if isinstance(value, list):
+        for i, argument in enumerate(value):
+            option, equals, _ = argument.partition("=")
+            if option.startswith("--") and key.startswith(option.removeprefix("--")):
+                single = equals or i + 1 == len(value) or value[i + 1].startswith("--")
+                return value[:i] + value[i + (1 if single else 2) :]
+        return value
+    first, _, rest = key.partition(".")
+    if not isinstance(value, dict) or first not in value:
+        return value
+    part = without(value[first], rest) if rest else None
+    if rest and part is value[first]:
+        return value
+    return {k: part if k == first else v for k, v in value.items() if rest or k != first}
+
+
+_PLAINLY = (
+    (r'^Parser key "([\w.]+)": ', r"\1: "),
+    (r"<class '([\w.]+)'>", r"\1"),
+    (r"typing\.", ""),
+    (r"Expected a (\S.*?)\. Got value: (.*)$", r"expected \1, got \2"),
+    (r"Literal\[(.*?)\]", r"one of \1"),
+    (r"^Subcommand '\w+' does not accept option", "no setting is called"),
+)
+"""What the parser says, and how a user would say it."""
+
+
 def one_line(message: str, known: list[str]) -> str:
     """Return the parser's complaint as one line, with the nearest key where one is not known."""
-    unknown = re.search(
-        r"(?:unrecognized arguments: --|accept option '|Key '|[Nn]o action for key \"|nested key ')([\w.]+)", message
-    )
-    hint = did_you_mean(unknown.group(1), known) if unknown else ""
-    lines = [line.strip() for line in message.splitlines() if line.strip()]
-    return " ".join(lines) + hint
+    key = named_key(message)
+    hint = did_you_mean(key, known) if key is not None and key not in known else ""
+    text = " ".join(message.split())
+    for pattern, plain in _PLAINLY:
+        text = re.sub(pattern, plain, text)
+    return text + hint

@@ -10,6 +10,7 @@ import os
 import sys
 import traceback
 import warnings
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,13 +35,17 @@ from rexnet_lit.callbacks import (
     figures,
     print_rows,
 )
-from rexnet_lit.config import expand, load_yaml, one_line
+from rexnet_lit.config import expand, load_yaml, named_key, one_line, read_configs, without
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, did_you_mean, visible
 from rexnet_lit.files import check_output, fresh_path
 from rexnet_lit.guards import FiniteLoss, RunCheckpoint, StopWhenTold
 from rexnet_lit.loggers import Board, MetricsLog
+from rexnet_lit.losses import LossSettings
 from rexnet_lit.module import RexNetModule
+from rexnet_lit.schedules import ScheduleSettings
+from rexnet_lit.spec import HeadSpec
+from rexnet_lit.strategies import OptimizerSettings, StrategySettings
 from rexnet_lit.transforms import AugmentSettings
 
 __all__ = ["RexNetCLI"]
@@ -74,7 +79,7 @@ class RexNetCLI(LightningCLI):
         if command == "fit":  # nobody reads on: no reason to lose a training
             sys.stdout, sys.stderr = process.unfailing(sys.stdout), process.unfailing(sys.stderr)
         jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=False)  # Lightning reads addresses
-        jsonargparse.set_loader("yaml", lambda text: load_yaml(text, command), (yaml.YAMLError,))
+        _read_yaml(command)
         cls(
             RexNetModule,
             ImageFolderDataModule,
@@ -166,11 +171,31 @@ class RexNetCLI(LightningCLI):
         rank_zero_only(print)(f"resuming {path}, after {self.resumed['global_step']} steps", flush=True)
 
     def _parse(self, parser: LightningArgumentParser, args: list[str]) -> Namespace:
-        try:
-            config: Namespace = parser.parse_args(args)
-        except (ArgumentError, TypeError, ValueError) as error:
-            known = [action.dest for action in self._subcommand_parsers[args[0]]._actions]
-            raise UserError(one_line(str(error), known)) from None
+        """Parse; where that fails, leave out what it fails at and go on, to name all mistakes at once."""
+        command = args[0]
+        problems: list[str] = []
+        dropped: list[str] = []
+        configs = read_configs(args, command)
+        known = [action.dest for action in self._subcommand_parsers[command]._actions]
+        while True:
+            try:
+                config: Namespace = parser.parse_args(args)
+            except (ArgumentError, TypeError, ValueError) as error:
+                key = named_key(str(error))
+                files = [path for path, content in configs.items() if key and without(content, key) is not content]
+                given = without(args, key) if key else args
+                problem = one_line(str(error), known)
+                problems.append(f"{files[-1]}: {problem}" if files and given == args else problem)
+                if key is None or key in dropped or len(dropped) == 20 or not (files or given != args):
+                    break
+                dropped.append(key)
+                args = given
+                _read_yaml(command, dropped)
+            else:
+                break
+        if problems:
+            _read_yaml(command)
+            raise UserError("; ".join(dict.fromkeys(problems)))
         return config
 
     def _parse_ckpt_path(self) -> None:
@@ -183,7 +208,10 @@ class RexNetCLI(LightningCLI):
         if self.subcommand == "fit":
             if not self.config["fit"]["data"]["root"]:
                 raise UserError("data.root is not set; say which folder of images: --data.root DIR")
-            super().instantiate_classes()
+            try:
+                super().instantiate_classes()
+            except UserError as error:
+                raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
             config = self.config["fit"]  # the run folder's config.yaml is good from any folder
             for group, key in (("data", "root"), ("data", "split_file"), ("model", "weights")):
                 path = config[group][key]
@@ -203,6 +231,25 @@ class RexNetCLI(LightningCLI):
         self.datamodule = ImageFolderDataModule(**settings, class_names=self.model.spec.class_names)
         self.config_init = self.config.clone()
         self.trainer = self.instantiate_trainer()
+
+    def _wrong_settings(self) -> list[str]:
+        """Say what is wrong with each group of a fit's settings, whatever else is."""
+        data, model = self.config["fit"]["data"], self.config["fit"]["model"]
+        groups: tuple[tuple[Callable[..., Any], Namespace], ...] = (
+            (AugmentSettings, data["augment"]),
+            (HeadSpec, model["head"]),
+            (StrategySettings, model["strategy"]),
+            (OptimizerSettings, model["optimizer"]),
+            (ScheduleSettings, model["schedule"]),
+            (LossSettings, model["loss"]),
+        )
+        found = []
+        for kind, settings in groups:
+            try:
+                kind(**settings.as_dict())
+            except UserError as error:
+                found.append(str(error))
+        return found
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with our loggers, callbacks and safe checkpoints."""
@@ -433,6 +480,11 @@ class RexNetCLI(LightningCLI):
         for note in self.datamodule.predict_notes:
             print(f"note: {note}")  # noqa: T201
         self._say_bad(self.writer.quarantined)
+
+
+def _read_yaml(command: str, leave_out: Iterable[str] = ()) -> None:
+    """Have the parser read YAML by our rules."""
+    jsonargparse.set_loader("yaml", lambda text: load_yaml(text, command, leave_out), (yaml.YAMLError,))
 
 
 def _check_trainer(settings: Namespace) -> None:

@@ -83,18 +83,14 @@ def test_starting_weights_of_each_kind(tmp_path):
 
 
 def test_a_shared_model_in_its_run_folder_finds_its_dataset(tmp_path):
-    checkpoint.save_model(tmp_path / "model.safetensors", SPEC, STATE)
-    config = tmp_path / "config.yaml"
-    for text, record in (
-        ("data:\n  root: /pictures\n  val_fraction: 0.3\n  batch_size: 4\n", DataRecord("/pictures", None, 0.3)),
-        ("data: [", DataRecord()),
-        ("data: 5\n", DataRecord()),
-        ("5", DataRecord()),
-        ("", DataRecord()),
-        ("data: !!python/object/apply:os.system [touch canary]\n", DataRecord()),
-    ):
-        config.write_text(text)
-        assert checkpoint.load_model(tmp_path / "model.safetensors").data == record
+    model, last = tmp_path / "model.safetensors", tmp_path / "checkpoints" / "last.ckpt"
+    checkpoint.save_model(model, SPEC, STATE)
+    assert checkpoint.load_model(model).data == DataRecord()
+    record = DataRecord("/pictures", None, 0.3)
+    checkpoint.write_ckpt({checkpoint.KEY: checkpoint.make_record(SPEC, record)}, last)
+    assert checkpoint.load_model(model).data == record
+    last.write_bytes(b"damaged")
+    assert checkpoint.load_model(model).data == DataRecord()
 
 
 # --- atomic writes --------------------------------------------------------------------------------

@@ -81,16 +81,19 @@ def _elsewhere(tmp_path, monkeypatch):
         (("--trainer.max_epochs", "0"), "max_epochs, max_steps or limit_train_batches is 0: nothing would be trained"),
         (("--config", "s3://bucket/c.yaml"), "is an address; configs are read from local files only"),
         (("--config", "deep.yaml"), "nested deeper than 40"),
+        (("--config", "deep_text.yaml"), "nested deeper than 40"),
+        (("--data.augment.transforms", "[" * 30_000), "[[...: nested deeper than 40"),
         (("--config", "bomb.yaml"), "more than 20 aliases"),  # S6
         (("--config", "twice.yaml"), "the key 'data' stands twice"),
         (("--config", "list.yaml"), "data must hold settings"),
     ],
-    ids=lambda value: "=".join(map(str, value)) if isinstance(value, tuple) else "",
+    ids=lambda value: "=".join(map(str, value))[:60] if isinstance(value, tuple) else "",
 )
 def test_a_wrong_setting(pictures, capsys, arguments, expected):
     Path("unknown.yaml").write_text("trainer:\n  max_epoch: 3\n")
     Path("broken.yaml").write_text("model: [\n")
     Path("deep.yaml").write_text(f"data: {'[' * 100_000}\n")
+    Path("deep_text.yaml").write_text(f"data: {{augment: {{transforms: '{'[' * 30_000}'}}}}\n")
     rows = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi")]
     Path("bomb.yaml").write_text("\n".join(["a: &a [lol]", *rows]))
     Path("twice.yaml").write_text("data:\n  batch_size: 4\ntrainer:\n  max_epochs: 1\ndata:\n  batch_size: 8\n")
@@ -99,6 +102,27 @@ def test_a_wrong_setting(pictures, capsys, arguments, expected):
     assert expected in line
     assert "rexnet" not in arguments[0] or "<class" not in line
     assert not Path("runs").exists()  # nothing was begun
+
+
+def test_several_mistakes_are_named_at_once(pictures, capsys):
+    Path("wrong.yaml").write_text(
+        "trainer: {max_epoch: 3}\ndata: {batch_size: lots}\nmodel: {head: {nam: mlp}, loss: {gamma: x}}\n"
+    )
+    arguments = ("--config", "wrong.yaml", "--data.cache=tape", "--model.optimzer.lr", "1")
+    line = fails(capsys, *QUICK, "--data.root", pictures, *arguments)
+    for words in (
+        "wrong.yaml: data.batch_size: expected int, got lots; ",
+        "wrong.yaml: no setting is called 'trainer.max_epoch'; did you mean 'trainer.max_epochs'",
+        "wrong.yaml: no setting is called 'model.head.nam'; did you mean 'model.head.name'",
+        "wrong.yaml: model.loss.gamma: expected float, got x",
+        "; data.cache: expected one of 'auto', 'none', 'ram', 'disk', got tape",
+        "--model.optimzer.lr 1; did you mean 'model.optimizer.lr'",
+    ):
+        assert words in line
+    values = ("--data.augment.min_scale", 3, "--model.head.dropout", 2, "--model.schedule.rise", 5)
+    line = fails(capsys, *QUICK, "--data.root", pictures, *values, "--data.batch_size", 1)
+    for key in ("data.augment.min_scale is 3", "model.head.dropout is 2", "model.schedule.rise"):
+        assert key in line
 
 
 def test_what_lightning_finds_once_it_has_seen_the_data(pictures, capsys):
