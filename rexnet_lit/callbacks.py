@@ -184,15 +184,18 @@ class EpochLine(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which epoch was best, where the files are, and what to type next."""
         saver = trainer.checkpoint_callback
-        if not trainer.is_global_zero or not isinstance(saver, ModelCheckpoint) or not saver.best_model_path:
+        saved = (saver.best_model_path or saver.last_model_path) if isinstance(saver, ModelCheckpoint) else ""
+        model = Path(saved).parent.parent / "model.safetensors"
+        if not trainer.is_global_zero or not saved or not model.is_file():
             return
-        model = Path(saver.best_model_path).parent.parent / "model.safetensors"
         data = _data(trainer)
         command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
         print_rows(
-            f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}",
+            f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
+            if self._best.get("val/top1", -1.0) >= 0
+            else "Fit finished, without a validation",
             [
-                *((name, f"{value:.4f}") for name, value in self._best.items()),
+                *((name, f"{value:.4f}") for name, value in self._best.items() if value >= 0),
                 ("run folder", str(model.parent)),
                 ("model", str(model)),
                 ("next", f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"),

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, cast, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -31,7 +31,7 @@ from rexnet_lit.loader import (
     training_order,
     training_position,
 )
-from rexnet_lit.spec import MAX_IMAGE_SIZE, DataRecord, EvalRecipe
+from rexnet_lit.spec import MAX_IMAGE_SIZE, DataRecord, EvalRecipe, settings_of
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, ProgressiveTransform, TrainTransform, build_mix
 
 __all__ = ["ImageFolderDataModule", "run_seed"]
@@ -117,6 +117,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.size_schedule = size_schedule
         if cache not in ("auto", "none", "ram", "disk"):
             raise UserError(f"data.cache is {cache!r}; expected auto, none, ram or disk")
+        if sampler not in get_args(SamplerName):
+            raise UserError(f"data.sampler is {sampler!r}; expected one of {', '.join(get_args(SamplerName))}")
         if cache_gb is not None and not cache_gb > 0:
             raise UserError(f"data.cache_gb is {cache_gb}; expected above 0, or data.cache none")
         if not 0 <= max_bad_fraction <= 1:
@@ -133,7 +135,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             group_pattern,
         )
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
-        self.augment, self.sampler, self.cache = augment, sampler, cache
+        self.augment, self.sampler, self.cache = settings_of(AugmentSettings, augment), sampler, cache
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
         self._disk: DiskCache | None = None
         self.max_bad_fraction, self.predict_output = max_bad_fraction, predict_output

@@ -6,7 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Sequence
-from typing import Any, TypeVar, cast
+from typing import Any, cast
 
 import lightning.pytorch as pl
 import numpy as np
@@ -23,12 +23,10 @@ from rexnet_lit.errors import UserError, visible
 from rexnet_lit.losses import LossSettings, build_loss
 from rexnet_lit.metrics import build_metrics
 from rexnet_lit.schedules import Plateau, ScheduleSettings, lr_factor
-from rexnet_lit.spec import DataRecord, HeadSpec, ModelSpec
+from rexnet_lit.spec import DataRecord, HeadSpec, ModelSpec, settings_of
 from rexnet_lit.strategies import OptimizerSettings, StrategySettings
 
 __all__ = ["RexNetModule"]
-
-T = TypeVar("T")
 
 
 class RexNetModule(pl.LightningModule):
@@ -83,10 +81,10 @@ class RexNetModule(pl.LightningModule):
             raise UserError(f"model.ema is {ema}; expected a decay from 0 (none) to below 1, such as 0.999")
         if not 0 <= drop_path_rate < 1:
             raise UserError(f"model.drop_path_rate is {drop_path_rate}; expected a fraction from 0 to below 1")
-        head = _settings(HeadSpec, head)
-        self.strategy_settings = _settings(StrategySettings, strategy)
-        self.optimizer_settings = _settings(OptimizerSettings, optimizer)
-        self.schedule_settings = _settings(ScheduleSettings, schedule)
+        head = settings_of(HeadSpec, head)
+        self.strategy_settings = settings_of(StrategySettings, strategy)
+        self.optimizer_settings = settings_of(OptimizerSettings, optimizer)
+        self.schedule_settings = settings_of(ScheduleSettings, schedule)
         self.ema, self._drop_path_rate = ema, drop_path_rate
         names = _names(num_classes, class_names)
         self.spec = ModelSpec(backbone, names, head, network.eval_recipe(backbone, image_size))
@@ -94,7 +92,7 @@ class RexNetModule(pl.LightningModule):
         self.network = network.build_network(backbone, len(names), head, drop_path_rate=drop_path_rate)
         if grad_checkpointing:
             cast(Any, self.network).set_grad_checkpointing(True)
-        self.loss_settings = _settings(LossSettings, loss)
+        self.loss_settings = settings_of(LossSettings, loss)
         self.loss = build_loss(self.loss_settings, [1] * len(names))
         self._plateau: Plateau | None = None
         self.started = False
@@ -193,6 +191,8 @@ class RexNetModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Compute what of a frozen backbone is needed once: features to train on, the solved head."""
+        if self._nothing_left:
+            self.trainer.fit_loop.max_epochs = 1
         settings, data = self.strategy_settings, getattr(self.trainer, "datamodule", None)
         if not isinstance(data, ImageFolderDataModule):
             if self._solved:
@@ -245,7 +245,6 @@ class RexNetModule(pl.LightningModule):
             rank_zero_only(print)(
                 "There is nothing left to train: one epoch, with a learning rate of 0, writes the files."
             )
-            self.trainer.fit_loop.max_epochs = 1
 
     def train(self, mode: bool = True) -> RexNetModule:
         """Set the mode of what trains; frozen parts stay in eval mode."""
@@ -409,13 +408,6 @@ def _names(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[
     if num_classes is not None and num_classes != len(class_names):
         raise UserError(f"num_classes is {num_classes}, but there are {len(class_names)} class_names")
     return tuple(class_names)
-
-
-def _settings(kind: type[T], value: T | str | dict[str, Any]) -> T:
-    """Return ``value`` as settings: in a notebook a name stands for its defaults."""
-    if isinstance(value, str):
-        return kind(name=value)  # type: ignore[call-arg]
-    return kind(**value) if isinstance(value, dict) else value
 
 
 def _ema(decay: float) -> Any:

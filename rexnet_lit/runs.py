@@ -103,6 +103,11 @@ class RexNetCLI(LightningCLI):
 
     # Parsing
 
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Return Lightning's, less the option to read pickles."""
+        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._adding = subcommand
         return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
@@ -219,7 +224,6 @@ class RexNetCLI(LightningCLI):
             return
         self.model = RexNetModule.from_model(self.file)
         settings = self.config[self.subcommand]["data"].as_dict()
-        settings["augment"] = AugmentSettings(**settings["augment"])
         if self.subcommand == "predict":
             settings["root"] = None
         elif settings["root"] is None:
@@ -420,7 +424,6 @@ class RexNetCLI(LightningCLI):
         if subcommand == "fit":
             return kwargs
         kwargs.pop("ckpt_path", None)  # the model is loaded already, by our own reader
-        kwargs.pop("weights_only", None)
         return {**kwargs, "verbose": False} if subcommand != "predict" else {**kwargs, "return_predictions": False}
 
     def before_validate(self) -> None:

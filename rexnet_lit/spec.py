@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from rexnet_lit.errors import UserError
 
@@ -23,8 +23,16 @@ MAX_IMAGE_SIZE = 4096
 
 _MAX_CLASSES = 200_000  # of a model file: more would fill the memory with a head
 
+T = TypeVar("T")
 Interpolation = Literal["bicubic", "bilinear", "nearest"]
 Pool = Literal["avg", "max", "avgmax"]
+
+
+def settings_of(kind: type[T], value: T | str | dict[str, Any]) -> T:
+    """Return ``value`` as settings: in Python a name stands for its defaults, and a mapping for its fields."""
+    if isinstance(value, str):
+        return kind(name=value)  # type: ignore[call-arg]
+    return kind(**value) if isinstance(value, dict) else value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,8 +151,10 @@ class ModelSpec:
             counts = (recipe["image_size"], *(head[key] for key in ("hidden", "layers") if key in head))
             if not all(isinstance(count, int) and not isinstance(count, bool) for count in counts):
                 raise TypeError("a size is no whole number")
-            if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+            if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
                 raise TypeError("class_names is no list of names")
+            if not all(isinstance(head.get(key, ""), str) for key in ("name", "pool")) or version < 1:
+                raise TypeError("a name is no text, or a format below 1")
             if not 0 < len(set(names)) == len(names) <= _MAX_CLASSES:
                 raise ValueError(f"{len(names)} class names, {len(set(names))} of them different")
             return cls(

@@ -467,3 +467,12 @@ def test_relative_roots_are_remembered_whole(shapes, monkeypatch):
     monkeypatch.chdir(shapes.parent)
     data = ImageFolderDataModule(shapes.name)
     assert data.record.root == str(shapes)
+
+
+def test_settings_in_a_notebooks_manner(tmp_path):
+    assert ImageFolderDataModule(augment="heavy").augment.name == "heavy"
+    assert ImageFolderDataModule(augment={"hflip": 0.0}).augment.hflip == 0
+    with pytest.raises(UserError, match=r"data.sampler is 'foo'; expected one of shuffle"):
+        ImageFolderDataModule(sampler="foo")
+    with pytest.raises(UserError, match=r"data.augment.name is 'lihgt'"):
+        ImageFolderDataModule(augment="lihgt")

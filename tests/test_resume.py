@@ -363,6 +363,17 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
     assert [f.name for f in (tmp_path / "lightning_logs").iterdir()] == ["version_1"]
 
 
+def test_a_run_without_a_validation_says_where_it_is(cwd):
+    done = fit(cwd, "--trainer.max_steps", 2)
+    assert done.code == 0, done.out
+    assert "Fit finished, without a validation" in done.out
+    assert (run_folder(cwd) / "model.safetensors").is_file()
+    done = fit(cwd, "--trainer.fast_dev_run", "true")
+    assert done.code == 0, done.out
+    assert "model.safetensors" not in done.out
+    assert not run_folder(cwd, 1).exists()
+
+
 def test_without_a_logger_there_are_run_folders_too(cwd):
     for number in (0, 1):
         assert fit(cwd, "--trainer.logger", "false", "--trainer.max_epochs", 1).code == 0

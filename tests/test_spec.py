@@ -72,13 +72,17 @@ def changed(**values) -> str:
         changed(head={**dataclasses.asdict(SPEC.head), "hidden": True}),
         changed(head={**dataclasses.asdict(SPEC.head), "layers": 10**9}),
         changed(head=["linear"]),
+        changed(head={**dataclasses.asdict(SPEC.head), "name": ["linear"]}),
+        changed(head={**dataclasses.asdict(SPEC.head), "pool": {}}),
+        changed(format_version=-9),
+        changed(class_names=["a", ""]),
         changed(class_names=[]),
         changed(class_names=["a", "b", "a"]),
         changed(class_names={"a": 1, "b": 2}),
         changed(class_names=["a", ["b"]]),
         changed(class_names=list(map(str, range(200_001)))),
     ],
-    ids=range(29),
+    ids=range(33),
 )
 def test_what_is_no_description_is_one_line(text):
     with pytest.raises(UserError) as error:
