@@ -356,7 +356,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if trainer is None:
             raise RuntimeError("compute_features needs a trainer")
         if evaluate:
+            decoded, least = dataset.images, dataset.transform.min_size
             dataset = self._dataset(dataset.samples, EvalTransform(self._recipe()[0]))
+            dataset.images = decoded if least >= dataset.transform.min_size else None
         strategy, workers, on_gpu = trainer.strategy, *self._workers()
         found: Tensor | None = None
         for view in range(views):

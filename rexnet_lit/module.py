@@ -105,6 +105,11 @@ class RexNetModule(pl.LightningModule):
         elif pretrained:
             rows = self._matching_rows(network.published_names(backbone)) if keep_matching_classes else {}
             network.load_pretrained(self.network, backbone, rows=rows)
+        blends = self.strategy_settings.blend and self.strategy_settings.name != "linear_probe"
+        self.start: dict[str, Tensor] | None = None
+        """The weights it starts from, where they are to be blended with the end's."""
+        if blends and head.name == "linear" and not self._scratch:
+            self.start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
         self.val_metrics = build_metrics(len(names), "val/")
         self.test_metrics = build_metrics(len(names), "test/")
 
@@ -209,24 +214,35 @@ class RexNetModule(pl.LightningModule):
         if not cached and (resumed or not self._solved):
             return
         self.eval()
-        val = data.compute_features("val", self._embed)
-        fixed = data.compute_features("train", self._embed, evaluate=True) if self._solved else None
+        val = data.compute_features("val", self.embed)
+        fixed = data.compute_features("train", self.embed, evaluate=True) if self._solved else None
         if cached:
             again = fixed if self._nothing_left else None
-            train = data.compute_features("train", self._embed, views) if again is None else again
+            train = data.compute_features("train", self.embed, views) if again is None else again
             data.train_on_features(train, val)
         super().train()  # Lightning expects it so; `on_train_start` freezes
         if fixed is not None and not resumed:
-            splits = data.splits()
-            self._solve(fixed[0], splits["train"].targets, val[0], splits["val"].targets)
+            self.solve(fixed[0], val[0])
 
-    def _embed(self, images: Tensor) -> Tensor:
+    def embed(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to features (B, C), in the trainer's precision and without gradients."""
         with torch.no_grad(), self.trainer.precision_plugin.forward_context():
             return network.embed(self.network, images)
 
-    def _solve(self, features: Tensor, targets: Any, val_features: Tensor, val_targets: Any) -> None:
-        """Give the network the best linear head for its features (N, C) and (M, C), on all processes the same."""
-        head = None
+    def logits(self, images: Tensor) -> Tensor:
+        """Map images (B, 3, H, W) to logits (B, K), likewise."""
+        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+            return cast(Tensor, self.network(images))
+
+    def solve(self, features: Tensor, val_features: Tensor) -> None:
+        """Give the network the best linear head for its features of the training and validation images.
+
+        Args:
+            features: (N, C); on all processes the same.
+            val_features: (M, C).
+        """
+        head, splits = None, cast(Any, self.trainer).datamodule.splits()
+        targets, val_targets = splits["train"].targets, splits["val"].targets
         if self.trainer.is_global_zero:
             classes = self.spec.num_classes
             head = probe.solve(features.numpy(), targets, val_features.numpy(), val_targets, classes)

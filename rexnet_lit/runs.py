@@ -26,6 +26,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit import checkpoint, process, run_folder
+from rexnet_lit.blend import Blend
 from rexnet_lit.callbacks import (
     AugmentedSamples,
     EpochLine,
@@ -264,7 +265,7 @@ class RexNetCLI(LightningCLI):
             settings["enable_progress_bar"] = terminal
         callbacks: list[Any] = [RichProgressBar(leave=True)] if settings["enable_progress_bar"] and terminal else []
         if self.subcommand == "fit":
-            callbacks += [RunFiles(), AugmentedSamples(), EpochLine(lines=not terminal), FiniteLoss()]
+            callbacks += [Blend(), RunFiles(), AugmentedSamples(), EpochLine(lines=not terminal), FiniteLoss()]
             if settings["logger"] in (None, True, False):  # metrics.csv is the run's record, and its folder the run's
                 settings["logger"] = self._loggers(settings["default_root_dir"] or ".", settings["logger"] is not False)
             callbacks.append(LearningRateMonitor("step"))

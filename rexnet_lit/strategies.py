@@ -45,6 +45,9 @@ class StrategySettings:
             regression, its regularisation chosen by the validation loss); a ``linear_probe`` is then done.
         views: How many augmented views of each image a ``linear_probe`` computes features of, to train on them in
             turn; 0 computes them anew in each epoch, unless the recipe does not augment.
+        blend: At the end, look for better weights between the given ones, with a solved head, and the fine-tuned ones;
+            the validation split chooses, and ``best.ckpt`` holds them (`blend`). Only from given weights, with a linear
+            head, and up to 20,000 training images; a ``linear_probe`` has nothing between.
     """
 
     name: Literal["full", "linear_probe", "partial", "staged"] = "full"
@@ -53,6 +56,7 @@ class StrategySettings:
     bn: Literal["train", "frozen"] = "train"
     solver: Literal["none", "logistic"] = "none"
     views: int = 0
+    blend: bool = False
 
     def __post_init__(self) -> None:
         if self.name not in STRATEGIES:

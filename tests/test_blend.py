@@ -1,0 +1,50 @@
+"""Weights between the start and the end of a fine-tuning."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from module_tools import data_of, model_of, trainer_of
+
+from rexnet_lit import checkpoint
+from rexnet_lit.blend import Blend
+from rexnet_lit.guards import RunCheckpoint
+
+
+@pytest.fixture
+def weights(tmp_path):
+    module = model_of()
+    checkpoint.save_model(tmp_path / "start.safetensors", module.spec, module.network.state_dict())
+    return str(tmp_path / "start.safetensors")
+
+
+def fit(folder, shapes, **settings):
+    module = model_of(strategy={"blend": True}, **settings)
+    saver = RunCheckpoint()
+    trainer_of(folder, max_epochs=1, enable_checkpointing=True, callbacks=[Blend(), saver]).fit(module, data_of(shapes))
+    best, last = (checkpoint.load_model(Path(saver.dirpath) / name).state for name in ("best.ckpt", "last.ckpt"))
+    return module, best, last
+
+
+def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
+    # A rate that ruins the network: the start, with a solved head, is better than the end.
+    module, best, last = fit(tmp_path, shapes, weights=weights, optimizer={"lr": 5.0})
+    out = capsys.readouterr().out
+    found = re.search(r"val top-1 (\S+) for the given weights, (\S+) for the best epoch; (.+) kept \((\S+)\)\.", out)
+    start, end, kept, chosen = found.groups()
+    assert float(chosen) >= float(start) > float(end)
+    share = 0 if kept == "the former are" else float(kept.removesuffix("% of the way between is"))
+    for name, begun in module.start.items():
+        if name.startswith("head.fc") or not begun.is_floating_point():
+            continue
+        torch.testing.assert_close(best[name], begun.lerp(last[name], share / 100), msg=name)
+    for name, tensor in module.network.state_dict().items():
+        assert torch.equal(tensor, last[name])  # the module is as training has left it
+
+
+@pytest.mark.parametrize("settings", [{}, {"head": "mlp"}, {"strategy": {"name": "linear_probe", "blend": True}}])
+def test_where_there_is_no_line(settings):
+    assert model_of(**{"strategy": {"blend": True}, **settings}).start is None
