@@ -103,26 +103,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
         class_names: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
-        if batch_size < 2:
-            raise UserError(f"data.batch_size is {batch_size}; ReXNet's BatchNorm needs at least 2")
-        starts = [start for start, _ in size_schedule or [(0, 32)]]
-        sizes = [size for _, size in size_schedule or [(0, 32)]]
-        if starts != sorted(set(starts)) or starts[0] != 0 or not 32 <= min(sizes) <= max(sizes) <= MAX_IMAGE_SIZE:
-            raise UserError(
-                f"data.size_schedule is {size_schedule}; expected pairs of epoch and pixels (32 to {MAX_IMAGE_SIZE}), "
-                "epochs rising from 0, such as [[0, 128], [10, 224]]"
-            )
-        if num_workers is not None and not 0 <= num_workers <= 1024:
-            raise UserError(f"data.num_workers is {num_workers}; expected 0 (the main process reads) or a few")
-        self.size_schedule = size_schedule
-        if cache not in ("auto", "none", "ram", "disk"):
-            raise UserError(f"data.cache is {cache!r}; expected auto, none, ram or disk")
-        if sampler not in get_args(SamplerName):
-            raise UserError(f"data.sampler is {sampler!r}; expected one of {', '.join(get_args(SamplerName))}")
-        if cache_gb is not None and not cache_gb > 0:
-            raise UserError(f"data.cache_gb is {cache_gb}; expected above 0, or data.cache none")
-        if not 0 <= max_bad_fraction <= 1:
-            raise UserError(f"data.max_bad_fraction is {max_bad_fraction}; expected a fraction from 0 to 1")
+        problems = _problems(batch_size, size_schedule, num_workers, cache, sampler, cache_gb, max_bad_fraction)
+        if problems:
+            raise UserError("; ".join(problems))
         self.record = DataRecord(
             _absolute(root),
             _absolute(split_file),
@@ -135,6 +118,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             group_pattern,
         )
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
+        self.size_schedule = size_schedule
         self.augment, self.sampler, self.cache = settings_of(AugmentSettings, augment), sampler, cache
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
         self._disk: DiskCache | None = None
@@ -435,6 +419,34 @@ class ImageFolderDataModule(pl.LightningDataModule):
     def predict_dataloader(self) -> DataLoader[Any]:
         """Batches of the unlabelled images, in order; the targets are -1."""
         return self._loader("predict")
+
+
+def _problems(
+    batch_size: int,
+    size_schedule: list[tuple[int, int]] | None,
+    num_workers: int | None,
+    cache: str,
+    sampler: str,
+    cache_gb: float | None,
+    max_bad_fraction: float,
+) -> list[str]:
+    """Say which of these settings are out of their range."""
+    starts = [start for start, _ in size_schedule or [(0, 32)]]
+    sizes = [size for _, size in size_schedule or [(0, 32)]]
+    rising = starts == sorted(set(starts)) and starts[0] == 0 and 32 <= min(sizes) <= max(sizes) <= MAX_IMAGE_SIZE
+    pairs = f"pairs of epoch and pixels (32 to {MAX_IMAGE_SIZE}), epochs rising from 0, such as [[0, 128], [10, 224]]"
+    workers = num_workers is None or 0 <= num_workers <= 1024
+    samplers, caches = get_args(SamplerName), ("auto", "none", "ram", "disk")
+    checks = (
+        ("batch_size", batch_size, batch_size >= 2, "at least 2, which ReXNet's BatchNorm needs"),
+        ("size_schedule", size_schedule, rising, pairs),
+        ("num_workers", num_workers, workers, "0 (the main process reads) or a few"),
+        ("cache", repr(cache), cache in caches, f"one of {', '.join(caches)}"),
+        ("sampler", repr(sampler), sampler in samplers, f"one of {', '.join(samplers)}"),
+        ("cache_gb", cache_gb, cache_gb is None or cache_gb > 0, "above 0, or data.cache none"),
+        ("max_bad_fraction", max_bad_fraction, 0 <= max_bad_fraction <= 1, "a fraction from 0 to 1"),
+    )
+    return [f"data.{key} is {value}; expected {expected}" for key, value, good, expected in checks if not good]
 
 
 def _said_now_and_then(what: str, every: float = 10.0) -> Callable[[int, int], None]:

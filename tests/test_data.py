@@ -459,7 +459,7 @@ def test_without_a_folder_each_stage_names_its_key(stage):
 
 
 def test_a_batch_of_one_is_refused(shapes):
-    with pytest.raises(UserError, match=r"data.batch_size is 1; ReXNet's BatchNorm needs at least 2"):
+    with pytest.raises(UserError, match=r"data.batch_size is 1; expected at least 2, which ReXNet's BatchNorm needs"):
         module(shapes, batch_size=1)
 
 
@@ -476,3 +476,5 @@ def test_settings_in_a_notebooks_manner(tmp_path):
         ImageFolderDataModule(sampler="foo")
     with pytest.raises(UserError, match=r"data.augment.name is 'lihgt'"):
         ImageFolderDataModule(augment="lihgt")
+    with pytest.raises(UserError, match=r"data.batch_size is 0; .*; data.num_workers is -1; .*; data.cache is 'tape'"):
+        ImageFolderDataModule(batch_size=0, num_workers=-1, cache="tape")
