@@ -84,8 +84,9 @@ def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
             stream.write(_SEAL + hashlib.sha256(sealed).hexdigest().encode())
     except OSError as error:
         raise UserError(
-            f"{file}: the checkpoint cannot be written ({error.strerror or error}); the one before is untouched: "
-            "make room, or set another trainer.default_root_dir, and go on from it"
+            f"{file}: the checkpoint cannot be written ({error.strerror or error}); "
+            f"{'the one before is untouched' if file.exists() else 'there is none before it'}: "
+            "make room, or set another trainer.default_root_dir, and go on from what there is"
         ) from None
 
 

@@ -8,6 +8,7 @@ reaches the parser.
 from __future__ import annotations
 
 import argparse
+import errno
 import json
 import os
 import re
@@ -213,6 +214,9 @@ def user_message(error: BaseException) -> str | None:
         # A loader worker's error arrives as the text of its traceback.
         return str(error).rpartition("rexnet_lit.errors.UserError: ")[2]
     kind = type(error).__name__
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" for {error.filename!r}" if error.filename is not None else ""
+        return f"the disk is full{where} ({error.strerror}); make room, or write to another"
     if (isinstance(error, OSError) and error.filename is not None) or kind == "OSError":
         return " ".join(str(error).split())
     if kind == "OutOfMemoryError" or "out of memory" in str(error) or "can't allocate memory" in str(error):

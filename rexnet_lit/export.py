@@ -8,6 +8,7 @@ in its metadata. To add a format, write a function and name it in `FORMATS`.
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -103,11 +104,10 @@ def _torch(classifier: Classifier, example: Tensor, target: Path) -> Check:
     program = torch.export.export(_Deployed(classifier).eval(), (example,), dynamic_shapes=shapes)
     for node in program.graph.nodes:  # where in the source each came from, with this machine's paths
         node.meta.pop("stack_trace", None)
-    # torch.export reads its archive by this ending only.
-    archive = target.with_suffix(".pt2")
+    archive = io.BytesIO()  # written straight to a full disk, torch ends the process
     torch.export.save(program, archive, extra_files=_metadata(classifier))
-    restored = torch.export.load(archive).module()
-    archive.replace(target)
+    target.write_bytes(archive.getvalue())
+    restored = torch.export.load(io.BytesIO(target.read_bytes())).module()
     return lambda images: restored(torch.from_numpy(images)).detach().numpy()
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 import yaml
 from cli_tools import NAMES, fails, lively_model, rexnet, write_dataset, write_pictures
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -307,7 +308,13 @@ def test_our_own_faults_keep_their_traceback(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(KeyboardInterrupt(), 130), (PermissionError(13, "Permission denied", "runs"), 2)]
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (SIGTERMException(), 143),
+        (PermissionError(13, "Permission denied", "runs"), 2),
+        (OSError(28, "No space left on device"), 2),
+    ],
 )
 def test_other_endings(error, code, monkeypatch, capsys):
     def ends(argv):

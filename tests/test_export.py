@@ -126,6 +126,20 @@ def test_a_file_that_disagrees_is_not_kept(model, tmp_path, capsys, fake, wrong)
     assert output.read_text() == "an earlier export"
 
 
+def test_a_full_disk(model, tmp_path, capsys, fake):
+    fake(lambda images: np.zeros((len(images), 3)))
+    whole = export.FORMATS["safetensors"]
+
+    def full(*args):
+        whole(*args)
+        raise OSError(28, "No space left on device")
+
+    export.FORMATS["safetensors"] = full
+    line = fails(capsys, "export", model, "--format", "safetensors", "--output", tmp_path / "m.safetensors")
+    assert line == "the disk is full (No space left on device); make room, or write to another"
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_mistakes_are_one_line(model, tmp_path, capsys, monkeypatch):
     output = tmp_path / "model.onnx"
     with monkeypatch.context() as patch:
