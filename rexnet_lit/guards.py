@@ -58,6 +58,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._every, self._accept_changes = every, accept_changes
         self._saved = time.monotonic()
         self._told: signal.Signals | None = None
+        self._stop: Stopped | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     # Saving
@@ -73,7 +74,9 @@ class RunCheckpoint(ModelCheckpoint):
         due = self._told is not None or time.monotonic() - self._saved > self._every
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._save_last(trainer)
-            self._stop_if_told(trainer)
+            stop = self._stop_if_told(trainer)
+            if stop is not None:
+                raise stop
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Wait: `on_train_epoch_end` saves."""
@@ -86,7 +89,12 @@ class RunCheckpoint(ModelCheckpoint):
         if self.monitor in candidates:
             self._save_topk_checkpoint(trainer, candidates)
         self._save_last(trainer)
-        self._stop_if_told(trainer)
+        self._stop = self._stop_if_told(trainer)
+
+    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Stop where the epoch before has ended so: its figures are logged now."""
+        if self._stop is not None:
+            raise self._stop
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -116,14 +124,15 @@ class RunCheckpoint(ModelCheckpoint):
         self._told = signal.Signals(before) if before else None
         self._handlers = {number: signal.signal(number, told) for number in _SIGNALS}
 
-    def _stop_if_told(self, trainer: pl.Trainer) -> None:
+    def _stop_if_told(self, trainer: pl.Trainer) -> Stopped | None:
         told = self._told is not None
         if trainer.strategy.reduce_boolean_decision(told, all=False):
             name = (self._told or signal.SIGTERM).name
             done = trainer.fit_loop.epoch_loop.batch_idx + 1
             batches = f"batch {done} of {trainer.num_training_batches}"
             where = f"stopped by {name} after {batches} of epoch {trainer.current_epoch + 1}"
-            raise Stopped(int(self._told or signal.SIGTERM), f"{where}; {self._how_to_go_on(trainer)}")
+            return Stopped(int(self._told or signal.SIGTERM), f"{where}; {self._how_to_go_on(trainer)}")
+        return None
 
     def _how_to_go_on(self, trainer: pl.Trainer) -> str:
         last = Path(self.dirpath or "") / "last.ckpt"

@@ -172,6 +172,8 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(whole, cwd, trouble, code, 
     assert (cwd / config).is_file()
     assert checkpoint.read_ckpt(str(cwd / last))["global_step"] == int(where.split()[3]) + 6
     assert differing(resumed(cwd), whole()) == []
+    rows = rows_of(run_folder(cwd) / "metrics.csv")
+    assert [int(row["epoch"]) for row in rows if row["train/loss"]] == [0, 1, 2]
 
 
 def test_the_command_that_it_prints_goes_on(whole, cwd):
