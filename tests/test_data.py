@@ -11,6 +11,7 @@ import pytest
 import torch
 from conftest import draw_shape
 from PIL import Image
+from test_decode import SAMPLES, mutate
 
 from rexnet_lit import process
 from rexnet_lit.cli import user_message
@@ -478,3 +479,30 @@ def test_settings_in_a_notebooks_manner(tmp_path):
         ImageFolderDataModule(augment="lihgt")
     with pytest.raises(UserError, match=r"data.batch_size is 0; .*; data.num_workers is -1; .*; data.cache is 'tape'"):
         ImageFolderDataModule(batch_size=0, num_workers=-1, cache="tape")
+
+
+def test_a4_mutated_files_in_loader_workers(tmp_path):
+    """1,500 of each format: what is bad is listed, the rest arrives under its label, and no worker dies."""
+    rng = np.random.default_rng(0)
+    good = 0
+    for label, names in (("a", ("jpeg", "png", "webp")), ("b", ("bmp", "tiff", "gif"))):
+        folder = tmp_path / "train" / label
+        folder.mkdir(parents=True)
+        (tmp_path / "val" / label).mkdir(parents=True)
+        (tmp_path / "val" / label / "0").with_suffix(".png").write_bytes(SAMPLES["png"])
+        for name in names:
+            (folder / f"good.{name}").write_bytes(SAMPLES[name])
+            good += 1
+            for i in range(1500):
+                (folder / f"{i}.{name}").write_bytes(mutate(SAMPLES[name], rng))
+    data = module(tmp_path, batch_size=64, num_workers=2, max_bad_fraction=1.0, cache="none")
+    data.setup("fit")
+    samples, loader = data.splits()["train"], data.train_dataloader()
+    assert len(data.bad_files) + len(samples) == 9000 + good
+    assert 1000 < len(data.bad_files) < 9000
+    assert {row.path for row in data.bad_files}.isdisjoint(set(samples.paths))
+    assert {f"train/{label}/good.{name}" for label, name in (("a", "png"), ("b", "gif"))} <= set(samples.paths)
+    batches = epoch_of(loader, 0)
+    for indices, (images, targets) in zip(loader.sampler.batches(0), batches, strict=True):
+        assert images.isfinite().all()
+        assert targets.tolist() == samples.targets[indices].tolist()

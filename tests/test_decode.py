@@ -660,16 +660,9 @@ def attack(name: str, count: int) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a4_mutated_files_never_crash(name):
-    refused, _ = attack(name, 150)
-    assert refused > 20
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", SAMPLES)
 def test_a4_1500_mutated_files_never_crash(name):
-    refused, decoded = attack(name, 1500)
-    print(f"{name}: {refused} refused, {decoded} decoded")
+    refused, _ = attack(name, 1500)
+    assert refused > 200
 
 
 # --- the process ---------------------------------------------------------------------------------------
