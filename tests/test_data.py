@@ -138,6 +138,32 @@ def test_the_balanced_sampler_reaches_the_batches(tmp_path, make_shapes):
     assert 0.35 < (targets == 1).float().mean().item() < 0.65  # 4 sigma; 2 of 32 images otherwise
 
 
+# --- augmentation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("recipe", ["light", "medium", "heavy", "randaugment"])
+def test_a72_no_augmentation_comes_twice(tmp_path, recipe):
+    """3 epochs, 2 workers, one and the same picture under every name: all 180 views of it differ.
+
+    It is large enough that two crops hardly meet by chance.
+    """
+    y, x = np.mgrid[:600, :800]
+    picture = np.stack([x * 255 // 800, y * 255 // 600, (x + y) % 256], axis=2).astype(np.uint8)
+    for split, count in (("train", 30), ("val", 1)):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(count):
+                Image.fromarray(picture).save(tmp_path / split / label / f"{i}.png")
+    data = module(tmp_path, batch_size=5, num_workers=2, augment=AugmentSettings(recipe))
+    data.setup("fit")
+    loader = data.train_dataloader()
+    views = torch.cat([images for epoch in range(3) for images, _ in epoch_of(loader, epoch)])
+    assert len(torch.unique(views.flatten(1), dim=0)) == len(views) == 180
+    if recipe == "light":  # mirrored half of the time, as asked: 4 sigma
+        left, right = views[:, 0, :, :16].mean((1, 2)), views[:, 0, :, 16:].mean((1, 2))
+        assert 0.35 < (left > right).float().mean() < 0.65
+
+
 # --- what a batch holds ---------------------------------------------------------------------------
 
 

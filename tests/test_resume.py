@@ -311,6 +311,7 @@ def run(home, stopped, cwd):
             "data.sampler (shuffle then, balanced",
         ),
         (("--data.image_size", 64, "--data.augment.hflip", 0.3), "data.image_size (32 then, 64 now); data.augment."),
+        (("--config", CONFIGS / "hardware" / "ddp_sim.yaml"), "processes (1 then, 2 now)"),
         (("--model.loss.label_smoothing", 0), "model.loss.label_smoothing (0.1 then, 0.0 now)"),
         (("--trainer.gradient_clip_val", 1), "trainer.gradient_clip_val (None then, 1 now)"),
         # The checkpoint's own would be used, whatever is said.
