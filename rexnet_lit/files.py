@@ -13,7 +13,7 @@ from typing import IO
 
 from rexnet_lit.errors import UserError, visible
 
-__all__ = ["atomic_write", "check_output", "fresh_path", "write_csv", "write_file"]
+__all__ = ["atomic_write", "check_output", "fresh_path", "second_name", "write_csv", "write_file"]
 
 # Tab and carriage return as `visible` shows them; the last four are the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\\t", "\\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -48,12 +48,39 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
+    _flush_folder(path.parent)
+
+
+def _flush_folder(folder: Path) -> None:
+    """Have the disk know of what was renamed in a folder."""
     if os.name == "posix":
-        folder = os.open(path.parent, os.O_RDONLY)
+        descriptor = os.open(folder, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            os.fsync(descriptor)
         finally:
-            os.close(folder)
+            os.close(descriptor)
+
+
+def second_name(source: Path, path: Path, previous: Path) -> None:
+    """Give a file that is whole and on the disk another name, without writing it again where links are known.
+
+    Args:
+        source: The file, in the same folder.
+        path: The name, whose file it replaces.
+        previous: Where to keep what was at ``path``.
+    """
+    temporary = path.with_name(f".{path.name}.link")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source)
+    except OSError:
+        with atomic_write(path, previous) as file:
+            file.write(source.read_bytes())
+        return
+    if path.exists():
+        path.replace(previous)
+    temporary.replace(path)
+    _flush_folder(path.parent)
 
 
 def write_file(path: Path, content: bytes | str) -> None:

@@ -24,9 +24,10 @@ from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from rexnet_lit import process
+from rexnet_lit import checkpoint, process
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import Stopped, UserError
+from rexnet_lit.files import second_name
 from rexnet_lit.loader import BatchSampler
 from rexnet_lit.module import RexNetModule
 
@@ -59,6 +60,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved = time.monotonic()
         self._told: signal.Signals | None = None
         self._stop: Stopped | None = None
+        self._fresh: Path | None = None
         self._handlers: dict[signal.Signals, Any] = {}
 
     # Saving
@@ -95,6 +97,18 @@ class RunCheckpoint(ModelCheckpoint):
         """Stop where the epoch before has ended so: its figures are logged now."""
         if self._stop is not None:
             raise self._stop
+
+    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+        """Write a checkpoint; one that has just been written as the best is the last too, by another name."""
+        best, self._fresh = self._fresh, None
+        last = Path(filepath)
+        if best is None:
+            super()._save_checkpoint(trainer, filepath)
+            self._fresh = None if last.name == "last.ckpt" else last
+            return
+        if trainer.is_global_zero:
+            second_name(best, last, last.with_name(checkpoint.PREVIOUS))
+        trainer.strategy.barrier()
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))

@@ -306,14 +306,8 @@ class RexNetCLI(LightningCLI):
         else:
             home = run_folder.of(self.file.path)
             inside = home is not None and root.absolute() in home.parents
-            self.writer = TestReport(home if inside and home else self._claim(root))
+            self.writer = TestReport(home if inside and home else root)
         return self.writer  # type: ignore[no-any-return]
-
-    def _claim(self, root: Path) -> Path:
-        """Make a run folder; the first process does."""
-        if rank_zero_only.rank == 0:  # type: ignore[attr-defined]
-            self.folder = run_folder.claim(root)
-        return self.folder or root
 
     # Running
 
@@ -432,8 +426,10 @@ class RexNetCLI(LightningCLI):
         self._refuse_no_batches("limit_val_batches")
 
     def before_test(self) -> None:
-        """Refuse a run of nothing."""
+        """Refuse a run of nothing; make a run folder where the model lies in none."""
         self._refuse_no_batches("limit_test_batches")
+        if self.trainer.is_global_zero and run_folder.of(self.writer.folder / "report") is None:
+            self.folder = self.writer.folder = run_folder.claim(self.writer.folder)
 
     def before_predict(self) -> None:
         """Refuse a run of nothing."""

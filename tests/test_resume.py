@@ -23,6 +23,7 @@ from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 from rexnet_lit import checkpoint
 from rexnet_lit import run_folder as run_folders
 from rexnet_lit.errors import UserError
+from rexnet_lit.files import second_name
 from rexnet_lit.guards import FiniteLoss
 
 STEPS = 18  # of a run here: 3 epochs of 6
@@ -486,7 +487,9 @@ def test_a_monitor_that_nobody_logs(cwd):
 # --- the save itself ------------------------------------------------------------------------------
 
 
-SAVE_CALLS = [(os, n) for n in ("open", "close", "fsync", "fdopen", "replace", "rename", "chmod", "unlink", "umask")]
+SAVE_CALLS = [
+    (os, n) for n in ("open", "close", "fsync", "fdopen", "replace", "rename", "chmod", "unlink", "umask", "link")
+]
 SAVE_CALLS += [(tempfile, "mkstemp")]
 
 
@@ -494,7 +497,12 @@ def save(folder: Path, value: float) -> None:
     checkpoint.write_ckpt({"value": torch.full((4096,), value)}, folder / "last.ckpt")
 
 
-def save_and_die(folder: Path, value: float, last_call: int) -> int:
+def save_the_best(folder: Path, value: float) -> None:
+    checkpoint.write_ckpt({"value": torch.full((4096,), value)}, folder / "best.ckpt")
+    second_name(folder / "best.ckpt", folder / "last.ckpt", folder / checkpoint.PREVIOUS)
+
+
+def save_and_die(save, folder: Path, value: float, last_call: int) -> int:
     """Save in a forked process that ends, without any clean-up, at so many calls; return its exit code."""
     pid = os.fork()
     if pid:
@@ -518,15 +526,19 @@ def save_and_die(folder: Path, value: float, last_call: int) -> int:
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the child only writes a file
-def test_killed_at_every_boundary_of_a_save(tmp_path):
+@pytest.mark.parametrize("save", [save, save_the_best])
+def test_killed_at_every_boundary_of_a_save(tmp_path, save):
     """The process ends before each call that a save makes to the system: one of two generations is always whole."""
     for last_call in range(1, 50):
         save(tmp_path, 1.0)
         save(tmp_path, 2.0)
-        code = save_and_die(tmp_path, 3.0, last_call)
+        code = save_and_die(save, tmp_path, 3.0, last_call)
         files = [tmp_path / name for name in ("last.ckpt", checkpoint.PREVIOUS) if (tmp_path / name).exists()]
         values = [checkpoint.read_ckpt(str(file))["value"][0].item() for file in files]
         assert values in ([2.0, 1.0], [2.0], [3.0, 2.0]), last_call
+        if save is save_the_best:  # never older than the last, which a resume would not make up for
+            assert checkpoint.read_ckpt(str(tmp_path / "best.ckpt"))["value"][0].item() in (2.0, 3.0)
+            assert values[0] < 3.0 or checkpoint.read_ckpt(str(tmp_path / "best.ckpt"))["value"][0].item() == 3.0
         if code == 0:
             break
     assert code == 0

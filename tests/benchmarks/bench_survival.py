@@ -126,16 +126,16 @@ def killed(sides: Sides) -> Iterator[tuple[bool | None, bool | None]]:
     ours(a)
     plain(b)
     whole, plain_whole = run_tools.weights(a), plain_weights(b)
-    for step in range(1, sides.steps):
+    for step in range(sides.steps):
         a, b = sides.fresh(), sides.fresh()
         ours(a, trouble=("kill", step))
         if (run_tools.run_folder(a) / "checkpoints" / "last.ckpt").exists():
             ours(a, "--ckpt_path", "last")
-        else:  # the first step is saved when the second begins
+        else:  # nothing is saved yet: the run starts anew
             a = sides.fresh()
             ours(a)
         plain(b, ("kill", step))
-        plain(b, resume=True)
+        plain(b, resume=(b / "checkpoints" / "last.ckpt").exists())
         found = plain_weights(b)
         yield not run_tools.differing(run_tools.weights(a), whole), not run_tools.differing(found, plain_whole)
 
