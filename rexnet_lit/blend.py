@@ -23,6 +23,7 @@ from torch.nn import functional
 from rexnet_lit import checkpoint
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.module import RexNetModule
+from rexnet_lit.network import classify
 
 __all__ = ["Blend"]
 
@@ -59,15 +60,17 @@ class Blend(Callback):
 
         network.load_state_dict(pl_module.start)
         pl_module.eval()
-        train = data.compute_features("train", pl_module.embed, evaluate=True)
-        pl_module.solve(train[0], data.compute_features("val", pl_module.embed)[0])
+        embed = pl_module.embedder()
+        train = data.compute_features("train", embed, evaluate=True)
+        pl_module.solve(train[0], data.compute_features("val", embed)[0])
         start = _copy(network.state_dict())
 
         targets = torch.from_numpy(data.splits()["val"].targets)
         top1, losses = {}, {}
         for share in (0.0, *SHARES, 1.0):
             network.load_state_dict(_between(start, end, share))
-            logits = data.compute_features("val", pl_module.logits)[0]
+            features = data.compute_features("val", pl_module.embedder())[0]
+            logits = classify(network, features.to(pl_module.device)).detach().cpu()
             top1[share] = float((logits.argmax(1) == targets).float().mean())
             losses[share] = min(float(functional.cross_entropy(logits / t, targets)) for t in _TEMPERATURES)
         chosen = min(losses, key=lambda share: losses[share])

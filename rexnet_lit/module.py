@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -214,25 +214,26 @@ class RexNetModule(pl.LightningModule):
         if not cached and (resumed or not self._solved):
             return
         self.eval()
-        val = data.compute_features("val", self.embed)
-        fixed = data.compute_features("train", self.embed, evaluate=True) if self._solved else None
+        embed = self.embedder()
+        val = data.compute_features("val", embed)
+        fixed = data.compute_features("train", embed, evaluate=True) if self._solved else None
         if cached:
             again = fixed if self._nothing_left else None
-            train = data.compute_features("train", self.embed, views) if again is None else again
+            train = data.compute_features("train", embed, views) if again is None else again
             data.train_on_features(train, val)
         super().train()  # Lightning expects it so; `on_train_start` freezes
         if fixed is not None and not resumed:
             self.solve(fixed[0], val[0])
 
-    def embed(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to features (B, C), in the trainer's precision and without gradients."""
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            return network.embed(self.network, images)
+    def embedder(self) -> Callable[[Tensor], Tensor]:
+        """Return what maps images (B, 3, H, W) to the features (B, C) of the network as it is now, for inference."""
+        fused = network.fuse(self.network)
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W) to logits (B, K), likewise."""
-        with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-            return cast(Tensor, self.network(images))
+        def embed(images: Tensor) -> Tensor:
+            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
+                return network.embed(fused, images)
+
+        return embed
 
     def solve(self, features: Tensor, val_features: Tensor) -> None:
         """Give the network the best linear head for its features of the training and validation images.

@@ -97,6 +97,9 @@ def test_every_variant_learns_is_saved_and_loads_with_equal_logits(name, tmp_pat
         assert torch.equal(loaded.network(images), logits)
         assert torch.isfinite(logits).all()
         features = network.embed(model, images)
+        fused = network.fuse(model.double())
+        assert not any(isinstance(module, nn.BatchNorm2d) for module in fused.modules())
+        torch.testing.assert_close(fused(images.double()), model(images.double()), atol=1e-9, rtol=1e-9)
     assert features.shape == (2, VARIANTS[name][1])
     assert loaded.spec == spec
 

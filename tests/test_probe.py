@@ -105,8 +105,8 @@ def test_the_solved_probe_needs_one_epoch_and_changes_nothing_else(shapes, tmp_p
     assert {name for name in fresh if not torch.equal(fresh[name], solved[name])} == {"head.fc.weight", "head.fc.bias"}
     module.eval()
     data = trainer.datamodule
-    features = data.compute_features("train", module.embed, evaluate=True)[0].numpy()
-    val = data.compute_features("val", module.embed)[0].numpy()
+    features = data.compute_features("train", module.embedder(), evaluate=True)[0].numpy()
+    val = data.compute_features("val", module.embedder())[0].numpy()
     splits = data.splits()
     head = probe.solve(features, splits["train"].targets, val, splits["val"].targets, 3)
     np.testing.assert_allclose(solved["head.fc.weight"], head.weight, rtol=1e-3, atol=1e-5)
