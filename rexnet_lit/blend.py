@@ -39,10 +39,13 @@ MOST_IMAGES = 20_000
 
 
 class Blend(Callback):
-    """Puts the best weights of the line into ``best.ckpt`` when training ends, where ``model.strategy.blend`` asks."""
+    """Puts the best weights into ``best.ckpt`` when training ends, where ``model.strategy.blend`` asks for it.
+
+    Candidates are the best epoch's, and those on the line from the start to the last epoch.
+    """
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Solve the start's head, look along the line, and keep what validates best; the best epoch where none does."""
+        """Solve the start's head, try the candidates on the validation split, and keep the best."""
         saver, data = trainer.checkpoint_callback, getattr(trainer, "datamodule", None)
         if (
             not isinstance(pl_module, RexNetModule)
@@ -53,10 +56,11 @@ class Blend(Callback):
             or len(data.splits()["train"]) > MOST_IMAGES
         ):
             return
-        best = Path(saver.best_model_path)
         network = pl_module.network
-        last, training = _copy(network.state_dict()), pl_module.training
-        end: State = trainer.strategy.broadcast(checkpoint.load_model(best).state if trainer.is_global_zero else {})
+        before, training = _copy(network.state_dict()), pl_module.training
+        files = [Path(saver.best_model_path), Path(saver.last_model_path)]
+        states = [checkpoint.load_model(file).state for file in files] if trainer.is_global_zero else []
+        best, last = trainer.strategy.broadcast(states)
 
         network.load_state_dict(pl_module.start)
         pl_module.eval()
@@ -65,26 +69,28 @@ class Blend(Callback):
         pl_module.solve(train[0], data.compute_features("val", embed)[0])
         start = _copy(network.state_dict())
 
+        candidates = {"the best epoch": best, "the given weights": start, "the last epoch": last}
+        candidates |= {
+            f"{share:.0%} of the way from these to the last": _between(start, last, share) for share in SHARES
+        }
         targets = torch.from_numpy(data.splits()["val"].targets)
         top1, losses = {}, {}
-        for share in (0.0, *SHARES, 1.0):
-            network.load_state_dict(_between(start, end, share))
+        for name, state in candidates.items():
+            network.load_state_dict(state)
             features = data.compute_features("val", pl_module.embedder())[0]
             logits = classify(network, features.to(pl_module.device)).detach().cpu()
-            top1[share] = float((logits.argmax(1) == targets).float().mean())
-            losses[share] = min(float(functional.cross_entropy(logits / t, targets)) for t in _TEMPERATURES)
-        chosen = min(losses, key=lambda share: losses[share])
-        network.load_state_dict(last)
+            top1[name] = float((logits.argmax(1) == targets).float().mean())
+            losses[name] = min(float(functional.cross_entropy(logits / t, targets)) for t in _TEMPERATURES)
+        chosen = min(losses, key=lambda name: losses[name])
+        network.load_state_dict(before)
         pl_module.train(training)
 
-        ends = f"val top-1 {top1[0.0]:.3f} for the given weights, {top1[1.0]:.3f} for the best epoch"
-        kept = {0.0: "the former are", 1.0: "the latter is"}.get(chosen, f"{chosen:.0%} of the way between is")
-        rank_zero_only(print)(f"Blend: {ends}; {kept} kept ({top1[chosen]:.3f}).", flush=True)
-        if chosen < 1 and trainer.is_global_zero:
-            content = checkpoint.read_ckpt(str(best))
-            blended = _between(start, end, chosen)
-            content["state_dict"] |= {f"network.{name}": tensor for name, tensor in blended.items()}
-            checkpoint.write_ckpt(content, best)
+        ends = ", ".join(f"{top1[name]:.3f} for {name}" for name in list(candidates)[:3])
+        rank_zero_only(print)(f"Blend: val top-1 {ends}; kept: {chosen} ({top1[chosen]:.3f}).", flush=True)
+        if chosen != "the best epoch" and trainer.is_global_zero:
+            content = checkpoint.read_ckpt(str(files[0]))
+            content["state_dict"] |= {f"network.{name}": tensor for name, tensor in candidates[chosen].items()}
+            checkpoint.write_ckpt(content, files[0])
 
 
 def _copy(state: State) -> State:

@@ -33,10 +33,10 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     # A rate that ruins the network: the start, with a solved head, is better than the end.
     module, best, last = fit(tmp_path, shapes, weights=weights, optimizer={"lr": 5.0})
     out = capsys.readouterr().out
-    found = re.search(r"val top-1 (\S+) for the given weights, (\S+) for the best epoch; (.+) kept \((\S+)\)\.", out)
+    found = re.search(r"(\S+) for the given weights, (\S+) for the last epoch; kept: (.+) \((\S+)\)\.", out)
     start, end, kept, chosen = found.groups()
     assert float(chosen) > float(end) < float(start)
-    share = 0 if kept == "the former are" else float(kept.removesuffix("% of the way between is"))
+    share = 0 if kept == "the given weights" else float(kept.removesuffix("% of the way from these to the last"))
     for name, begun in module.start.items():
         if name.startswith("head.fc") or not begun.is_floating_point():
             continue
