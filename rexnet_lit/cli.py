@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rexnet_lit import __version__
 from rexnet_lit.errors import Stopped, UserError, visible
+from rexnet_lit.files import check_output
 
 if TYPE_CHECKING:
     import numpy as np
@@ -45,6 +46,8 @@ def _check(args: argparse.Namespace) -> int:
         raise UserError(f"check: there is no folder {args.dir!r}")
     if args.config and not args.report:
         raise UserError("check: --config shows its augmentation in the page; name one: --report FILE.html")
+    if args.report:
+        check_output("--report", Path(args.report), ".html", ".htm")
     checkup = doctor.check(args.dir)
     if args.json:
         print(json.dumps(checkup.to_dict(), indent=2))  # noqa: T201

@@ -340,6 +340,9 @@ def test_check(pictures, tmp_path, capsys):
     assert cli.main(["check", str(root)]) == 1
     assert "zebra" in capsys.readouterr().out
     assert "no folder 'gone'" in fails(capsys, "check", "gone")
+    Path("model.ckpt").write_text("precious")
+    assert "is no .html or .htm file" in fails(capsys, "check", root, "--report", "model.ckpt")
+    assert Path("model.ckpt").read_text() == "precious"
 
 
 def test_models_lists_the_ten(capsys):
