@@ -68,10 +68,12 @@ class RunCheckpoint(ModelCheckpoint):
     def on_train_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # The gradients of half a step are in no checkpoint; and where validation is next, the save comes after it.
+        # The gradients of half a step are in no checkpoint. Where validation is next, the save comes after it, unless
+        # the run is to stop: it may come after each batch.
         if (batch_idx + 1) % trainer.accumulate_grad_batches or _tries_out(trainer):
             return
-        if trainer.is_last_batch or (trainer.val_check_batch and (batch_idx + 1) % trainer.val_check_batch == 0):
+        validates = trainer.val_check_batch and (batch_idx + 1) % trainer.val_check_batch == 0
+        if trainer.is_last_batch or (validates and self._told is None):
             return
         due = self._told is not None or time.monotonic() - self._saved > self._every
         if trainer.strategy.reduce_boolean_decision(due, all=False):

@@ -16,6 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import MeanMetric
 
 from rexnet_lit import checkpoint, checkpoint_io, network, probe, process, strategies
 from rexnet_lit.data import ImageFolderDataModule, run_seed
@@ -110,6 +111,7 @@ class RexNetModule(pl.LightningModule):
         """The weights it starts from, where they are to be blended with the end's."""
         if blends and head.name == "linear" and not self._scratch:
             self.start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+        self.train_loss = MeanMetric(nan_strategy="disable")  # `FiniteLoss` looks
         self.val_metrics = build_metrics(len(names), "val/")
         self.test_metrics = build_metrics(len(names), "test/")
 
@@ -274,10 +276,14 @@ class RexNetModule(pl.LightningModule):
     def on_train_start(self) -> None:
         """Freeze what the strategy freezes in this epoch, which on a resume is known only now."""
         self.started = True
-        self.on_train_epoch_start()
+        self._freeze()
 
     def on_train_epoch_start(self) -> None:
-        """Freeze what the strategy freezes in this epoch."""
+        """Freeze what the strategy freezes in this epoch, and begin its mean loss."""
+        self._freeze()
+        self.train_loss.reset()
+
+    def _freeze(self) -> None:
         strategies.freeze(self.network, self.strategy_settings, self.current_epoch)
         self.train()
 
@@ -295,7 +301,8 @@ class RexNetModule(pl.LightningModule):
         images, targets = batch
         loss: Tensor = self.loss(self(images), targets)
         self.log("train/loss_step", loss, prog_bar=True, on_epoch=False)
-        self.log("train/loss", loss, on_step=False, on_epoch=True, batch_size=len(targets), sync_dist=True)
+        self.train_loss.update(loss.detach(), len(targets))
+        self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         return loss
 
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
@@ -370,12 +377,14 @@ class RexNetModule(pl.LightningModule):
         return [WeightAveraging(avg_fn=_ema(self.ema))] if self.ema else []
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
-        """Add the model's description, in plain strings."""
+        """Add the model's description, in plain strings, and the losses of an epoch that is not at its end."""
         record = getattr(getattr(self.trainer, "datamodule", None), "record", DataRecord())
         content[checkpoint.KEY] = checkpoint.make_record(self.spec, record)
+        losses = torch.stack([cast(Tensor, self.train_loss.mean_value), cast(Tensor, self.train_loss.weight)])
+        content[_LOSSES] = self.trainer.strategy.reduce(losses, reduce_op="sum").tolist()
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another model.
+        """Refuse a checkpoint of another model; take over the losses of its last epoch's batches.
 
         Raises:
             UserError: The architecture, the classes or the tensors differ.
@@ -400,6 +409,9 @@ class RexNetModule(pl.LightningModule):
         difference = network.misfit(self.state_dict(), theirs if isinstance(theirs, dict) else {})
         if difference:
             raise UserError(f"ckpt_path: the checkpoint's weights do not fit: {difference}")
+        if self.global_rank == 0:  # they are the sums over all processes
+            total, count = content.get(_LOSSES, (0.0, 0.0))
+            self.train_loss.mean_value, self.train_loss.weight = torch.tensor(total), torch.tensor(count)
 
     def settings(self) -> dict[str, Any]:
         """Return, by key, what decides the weights of a run beside its data."""
@@ -411,6 +423,9 @@ class RexNetModule(pl.LightningModule):
         }
         nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
         return {**nested, "ema": self.ema, "drop_path_rate": self._drop_path_rate}
+
+
+_LOSSES = "rexnet_lit_losses"
 
 
 def _short(names: tuple[str, ...]) -> str:

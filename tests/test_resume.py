@@ -38,8 +38,8 @@ def home(tmp_path_factory, make_shapes):
 
 
 @pytest.fixture(scope="module")
-def whole(home):
-    """The weights of a run that nothing has interrupted, by its settings."""
+def whole_run(home):
+    """Where a run is that nothing has interrupted, by its settings."""
     known = {}
 
     def of(*settings):
@@ -47,10 +47,16 @@ def whole(home):
             cwd = another(home, home.parent / f"whole{len(known)}")
             done = fit(cwd, *settings)
             assert done.code == 0, done.out
-            known[settings] = weights(cwd)
+            known[settings] = cwd
         return known[settings]
 
     return of
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run):
+    """The weights of a run that nothing has interrupted, by its settings."""
+    return lambda *settings: weights(whole_run(*settings))
 
 
 def another(home: Path, cwd: Path) -> Path:
@@ -162,7 +168,7 @@ def test_the_history_is_kept_and_not_doubled(cwd):
     ],
     ids=str,
 )
-def test_told_to_stop_it_saves_and_says_how_to_go_on(whole, cwd, trouble, code, where):
+def test_told_to_stop_it_saves_and_says_how_to_go_on(whole_run, cwd, trouble, code, where):
     done = fit(cwd, trouble=trouble)
     assert done.code == code, done.out
     assert where in done.out
@@ -172,9 +178,20 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(whole, cwd, trouble, code, 
     ).groups()
     assert (cwd / config).is_file()
     assert checkpoint.read_ckpt(str(cwd / last))["global_step"] == int(where.split()[3]) + 6
-    assert differing(resumed(cwd), whole()) == []
-    rows = rows_of(run_folder(cwd) / "metrics.csv")
-    assert [int(row["epoch"]) for row in rows if row["train/loss"]] == [0, 1, 2]
+    assert differing(resumed(cwd), weights(whole_run())) == []
+    assert epoch_rows(cwd) == epoch_rows(whole_run())
+
+
+def epoch_rows(cwd):
+    """What a run's record says of its epochs, the mean loss of one that was interrupted too."""
+    rows = [row for row in rows_of(run_folder(cwd) / "metrics.csv") if row["train/loss"] or row["val/loss"]]
+    return [{name: value for name, value in row.items() if name != "train/loss_step"} for row in rows]
+
+
+def test_told_where_each_step_is_validated(whole, cwd):
+    done = fit(cwd, "--trainer.val_check_interval", 1, trouble=("term", 8))
+    assert "SIGTERM after batch 3 of 6 of epoch 2" in done.out
+    assert differing(resumed(cwd, "--trainer.val_check_interval", 1), whole()) == []
 
 
 def test_the_command_that_it_prints_goes_on(whole, cwd):
