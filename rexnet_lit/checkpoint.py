@@ -2,9 +2,10 @@
 
 Two kinds of file hold a model. ``.safetensors`` is for sharing: weights, and the `ModelSpec` as JSON in the file's
 metadata. ``.ckpt`` is Lightning's, for resuming: it is read with ``weights_only=True``, which refuses everything
-but tensors and plain values, and there is no way to ask for less; a SHA-256 at its end (the zip archive's comment)
-shows damage, which torch would load in silence. Nothing in a file ever reaches an import or a parser. Files are
-written beside their target, flushed to the disk and renamed, so that an interruption leaves the previous one.
+but tensors and plain values, and there is no way to ask for less. Nothing in a file ever reaches an import or a
+parser. A SHA-256 (in the metadata; at the end of a ``.ckpt``, as the zip archive's comment) shows damage, which would
+be loaded in silence. Files are written beside their target, flushed to the disk and renamed, so that an interruption
+leaves the previous one.
 """
 
 from __future__ import annotations
@@ -34,6 +35,7 @@ from rexnet_lit.spec import DataRecord, ModelSpec
 __all__ = [
     "PREVIOUS",
     "Model",
+    "digest",
     "load_model",
     "load_starting_weights",
     "make_record",
@@ -112,8 +114,12 @@ def _local_file(path: str | os.PathLike[str], key: str) -> Path:
     if "://" in os.fspath(path):
         raise UserError(f"{key}: {os.fspath(path)!r} is an address; models are read from local files only")
     file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{key}: {os.fspath(path)!r} is a folder; name a model file, such as model.safetensors in it")
     if not file.is_file():
         raise UserError(f"{key}: there is no file {os.fspath(path)!r}")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"{key}: {os.fspath(path)!r} may not be read (permission denied)")
     return file
 
 
@@ -168,8 +174,22 @@ def make_record(spec: ModelSpec, data: DataRecord) -> dict[str, str]:
 def save_model(path: str | os.PathLike[str], spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
     """Write a ``.safetensors`` file: the weights, and the description in its metadata. It names no dataset."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    description = spec.to_json()
+    metadata = {"format": "pt", KEY: description, _DIGEST: digest(tensors, description)}
     with atomic_write(Path(path)) as file:
-        file.write(serialise(tensors, metadata={"format": "pt", KEY: spec.to_json()}))
+        file.write(serialise(tensors, metadata=metadata))
+
+
+_DIGEST = f"{KEY}_sha256"
+
+
+def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
+    """Return a SHA-256 over a model's weights, whatever their order, and its description."""
+    total = hashlib.sha256(description.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\0{name}\0{tensor.dtype}{tuple(tensor.shape)}\0".encode())
+        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
@@ -177,9 +197,13 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
-            return {name: content.get_tensor(name) for name in content.keys()}, metadata.get(KEY)  # noqa: SIM118
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
     except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: damaged or not a safetensors file ({error})") from None
+    description = metadata.get(KEY)
+    if description is not None and metadata.get(_DIGEST, "") not in ("", digest(tensors, description)):
+        raise UserError(f"{file}: damaged: its checksum does not match; use another copy, or the run's best.ckpt")
+    return tensors, description
 
 
 def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:

@@ -103,7 +103,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         class_names: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
-        problems = _problems(batch_size, size_schedule, num_workers, cache, sampler, cache_gb, max_bad_fraction)
+        trains = root is not None and class_names is None
+        problems = _problems(batch_size, trains, size_schedule, num_workers, cache, sampler, cache_gb, max_bad_fraction)
         if problems:
             raise UserError("; ".join(problems))
         self.record = DataRecord(
@@ -423,6 +424,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
 def _problems(
     batch_size: int,
+    trains: bool,
     size_schedule: list[tuple[int, int]] | None,
     num_workers: int | None,
     cache: str,
@@ -437,8 +439,9 @@ def _problems(
     pairs = f"pairs of epoch and pixels (32 to {MAX_IMAGE_SIZE}), epochs rising from 0, such as [[0, 128], [10, 224]]"
     workers = num_workers is None or 0 <= num_workers <= 1024
     samplers, caches = get_args(SamplerName), ("auto", "none", "ram", "disk")
+    least = "at least 2, which ReXNet's BatchNorm needs" if trains else "at least 1"
     checks = (
-        ("batch_size", batch_size, batch_size >= 2, "at least 2, which ReXNet's BatchNorm needs"),
+        ("batch_size", batch_size, batch_size >= 1 + trains, least),
         ("size_schedule", size_schedule, rising, pairs),
         ("num_workers", num_workers, workers, "0 (the main process reads) or a few"),
         ("cache", repr(cache), cache in caches, f"one of {', '.join(caches)}"),

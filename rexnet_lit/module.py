@@ -380,7 +380,7 @@ class RexNetModule(pl.LightningModule):
         """Add the model's description, in plain strings, and the losses of an epoch that is not at its end."""
         record = getattr(getattr(self.trainer, "datamodule", None), "record", DataRecord())
         content[checkpoint.KEY] = checkpoint.make_record(self.spec, record)
-        losses = torch.stack([cast(Tensor, self.train_loss.mean_value), cast(Tensor, self.train_loss.weight)])
+        losses = torch.stack([self.train_loss.mean_value, self.train_loss.weight])
         content[_LOSSES] = self.trainer.strategy.reduce(losses, reduce_op="sum").tolist()
 
     def on_load_checkpoint(self, content: dict[str, Any]) -> None:
@@ -422,7 +422,8 @@ class RexNetModule(pl.LightningModule):
             "loss": self.loss_settings,
         }
         nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
-        return {**nested, "ema": self.ema, "drop_path_rate": self._drop_path_rate}
+        start = {} if self.start is None else {"weights": checkpoint.digest(self.start)[:12]}
+        return {**nested, **start, "ema": self.ema, "drop_path_rate": self._drop_path_rate}
 
 
 _LOSSES = "rexnet_lit_losses"

@@ -45,6 +45,18 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
         assert torch.equal(tensor, last[name])  # the module is as training has left it
 
 
+def test_other_starting_weights_are_another_run(weights, tmp_path):
+    """They decide what ships, so a resume compares them."""
+    module = model_of()
+    torch.nn.init.ones_(module.network.get_submodule("head.fc").weight)
+    other = str(tmp_path / "other.safetensors")
+    checkpoint.save_model(other, module.spec, module.network.state_dict())
+    first, again, second = (
+        model_of(strategy={"blend": True}, weights=path).settings()["weights"] for path in (weights, weights, other)
+    )
+    assert first == again != second
+
+
 @pytest.mark.parametrize("settings", [{}, {"head": "mlp"}, {"strategy": {"name": "linear_probe", "blend": True}}])
 def test_where_there_is_no_line(settings):
     assert model_of(**{"strategy": {"blend": True}, **settings}).start is None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from PIL import Image
 
 from rexnet_lit import checkpoint
 from rexnet_lit.errors import UserError
+from rexnet_lit.predictor import load
 from rexnet_lit.spec import FORMAT_VERSION, DataRecord, EvalRecipe, HeadSpec, ModelSpec
 
 SPEC = ModelSpec("rexnet_100", ("ant", "bee"), HeadSpec("mlp", 8), EvalRecipe(64))
@@ -157,11 +159,12 @@ def test_addresses_are_refused_without_asking_them(url, no_network):
     assert not no_network
 
 
-@pytest.mark.parametrize("path", ["no.ckpt", "no.safetensors", ".", "no/folder/a.ckpt"])
+@pytest.mark.parametrize("path", ["no.ckpt", "no.safetensors", "no/folder/a.ckpt"])
 def test_missing_files_name_the_key(path, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert refused(checkpoint.load_model, path) == f"ckpt_path: there is no file {path!r}"
     assert refused(checkpoint.load_starting_weights, path) == f"model.weights: there is no file {path!r}"
+    assert "ckpt_path: '.' is a folder; name a model file" in refused(checkpoint.load_model, ".")
 
 
 @pytest.mark.parametrize("share", [0.01, 0.1, 0.5, 0.9, 0.999])
@@ -172,6 +175,62 @@ def test_truncated_files(tmp_path, suffix, share):
     whole = path.read_bytes()
     path.write_bytes(whole[: max(1, int(len(whole) * share))])
     assert f"{path}: damaged or not a" in refused(checkpoint.load_model, path)
+
+
+def test_a_flipped_byte_of_a_shared_file(tmp_path):
+    """In the description, the names or the weights: what safetensors itself would load in silence."""
+    path = tmp_path / "model.safetensors"
+    checkpoint.save_model(path, SPEC, STATE)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :])
+        try:
+            model = checkpoint.load_model(path)
+        except UserError:
+            continue
+        else:  # what it hit says nothing of the model, such as the name of the checksum
+            assert model.spec == SPEC
+            assert_state(model.state)
+
+
+HOSTILE = (
+    "!!python/object/apply:os.mkdir [canary]",
+    "os.mkdir('canary')",
+    "__import__('os').mkdir('canary')",
+    "{{ ().__class__.__base__.__subclasses__() }}",
+    '{"class_path": "os.mkdir", "init_args": {"path": "canary"}}',
+    "$(mkdir canary)",
+    "`mkdir canary`",
+    "; mkdir canary;",
+    "../../canary",
+    "https://127.0.0.1:1/canary",
+    "\x1b]8;;file:///canary\x07",
+)
+
+
+def test_s1_s4_s9_nothing_in_a_model_file_runs(tmp_path, monkeypatch, no_network):
+    """As class names, description, metadata or hyper-parameters: canaries stay names, or are refused."""
+    (tmp_path / "inner").mkdir()
+    monkeypatch.chdir(tmp_path / "inner")
+    spec = dataclasses.replace(SPEC, class_names=HOSTILE)
+    checkpoint.save_model("named.safetensors", spec, STATE)
+    assert checkpoint.load_model("named.safetensors").spec.class_names == HOSTILE
+    state = {name: tensor.contiguous() for name, tensor in STATE.items()}
+    for number, hostile in enumerate(HOSTILE):
+        metadata = {checkpoint.KEY: SPEC.to_json(), "format": hostile, hostile: hostile, "__pickle__": hostile}
+        safetensors.torch.save_file(state, f"{number}.safetensors", metadata)
+        assert checkpoint.load_model(f"{number}.safetensors").spec == SPEC
+        safetensors.torch.save_file(state, "described.safetensors", {checkpoint.KEY: hostile})
+        refused(checkpoint.load_model, "described.safetensors")
+        described = json.dumps({**json.loads(SPEC.to_json()), "backbone": hostile})
+        safetensors.torch.save_file(state, "backbone.safetensors", {checkpoint.KEY: described})
+        refused(load, "backbone.safetensors")
+        hyper = {"_class_path": hostile, "_instantiator": hostile, "class_path": "os.mkdir", "path": "canary"}
+        more = {"hyper_parameters": hyper, "hparams_name": hostile, "datamodule_hyper_parameters": hyper}
+        torch.save({**content(), **more}, "hyper.ckpt")
+        assert checkpoint.load_model("hyper.ckpt").spec == SPEC
+    assert not list(tmp_path.rglob("canary*"))
+    assert not no_network
 
 
 def png() -> bytes:
@@ -243,4 +302,4 @@ def test_a_file_that_may_not_be_read(tmp_path):
     path = tmp_path / "model.safetensors"
     checkpoint.save_model(path, SPEC, STATE)
     path.chmod(0)
-    refused(checkpoint.load_model, path)
+    assert "may not be read" in refused(checkpoint.load_model, path)

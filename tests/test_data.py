@@ -488,6 +488,7 @@ def test_without_a_folder_each_stage_names_its_key(stage):
 def test_a_batch_of_one_is_refused(shapes):
     with pytest.raises(UserError, match=r"data.batch_size is 1; expected at least 2, which ReXNet's BatchNorm needs"):
         module(shapes, batch_size=1)
+    assert module(shapes, batch_size=1, class_names=("circle", "cross", "square")).batch_size == 1  # not to train
 
 
 def test_relative_roots_are_remembered_whole(shapes, monkeypatch):

@@ -90,6 +90,7 @@ def rows_of(path):
 EMA = ("--model.ema", 0.9)
 ACCUMULATE = ("--trainer.accumulate_grad_batches", 4)
 WORKERS = ("--data.num_workers", 2)
+SOLVED = ("--model.strategy", "linear_probe", "--model.strategy.solver", "logistic")
 # Everything that changes with the epoch or the batch: what trains, the images' size, which are blended.
 CHANGING = (
     "--model.strategy", "staged", "--data.size_schedule", "[[0, 32], [2, 48]]", "--data.augment.mixup", 0.4,
@@ -101,6 +102,7 @@ CHANGING = (
     ("step", "save_every", "settings"),
     [
         (9, -1, ()),  # mid-epoch; the last save is of the step before
+        (3, -1, SOLVED),
         pytest.param(3, -1, ACCUMULATE, marks=pytest.mark.slow),
         (14, 600, (*CHANGING, *WORKERS)),  # saved at the end of an epoch only; all trains now, on larger images
         pytest.param(5, -1, CHANGING, marks=pytest.mark.slow),  # the head alone has been trained

@@ -445,7 +445,8 @@ def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList, tuple[str
     walk.nested.clear()  # there are no classes
     _say_walk(walk, problems, notes)
     if not len(paths):
-        raise UserError(f"{quoted(os.fspath(path))}: no images here; expected JPEG, PNG, WebP, BMP, TIFF or GIF files")
+        known = "; ".join(["expected JPEG, PNG, WebP, BMP, TIFF or GIF files", *problems, *notes])
+        raise UserError(f"{quoted(os.fspath(path))}: no images here; {known}")
     return where, paths, (*problems, *notes)
 
 
