@@ -23,11 +23,13 @@ quickstart: install
 	$(RUN) test --ckpt_path $(LATEST)/model.safetensors
 	$(RUN) predict --ckpt_path $(LATEST)/model.safetensors --data.predict_path data/digits/test/7
 
+# Two test files at a time; a failing test is easier to look at alone: .venv/bin/python -m pytest tests/test_NAME.py
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 test: install
-	$(BIN)/python -m pytest -m 'not slow'
+	$(PYTEST) -m 'not slow'
 
 test-all: install
-	$(BIN)/python -m pytest
+	$(PYTEST)
 
 lint: install
 	$(BIN)/ruff check .

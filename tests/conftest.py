@@ -6,10 +6,12 @@ import os
 import socket
 import sys
 import tarfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # before anything imports albumentations
+# Tiny tensors gain nothing from two threads, which wait for each other on a busy machine; before torch is imported.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import cv2
 import numpy as np
@@ -112,17 +114,6 @@ def make_shapes() -> Callable[..., Path]:
 def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three classes, 8 + 4 + 4 images each, for tests that only read."""
     return _write_shapes(tmp_path_factory.mktemp("shapes"))
-
-
-@pytest.fixture(scope="module")
-def one_thread() -> Iterator[None]:
-    """Compute in one thread: tiny tensors gain nothing from two, which wait for each other on a busy machine."""
-    import torch
-
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture

@@ -22,8 +22,6 @@ from rexnet_lit.loader import Batch, BatchSampler, ImageDataset, training_order
 from rexnet_lit.spec import EvalRecipe
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 def module(root: Path, **settings) -> ImageFolderDataModule:
     settings = {"image_size": 32, "batch_size": 7, "num_workers": 0, **settings}

@@ -95,7 +95,7 @@ def test_safetensors(model, expected, tmp_path, capfd):
     again = rexnet_lit.load(model, device="cpu").probabilities(views)
     np.testing.assert_allclose(classifier.probabilities(views), again, atol=1e-6)
     with safe_open(output, framework="pt") as content:
-        assert set(content.metadata()) == {"format", "rexnet_lit"}
+        assert set(content.metadata()) == {"format", "rexnet_lit", "rexnet_lit_sha256"}
 
 
 @pytest.fixture

@@ -26,8 +26,6 @@ from rexnet_lit.spec import EvalRecipe, HeadSpec, ModelSpec
 from rexnet_lit.strategies import OptimizerSettings, StrategySettings
 from rexnet_lit.transforms import AugmentSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Diary(RexNetModule):
     """Writes down the state of the random numbers that each training step meets."""

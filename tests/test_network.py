@@ -31,9 +31,6 @@ VARIANTS = {
 MULTIPLY_ADDS = {"rexnet_100": 398.4, "rexnet_130": 662.2, "rexnet_150": 875.8, "rexnet_200": 1528.9}
 
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
-
 @pytest.fixture(scope="module")
 def rows() -> dict[str, network.Variant]:
     return {variant.name: variant for variant in network.variants()}

@@ -18,8 +18,6 @@ from rexnet_lit.spec import HeadSpec
 from rexnet_lit.strategies import StrategySettings
 from rexnet_lit.transforms import AugmentSettings
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 class Counting(ImageDataset):
     """Counts the images that are read."""

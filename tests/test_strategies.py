@@ -23,8 +23,6 @@ from rexnet_lit.strategies import (
     freeze_batchnorm,
 )
 
-pytestmark = pytest.mark.usefixtures("one_thread")
-
 
 @pytest.fixture(scope="module")
 def network() -> nn.Module:
