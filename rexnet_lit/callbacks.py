@@ -291,7 +291,8 @@ def _history(path: Path) -> list[dict[str, float]]:
         for row in csv.DictReader(file):
             shown = {k: float(row[k]) for k in _SHOWN if row.get(k)}
             if shown and row.get("epoch"):
-                epochs.setdefault(int(float(row["epoch"])), {}).update(shown)
+                epoch = int(float(row["epoch"]))
+                epochs.setdefault(epoch, {"epoch": epoch}).update(shown)
     return [epochs[epoch] for epoch in sorted(epochs)]
 
 

@@ -166,7 +166,7 @@ def draw_history(history: Sequence[Mapping[str, float]], theme: Mapping[str, str
     from matplotlib.ticker import MaxNLocator
 
     keys = sorted({key for row in history for key in row if key.startswith(("train/", "val/"))})
-    epochs = [row.get("epoch", index) for index, row in enumerate(history)]
+    epochs = [row.get("epoch", index) + 1 for index, row in enumerate(history)]  # as the screen counts them
     curves = {key: np.array([row.get(key, np.nan) for row in history], np.float64) for key in keys}
     curves = {key: np.where(np.isfinite(y), y, np.nan) for key, y in curves.items() if np.isfinite(y).any()}
     losses = {key: y for key, y in curves.items() if re.search("loss|nll", key)}

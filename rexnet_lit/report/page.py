@@ -208,7 +208,7 @@ def write_report(
         read_image: Turns a path of `p` into RGB, (H, W, 3). If it raises, the page shows a grey square.
         title: The page's title.
         facts: What the page says about the run, name to value. It adds none; keep absolute paths out.
-        history: A row an epoch: ``train/...`` and ``val/...`` to a number, ``epoch`` if it is not the index.
+        history: A row an epoch: ``train/...`` and ``val/...`` to a number, ``epoch``, from 0, if it is not the index.
 
     Returns:
         The metrics, as `compute_metrics`.
