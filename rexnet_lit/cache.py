@@ -3,21 +3,25 @@
 What is kept is just what `decode.read` returned, so a cache changes no result. On the disk each image is a ``.npy``
 file in the user's cache folder, never in the dataset, named after the image's path, size, time of change and the
 pixels that the recipe needs: a changed file or recipe finds nothing of its past. Files appear by renaming, so neither a
-killed run nor another that shares the folder leaves half of one.
+killed run nor another that shares the folder leaves half of one. A ledger in the folder holds how many bytes are kept.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import multiprocessing
 import os
 import shutil
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # where there is none, two runs that fill the cache at the same moment may miscount
+    fcntl = None  # type: ignore[assignment]
 
 import numpy as np
 from numpy.typing import NDArray
@@ -62,20 +66,18 @@ def decode_all(paths: Sequence[str], min_size: int, limit: float | None = None) 
 class DiskCache:
     """Reads images, and keeps what was decoded.
 
-    Processes share it: the folder, and the bytes that are left. When none are left, what no run has read since this one
-    began makes room, the longest unread first; then nothing more is kept. (Two runs that fill it at the same time each
-    count their own bytes; the next one to start takes away what is too much.)
+    All processes of all runs share it: the folder, and the count of its bytes. When none are left, what no run has read
+    since this one began makes room, the longest unread first; then nothing more is kept.
 
     Args:
         folder: Where; the user's cache folder by default.
         limit: Bytes that all of it may fill; half of what is there and free by default.
-        sharers: Processes that make one for the same run.
 
     Raises:
         UserError: The folder cannot be made.
     """
 
-    def __init__(self, folder: Path | None = None, limit: float | None = None, sharers: int = 1) -> None:
+    def __init__(self, folder: Path | None = None, limit: float | None = None) -> None:
         self._folder = folder or process.cache_folder() / "decoded"
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -83,11 +85,29 @@ class DiskCache:
             raise UserError(f"data.cache: {self._folder}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours, "
                             "or data.cache to ram or none") from None  # fmt: skip
         self._started = time.time()
-        self._old = self._tidy()
-        used = sum(size for _, size, _ in self._old)
-        bound = limit if limit is not None else (used + shutil.disk_usage(self._folder).free) / 2
-        self._left = multiprocessing.Value("d", (bound - used) / sharers)
-        self._make_room(0)
+        self._ledger = self._folder / ".bytes"
+        self._old: list[tuple[float, int, str]] = []
+        self._limit, self._used = limit or 0.0, 0
+        with contextlib.suppress(OSError):  # read-only: nothing will be kept
+            self._ledger.touch()
+            with self._counting():
+                self._old = self._tidy()
+                self._used = sum(size for _, size, _ in self._old)
+                if limit is None:
+                    self._limit = (self._used + shutil.disk_usage(self._folder).free) / 2
+                self._make_room(0)
+
+    @contextlib.contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Have the count of bytes to oneself, read and then written down."""
+        with self._ledger.open("r+b") as file:
+            if fcntl is not None:
+                fcntl.flock(file, fcntl.LOCK_EX)
+            text = file.read()
+            self._used = int(text) if text.isdigit() else 0
+            yield
+            file.seek(0)
+            file.write(b"%020d" % self._used)
 
     def _tidy(self) -> list[tuple[float, int, str]]:
         """Remove what killed runs have left; return time, bytes and path of all images, the longest unread last."""
@@ -104,13 +124,13 @@ class DiskCache:
 
     def _make_room(self, size: int) -> bool:
         """Say whether ``size`` bytes are left, if need be without what has not been read since the run began."""
-        while self._left.value < size and self._old:
+        while self._limit - self._used < size and self._old:
             _, freed, path = self._old.pop()
             with contextlib.suppress(OSError):  # gone: another process has counted it
                 if os.stat(path).st_mtime < self._started:  # noqa: PTH116
                     os.unlink(path)  # noqa: PTH108
-                    self._left.value += freed
-        return bool(self._left.value >= size)
+                    self._used -= freed
+        return self._limit - self._used >= size
 
     def read(self, path: str, min_size: int) -> Image:
         """Return what `decode.read` would.
@@ -139,12 +159,12 @@ class DiskCache:
         return os.path.join(self._folder, name[:2], f"{name}.npy")  # noqa: PTH118
 
     def _keep(self, file: str, image: Image) -> None:
-        with self._left.get_lock():
-            if not self._make_room(image.nbytes):
-                return
-            self._left.value -= image.nbytes
         folder = os.path.dirname(file)  # noqa: PTH120
         with contextlib.suppress(OSError):  # a full or read-only disk keeps nothing, and harms nobody
+            with self._counting():
+                if not self._make_room(image.nbytes):
+                    return
+                self._used += image.nbytes
             os.makedirs(folder, exist_ok=True)  # noqa: PTH103
             descriptor, temporary = tempfile.mkstemp(dir=folder)
             try:

@@ -39,6 +39,7 @@ RUNS = {
 
 def _check(args: argparse.Namespace) -> int:
     from rich.console import Console
+    from rich.progress import Progress
 
     from rexnet_lit import doctor
 
@@ -48,7 +49,10 @@ def _check(args: argparse.Namespace) -> int:
         raise UserError("check: --config shows its augmentation in the page; name one: --report FILE.html")
     if args.report:
         check_output("--report", Path(args.report), ".html", ".htm")
-    checkup = doctor.check(args.dir)
+    console = Console(stderr=True)  # stdout may be JSON
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("looking at the images")
+        checkup = doctor.check(args.dir, progress=lambda done, total: bar.update(task, completed=done, total=total))
     if args.json:
         print(json.dumps(checkup.to_dict(), indent=2))  # noqa: T201
     else:

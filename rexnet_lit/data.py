@@ -257,8 +257,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         read: Callable[[str, int], NDArray[np.uint8]] = decode.read
         if self.cache == "disk":
             if self._disk is None:
-                world = self.trainer.world_size if self.trainer is not None else 1
-                self._disk = DiskCache(limit=self._cache_bytes, sharers=world)
+                self._disk = DiskCache(limit=self._cache_bytes)
             read = self._disk.read
         return ImageDataset(samples, transform, run_seed(), read, mix)
 

@@ -171,7 +171,7 @@ def _pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
     """Return an image of any kind as uint8 (H, W, 3), by the project's one set of rules."""
     if isinstance(image, str | os.PathLike):
         try:
-            return decode.read(image, min_size)
+            return decode.decode(decode.read_bytes(image), min_size, thorough=True)
         except decode.DecodeError as error:
             raise UserError(f"{os.fspath(image)}: cannot be read as an image ({error})") from None
     if isinstance(image, np.ndarray):

@@ -124,7 +124,7 @@ def test_a_disk_that_takes_nothing_harms_nobody(photo, tmp_path, monkeypatch):
 
     monkeypatch.setattr(np, "save", full)
     np.testing.assert_array_equal(cache.read(photo, 64), decode.read(photo, 64))
-    assert not [f for f in (tmp_path / "cache").rglob("*") if f.is_file()]
+    assert not [f for f in (tmp_path / "cache").glob("*/*") if f.is_file()]
 
 
 def test_leftovers_of_killed_runs_go(photo, tmp_path):
@@ -164,6 +164,34 @@ def test_killed_while_writing(tmp_path, make_shapes):
     cache = DiskCache(tmp_path / "cache")
     for path in paths:
         np.testing.assert_array_equal(cache.read(path, 32), decode.read(path, 32))
+
+
+def test_runs_that_fill_it_at_once_keep_its_limit(tmp_path, make_shapes):
+    root = make_shapes(tmp_path / "d", train=40, val=0, test=0, size=100)
+    paths = sorted(map(str, root.rglob("*.png")))
+    one = decode.read(paths[0], 32).nbytes
+    code = (
+        "import sys; from pathlib import Path; from rexnet_lit.cache import DiskCache\n"
+        "cache = DiskCache(Path(sys.argv[1]), limit=float(sys.argv[2])); print('ready', flush=True); input()\n"
+        "for path in sys.argv[3:]: cache.read(path, 32)\n"
+    )
+    runs = [
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(tmp_path / "cache"), str(20.5 * one), *paths[start::3]],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        for start in range(3)
+    ]
+    for run in runs:
+        run.stdout.readline()
+    for run in runs:
+        run.stdin.write(b"go\n")
+        run.stdin.flush()
+    for run in runs:
+        run.communicate()
+        assert run.returncode == 0
+    assert len(kept(tmp_path / "cache")) == 20
 
 
 def test_a_missing_file_is_said_as_without_a_cache(photo, tmp_path):

@@ -95,6 +95,16 @@ def test_paths_pil_images_and_arrays_agree(classifier, tmp_path):
     torch.testing.assert_close(classifier.logits(np.asarray(Image.open(see_through))), classifier.logits(see_through))
 
 
+def test_a_photograph_whose_end_is_lost_is_refused(classifier, tmp_path):
+    """No decoder reports it: an end marker follows."""
+    from sklearn import datasets
+
+    data = (Path(datasets.__file__).parent / "images" / "china.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2].rstrip(b"\xff") + b"\xff\xd9")
+    with pytest.raises(UserError, match=r"half.jpg: cannot be read as an image \(truncated JPEG"):
+        classifier.predict(tmp_path / "half.jpg")
+
+
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
 def test_a_photograph_decoded_to_scale_looks_the_same(name):
     """The tolerance that decode.py states, on scikit-learn's photographs (640 x 427), scaled and whole."""
