@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from rexnet_lit.blocks import save_memory_traffic
 from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.spec import EvalRecipe, HeadSpec
 
@@ -131,6 +132,7 @@ def build_network(
         drop_path_rate=drop_path_rate,
         global_pool=head.pool,
     )
+    save_memory_traffic(network)
     network.head.fc = HEADS[head.name](network.head_hidden_size, num_classes, head)
     last = next(m for m in reversed(list(network.head.fc.modules())) if isinstance(m, nn.Linear))
     # timm draws this layer for 1,000 classes: for ten, the first loss is three times that of guessing.

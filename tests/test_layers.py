@@ -20,6 +20,7 @@ LAYERS = (
         "quarantine",
         "cache",
         "transforms",
+        "blocks",
         "network",
         "metrics",
         "schedules",

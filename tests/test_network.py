@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from rexnet_lit import checkpoint, network, predictor
+from rexnet_lit.blocks import save_memory_traffic
 from rexnet_lit.errors import UserError
 from rexnet_lit.spec import EvalRecipe, HeadSpec, ModelSpec
 
@@ -282,3 +283,25 @@ def test_damaged_published_weights_are_one_line(hub, no_network):
     file.write_bytes(file.read_bytes()[:20])
     with pytest.raises(UserError, match=r"the weights of rexnet_100 .*damaged"):
         network.load_pretrained(network.build_network("rexnet_100", 3), "rexnet_100")
+
+
+@pytest.mark.parametrize(("checkpointing", "drop_path_rate"), [(False, 0.0), (True, 0.0), (False, 0.3)])
+def test_our_blocks_compute_what_timms_do(checkpointing, drop_path_rate):
+    settings = {"num_classes": 5, "drop_path_rate": drop_path_rate}
+    theirs = timm.create_model("rexnet_100", **settings).double()
+    ours = timm.create_model("rexnet_100", **settings).double()
+    ours.load_state_dict(theirs.state_dict())
+    save_memory_traffic(ours)
+    assert ours.state_dict().keys() == theirs.state_dict().keys()
+    images = torch.rand(4, 3, 64, 64, dtype=torch.float64)
+    outputs, gradients = [], []
+    for made in (theirs, ours):
+        made.set_grad_checkpointing(checkpointing)
+        torch.manual_seed(0)
+        found = made.train()(images)
+        found.square().sum().backward()
+        with torch.no_grad():
+            outputs.append((found, made.eval()(images), made.train()(images)))
+        gradients.append([parameter.grad for parameter in made.parameters()])
+    torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
+    torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
