@@ -1,16 +1,19 @@
-"""Weights between the start and the end of a fine-tuning.
+"""Weights between the start and the end of a fine-tuning, each with the best linear head for its features.
 
-Fine-tuning on few images also unlearns. On the straight line between the given weights, with the best linear head for
-their features, and the fine-tuned ones there is often a better model than either. The validation loss chooses it: top-1
-is too coarse for a few hundred images, and the plain loss prefers whoever is better calibrated, so each candidate's
-logits are divided by the temperature that suits them best.
+Fine-tuning on few images also unlearns. On the straight line between the given weights and the fine-tuned ones there is
+often a better backbone than either, and a head that is solved on its features for the undisturbed training images is
+better than one that has learned beside it. The validation loss chooses: top-1 is too coarse for a few hundred images,
+and the plain loss prefers whoever is better calibrated, so each candidate's logits are divided by the temperature that
+suits them best.
 
-Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Guo et al.,
-"On Calibration of Modern Neural Networks", 2017. Measured in tests/benchmarks/recipe.md.
+Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
+al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020 (the head anew); Guo et al., "On
+Calibration of Modern Neural Networks", 2017. Measured in tests/benchmarks/recipe.md.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -23,29 +26,28 @@ from torch.nn import functional
 from rexnet_lit import checkpoint
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.module import RexNetModule
-from rexnet_lit.network import classify
 
 __all__ = ["Blend"]
 
 State = dict[str, Tensor]
 
-SHARES = (0.25, 0.5, 0.75)
-"""How far along the line to look, beside its ends."""
+SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
+"""How far along the line to look."""
 
 _TEMPERATURES = torch.logspace(-1, 0.7, 60).tolist()
 
 MOST_IMAGES = 20_000
-"""Training images up to which it is done: solving the head for more takes long, and more images move further."""
+"""Training images up to which it is done: solving heads for more takes long, and more images move further."""
 
 
 class Blend(Callback):
     """Puts the best weights into ``best.ckpt`` when training ends, where ``model.strategy.blend`` asks for it.
 
-    Candidates are the best epoch's, and those on the line from the start to the last epoch.
+    Candidates are the best and the last epoch, and the line from the start to the last epoch, with solved heads.
     """
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Solve the start's head, try the candidates on the validation split, and keep the best."""
+        """Solve the heads, try the candidates on the validation split, and keep the best."""
         saver, data = trainer.checkpoint_callback, getattr(trainer, "datamodule", None)
         if (
             not isinstance(pl_module, RexNetModule)
@@ -61,36 +63,49 @@ class Blend(Callback):
         files = [Path(saver.best_model_path), Path(saver.last_model_path)]
         states = [checkpoint.load_model(file).state for file in files] if trainer.is_global_zero else []
         best, last = trainer.strategy.broadcast(states)
+        line = [_between(pl_module.start, last, share) for share in SHARES]
 
-        network.load_state_dict(pl_module.start)
         pl_module.eval()
-        embed = pl_module.embedder()
-        train = data.compute_features("train", embed, evaluate=True)
-        pl_module.solve(train[0], data.compute_features("val", embed)[0])
-        start = _copy(network.state_dict())
-
-        candidates = {"the best epoch": best, "the given weights": start, "the last epoch": last}
-        candidates |= {
-            f"{share:.0%} of the way from these to the last": _between(start, last, share) for share in SHARES
-        }
-        targets = torch.from_numpy(data.splits()["val"].targets)
-        top1, losses = {}, {}
-        for name, state in candidates.items():
+        embedders = []
+        for state in (*line, best):
             network.load_state_dict(state)
-            features = data.compute_features("val", pl_module.embedder())[0]
-            logits = classify(network, features.to(pl_module.device)).detach().cpu()
-            top1[name] = float((logits.argmax(1) == targets).float().mean())
-            losses[name] = min(float(functional.cross_entropy(logits / t, targets)) for t in _TEMPERATURES)
-        chosen = min(losses, key=lambda name: losses[name])
+            embedders.append(pl_module.embedder())
+        # All in one pass, however many networks look: reading the images may be what takes long.
+        train = data.compute_features("train", _together(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
+        val = data.compute_features("val", _together(embedders))[0].chunk(len(embedders), dim=1)
+
+        candidates = {"the best epoch": (best, val[-1]), "the last epoch": (last, val[-2])}
+        for share, state, features, val_features in zip(SHARES, line, train, val, strict=False):
+            network.load_state_dict(state)
+            pl_module.solve(features, val_features)
+            candidates[_name(share)] = _copy(network.state_dict()), val_features
         network.load_state_dict(before)
         pl_module.train(training)
 
-        ends = ", ".join(f"{top1[name]:.3f} for {name}" for name in list(candidates)[:3])
-        rank_zero_only(print)(f"Blend: val top-1 {ends}; kept: {chosen} ({top1[chosen]:.3f}).", flush=True)
+        targets = torch.from_numpy(data.splits()["val"].targets)
+        weights = torch.from_numpy(pl_module.class_weights()).float()
+        top1, losses = {}, {}
+        for name, (state, features) in candidates.items():
+            logits = functional.linear(features, *(state[f"head.fc.{part}"].cpu() for part in ("weight", "bias")))
+            top1[name] = float((logits.argmax(1) == targets).float().mean())
+            losses[name] = min(float(functional.cross_entropy(logits / t, targets, weights)) for t in _TEMPERATURES)
+        chosen = min(losses, key=lambda name: losses[name])
+        shown = ", ".join(f"{top1[name]:.3f} for {name}" for name in ("the best epoch", _name(0.0), "the last epoch"))
+        rank_zero_only(print)(f"Blend: val top-1 {shown}; kept: {chosen} ({top1[chosen]:.3f}).", flush=True)
         if chosen != "the best epoch" and trainer.is_global_zero:
             content = checkpoint.read_ckpt(str(files[0]))
-            content["state_dict"] |= {f"network.{name}": tensor for name, tensor in candidates[chosen].items()}
+            content["state_dict"] |= {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()}
             checkpoint.write_ckpt(content, files[0])
+
+
+def _name(share: float) -> str:
+    ends = {0.0: "the given weights", 1.0: "the last epoch with a solved head"}
+    return ends.get(share, f"{share:.0%} of the way from these to the last")
+
+
+def _together(embedders: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+    """Return what maps images (B, 3, H, W) to the features of all networks side by side, (B, E * C)."""
+    return lambda images: torch.cat([embed(images) for embed in embedders], dim=1)
 
 
 def _copy(state: State) -> State:

@@ -35,6 +35,7 @@ __all__ = [
     "Loader",
     "SamplerName",
     "build_loader",
+    "draw_weights",
     "training_order",
     "training_position",
 ]
@@ -59,9 +60,15 @@ def training_order(targets: NDArray[np.int64], sampler: SamplerName, seed: int, 
     rng = np.random.default_rng((seed, epoch))
     if sampler == "shuffle":
         return rng.permutation(len(targets))
-    counts = np.bincount(targets)
-    weights = counts[targets] ** (-1.0 if sampler == "balanced" else -0.5)
+    weights = draw_weights(np.bincount(targets), sampler)[targets]
     return rng.choice(len(targets), size=len(targets), p=weights / weights.sum())
+
+
+def draw_weights(counts: NDArray[np.int64], sampler: SamplerName) -> NDArray[np.float64]:
+    """Return how often an image of each class is drawn, (K,), of classes of so many images: relative to others."""
+    power = {"shuffle": 0.0, "balanced": -1.0, "balanced_sqrt": -0.5}[sampler]
+    weights: NDArray[np.float64] = np.maximum(counts, 1) ** power
+    return weights
 
 
 class BatchSampler(DistributedSampler[Batch]):

@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
@@ -21,6 +22,7 @@ from torchmetrics import MeanMetric
 from rexnet_lit import checkpoint, checkpoint_io, network, probe, process, strategies
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import UserError, visible
+from rexnet_lit.loader import draw_weights
 from rexnet_lit.losses import LossSettings, build_loss
 from rexnet_lit.metrics import build_metrics
 from rexnet_lit.schedules import Plateau, ScheduleSettings, lr_factor
@@ -225,7 +227,16 @@ class RexNetModule(pl.LightningModule):
             data.train_on_features(train, val)
         super().train()  # Lightning expects it so; `on_train_start` freezes
         if fixed is not None and not resumed:
-            self.solve(fixed[0], val[0])
+            head = self.solve(fixed[0], val[0])
+            rank_zero_only(print)(
+                f"The head is solved on the frozen features: val top-1 {head.top1:.3f}, loss {head.loss:.3f} (C = "
+                f"{head.strength:g}).",
+                flush=True,
+            )
+            if self._nothing_left:
+                rank_zero_only(print)(
+                    "There is nothing left to train: one epoch, with a learning rate of 0, writes the files."
+                )
 
     def embedder(self) -> Callable[[Tensor], Tensor]:
         """Return what maps images (B, 3, H, W) to the features (B, C) of the network as it is now, for inference."""
@@ -237,33 +248,31 @@ class RexNetModule(pl.LightningModule):
 
         return embed
 
-    def solve(self, features: Tensor, val_features: Tensor) -> None:
+    def solve(self, features: Tensor, val_features: Tensor) -> probe.SolvedHead:
         """Give the network the best linear head for its features of the training and validation images.
 
         Args:
             features: (N, C); on all processes the same.
             val_features: (M, C).
         """
-        head, splits = None, cast(Any, self.trainer).datamodule.splits()
-        targets, val_targets = splits["train"].targets, splits["val"].targets
+        head, data = None, cast(Any, self.trainer).datamodule
+        targets, val_targets = data.splits()["train"].targets, data.splits()["val"].targets
         if self.trainer.is_global_zero:
-            classes = self.spec.num_classes
-            head = probe.solve(features.numpy(), targets, val_features.numpy(), val_targets, classes)
+            weights = self.class_weights()
+            head = probe.solve(features.numpy(), targets, val_features.numpy(), val_targets, weights)
         head = self.trainer.strategy.broadcast(head)
         assert head is not None  # noqa: S101 (for the type checker)
         fc = self.network.get_submodule("head.fc")
         with torch.no_grad():
             for name, values in (("weight", head.weight), ("bias", head.bias)):
                 fc.get_parameter(name).copy_(torch.from_numpy(values))
-        rank_zero_only(print)(
-            f"The head is solved on the frozen features: val top-1 {head.top1:.3f}, loss {head.loss:.3f} (C = "
-            f"{head.strength:g}).",
-            flush=True,
-        )
-        if self._nothing_left:
-            rank_zero_only(print)(
-                "There is nothing left to train: one epoch, with a learning rate of 0, writes the files."
-            )
+        return head
+
+    def class_weights(self) -> NDArray[np.float64]:
+        """Return how much an image of each class counts, (K,): by the loss, and by how often it is drawn."""
+        data = cast(Any, self.trainer).datamodule
+        counts = np.bincount(data.splits()["train"].targets, minlength=self.spec.num_classes)
+        return cast(Tensor, self.loss.weights).double().cpu().numpy() * draw_weights(counts, data.sampler)
 
     def train(self, mode: bool = True) -> RexNetModule:
         """Set the mode of what trains; frozen parts stay in eval mode."""

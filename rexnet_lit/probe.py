@@ -27,7 +27,7 @@ class SolvedHead(NamedTuple):
         weight: (K, C).
         bias: (K,).
         strength: scikit-learn's C.
-        loss: Mean validation loss in nats.
+        loss: Mean validation loss in nats, images weighted by class.
         top1: Validation top-1, a fraction.
     """
 
@@ -43,7 +43,7 @@ def solve(
     targets: NDArray[np.int64],
     val_features: NDArray[np.float32],
     val_targets: NDArray[np.int64],
-    num_classes: int,
+    class_weights: NDArray[np.float64],
 ) -> SolvedHead:
     """Return the logistic regression whose regularisation has the lowest validation loss.
 
@@ -52,14 +52,15 @@ def solve(
         targets: Their classes, (N,).
         val_features: Validation features, (M, C).
         val_targets: Their classes, (M,).
-        num_classes: K.
+        class_weights: How much an image of each class counts, (K,).
     """
     from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     mean, spread = features.mean(0), features.std(0) + 1e-6
     standardised = (features - mean) / spread
-    regression = LogisticRegression(warm_start=True, max_iter=500)
+    weights = class_weights / class_weights[targets].mean()
+    regression = LogisticRegression(warm_start=True, max_iter=500, class_weight=dict(enumerate(weights)))
     best: SolvedHead | None = None
     for strength in STRENGTHS:
         regression.C = strength
@@ -69,12 +70,12 @@ def solve(
         slopes, offsets = regression.coef_.astype(np.float64), regression.intercept_.astype(np.float64)
         if len(slopes) == 1:  # of two classes scikit-learn keeps the difference
             slopes, offsets = np.concatenate([-slopes, slopes]) / 2, np.concatenate([-offsets, offsets]) / 2
-        weight, bias = np.zeros((num_classes, features.shape[1])), np.full(num_classes, offsets.min() - 10.0)
+        weight, bias = np.zeros((len(weights), features.shape[1])), np.full(len(weights), offsets.min() - 10.0)
         weight[regression.classes_] = slopes / spread
         bias[regression.classes_] = offsets - weight[regression.classes_] @ mean
         logits = val_features @ weight.T + bias
         logs = logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
-        loss = -float(logs[np.arange(len(logs)), val_targets].mean())
+        loss = -float(np.average(logs[np.arange(len(logs)), val_targets], weights=weights[val_targets]))
         if best is not None and loss >= best.loss:
             break
         best = SolvedHead(weight, bias, strength, loss, float((logits.argmax(1) == val_targets).mean()))

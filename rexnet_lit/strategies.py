@@ -45,8 +45,8 @@ class StrategySettings:
             regression, its regularisation chosen by the validation loss); a ``linear_probe`` is then done.
         views: How many augmented views of each image a ``linear_probe`` computes features of, to train on them in
             turn; 0 computes them anew in each epoch, unless the recipe does not augment.
-        blend: At the end, look for better weights between the given ones, with a solved head, and the fine-tuned ones;
-            the validation split chooses, and ``best.ckpt`` holds them. Only from given weights, with a linear head, and
+        blend: At the end, look for better weights between the given and the fine-tuned ones, with solved heads; the
+            validation split chooses, and ``best.ckpt`` holds them. Only from given weights, with a linear head, and
             up to 20,000 training images; a ``linear_probe`` has nothing between. In Python, add `blend.Blend` to the
             trainer's callbacks.
     """

@@ -36,7 +36,8 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     found = re.search(r"(\S+) for the given weights, (\S+) for the last epoch; kept: (.+) \((\S+)\)\.", out)
     start, end, kept, chosen = found.groups()
     assert float(chosen) > float(end) < float(start)
-    share = 0 if kept == "the given weights" else float(kept.removesuffix("% of the way from these to the last"))
+    ends = {"the given weights": 0, "the last epoch with a solved head": 100}
+    share = ends[kept] if kept in ends else float(kept.removesuffix("% of the way from these to the last"))
     for name, begun in module.start.items():
         if name.startswith("head.fc") or not begun.is_floating_point():
             continue

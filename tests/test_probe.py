@@ -85,7 +85,7 @@ def test_solve_is_scikit_learn_s_regression():
     for classes in (2, 4):
         targets = rng.integers(0, classes, 200)
         features = (rng.normal(size=(200, 6)) * 3 + 5 + 2 * np.eye(classes, 6)[targets]).astype(np.float32)
-        head = probe.solve(features[:150], targets[:150], features[150:], targets[150:], classes + 1)
+        head = probe.solve(features[:150], targets[:150], features[150:], targets[150:], np.ones(classes + 1))
         mean, spread = features[:150].mean(0), features[:150].std(0)
         theirs = LogisticRegression(C=head.strength, max_iter=500).fit((features[:150] - mean) / spread, targets[:150])
         wanted = theirs.predict_proba((features[150:] - mean) / spread)
@@ -106,7 +106,7 @@ def test_the_solved_probe_needs_one_epoch_and_changes_nothing_else(shapes, tmp_p
     features = data.compute_features("train", module.embedder(), evaluate=True)[0].numpy()
     val = data.compute_features("val", module.embedder())[0].numpy()
     splits = data.splits()
-    head = probe.solve(features, splits["train"].targets, val, splits["val"].targets, 3)
+    head = probe.solve(features, splits["train"].targets, val, splits["val"].targets, np.ones(3))
     np.testing.assert_allclose(solved["head.fc.weight"], head.weight, rtol=1e-3, atol=1e-5)
     assert float(trainer.callback_metrics["val/top1"]) == pytest.approx(head.top1)
 
@@ -137,6 +137,39 @@ def test_a_resumed_run_keeps_its_head(shapes, tmp_path):
     fit(tmp_path / "parts", 1)
     (last,) = (tmp_path / "parts").rglob("last.ckpt")
     assert equal(state_of(fit(tmp_path / "rest", 2, last)), state_of(whole))
+
+
+def test_classes_that_count_more_win_more():
+    """Where two classes overlap, the border moves to the one that counts less."""
+    rng = np.random.default_rng(0)
+    targets = np.repeat([0, 1], [900, 100])
+    features = (rng.normal(size=(1000, 4)) + targets[:, None]).astype(np.float32)
+    recalls = []
+    for weights in (np.ones(2), np.array([1.0, 9.0])):
+        head = probe.solve(features, targets, features, targets, weights)
+        found = (features @ head.weight.T + head.bias).argmax(1)
+        recalls.append((found[targets == 1] == 1).mean())
+    assert recalls[1] > recalls[0] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("sampler", "loss", "expected"),
+    [
+        ("shuffle", "none", [1, 1, 1]),
+        ("balanced", "none", [1 / 8, 1 / 4, 1 / 2]),
+        ("balanced_sqrt", "none", [8**-0.5, 4**-0.5, 2**-0.5]),
+        ("shuffle", "auto", [14 / 24, 14 / 12, 14 / 6]),
+    ],
+)
+def test_a_solved_head_weighs_classes_as_training_does(tmp_path, make_shapes, sampler, loss, expected):
+    root = make_shapes(tmp_path / "data", train=8, val=2, test=0)
+    for name, keep in (("cross", 4), ("square", 2)):
+        for file in sorted((root / "train" / name).iterdir())[keep:]:
+            file.unlink()
+    module = model_of(loss={"class_weights": loss})
+    data = data_of(root, sampler=sampler)
+    trainer_of(tmp_path, max_epochs=1).fit(module, data)
+    np.testing.assert_allclose(module.class_weights(), expected, rtol=1e-6)
 
 
 def test_only_a_linear_head_can_be_solved():
