@@ -46,6 +46,12 @@ class Blend(Callback):
     Candidates are the best and the last epoch, and the line from the start to the last epoch, with solved heads.
     """
 
+    def __init__(self) -> None:
+        self.kept = ""
+        """What was better than the best epoch, if anything was."""
+        self.metrics: dict[str, Tensor] = {}
+        """Its validation metrics."""
+
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Solve the heads, try the candidates on the validation split, and keep the best."""
         saver, data = trainer.checkpoint_callback, getattr(trainer, "datamodule", None)
@@ -84,15 +90,19 @@ class Blend(Callback):
 
         targets = torch.from_numpy(data.splits()["val"].targets)
         weights = torch.from_numpy(pl_module.class_weights()).float()
-        top1, losses = {}, {}
+        logits, top1, losses = {}, {}, {}
         for name, (state, features) in candidates.items():
-            logits = functional.linear(features, *(state[f"head.fc.{part}"].cpu() for part in ("weight", "bias")))
-            top1[name] = float((logits.argmax(1) == targets).float().mean())
-            losses[name] = min(float(functional.cross_entropy(logits / t, targets, weights)) for t in _TEMPERATURES)
+            head = (state[f"head.fc.{part}"].cpu() for part in ("weight", "bias"))
+            found = logits[name] = functional.linear(features, *head)
+            top1[name] = float((found.argmax(1) == targets).float().mean())
+            losses[name] = min(float(functional.cross_entropy(found / t, targets, weights)) for t in _TEMPERATURES)
         chosen = min(losses, key=lambda name: losses[name])
         shown = ", ".join(f"{top1[name]:.3f} for {name}" for name in ("the best epoch", _name(0.0), "the last epoch"))
         rank_zero_only(print)(f"Blend: val top-1 {shown}; kept: {chosen} ({top1[chosen]:.3f}).", flush=True)
-        if chosen != "the best epoch" and trainer.is_global_zero:
+        if chosen == "the best epoch":
+            return
+        self.kept, self.metrics = chosen, pl_module.measure(logits[chosen], targets)
+        if trainer.is_global_zero:
             content = checkpoint.read_ckpt(str(files[0]))
             content["state_dict"] |= {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()}
             checkpoint.write_ckpt(content, files[0])

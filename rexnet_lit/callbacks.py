@@ -23,6 +23,7 @@ from torch import Tensor
 from torchvision.utils import make_grid
 
 from rexnet_lit import checkpoint, decode, quarantine, report
+from rexnet_lit.blend import Blend
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
 from rexnet_lit.files import fresh_path
@@ -190,12 +191,15 @@ class EpochLine(Callback):
             return
         data = _data(trainer)
         command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
+        blend = next((c for c in trainer.callbacks if isinstance(c, Blend) and c.kept), None)  # type: ignore[attr-defined]
+        shown = self._best if blend is None else figures(blend.metrics)
+        title = "Fit finished, without a validation"
+        if self._best.get("val/top1", -1.0) >= 0:
+            title = f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
         print_rows(
-            f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
-            if self._best.get("val/top1", -1.0) >= 0
-            else "Fit finished, without a validation",
+            title if blend is None else f"Fit finished. Better than the best epoch: {blend.kept}",
             [
-                *((name, f"{value:.4f}") for name, value in self._best.items() if value >= 0),
+                *((name, f"{value:.4f}") for name, value in shown.items() if value >= 0),
                 ("run folder", str(model.parent)),
                 ("model", str(model)),
                 ("next", f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"),

@@ -325,6 +325,14 @@ class RexNetModule(pl.LightningModule):
         if self._plateau is not None and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._plateau.update(float(self.val_metrics["loss"].compute()))
 
+    def measure(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+        """Return the validation metrics of logits (N, K) and targets (N,), on all processes the same."""
+        self.val_metrics.reset()
+        self.val_metrics.update(logits.to(self.device), targets.to(self.device))
+        found: dict[str, Tensor] = self.val_metrics.compute()
+        self.val_metrics.reset()
+        return found
+
     def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the probabilities (B, K) of images (B, 3, H, W)."""
         images, targets = batch

@@ -11,6 +11,7 @@ from module_tools import data_of, model_of, trainer_of
 
 from rexnet_lit import checkpoint
 from rexnet_lit.blend import Blend
+from rexnet_lit.callbacks import EpochLine, RunFiles
 from rexnet_lit.guards import RunCheckpoint
 
 
@@ -23,8 +24,9 @@ def weights(tmp_path):
 
 def fit(folder, shapes, **settings):
     module = model_of(strategy={"blend": True}, **settings)
-    saver = RunCheckpoint()
-    trainer_of(folder, max_epochs=1, enable_checkpointing=True, callbacks=[Blend(), saver]).fit(module, data_of(shapes))
+    saver, callbacks = RunCheckpoint(), [Blend(), EpochLine(lines=False), RunFiles()]
+    trainer = trainer_of(folder, max_epochs=1, enable_checkpointing=True, callbacks=[*callbacks, saver])
+    trainer.fit(module, data_of(shapes))
     best, last = (checkpoint.load_model(Path(saver.dirpath) / name).state for name in ("best.ckpt", "last.ckpt"))
     return module, best, last
 
@@ -36,6 +38,9 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     found = re.search(r"(\S+) for the given weights, (\S+) for the last epoch; kept: (.+) \((\S+)\)\.", out)
     start, end, kept, chosen = found.groups()
     assert float(chosen) > float(end) < float(start)
+    summary = out.partition("Better than the best epoch: ")[2]
+    assert summary.startswith(kept)
+    assert re.search(r"val/top1 +(\S+)", summary)[1].startswith(chosen)
     ends = {"the given weights": 0, "the last epoch with a solved head": 100}
     share = ends[kept] if kept in ends else float(kept.removesuffix("% of the way from these to the last"))
     for name, begun in module.start.items():
