@@ -72,10 +72,10 @@ class RunCheckpoint(ModelCheckpoint):
         # the run is to stop: it may come after each batch.
         if (batch_idx + 1) % trainer.accumulate_grad_batches or _tries_out(trainer):
             return
-        validates = trainer.val_check_batch and (batch_idx + 1) % trainer.val_check_batch == 0
-        if trainer.is_last_batch or (validates and self._told is None):
+        if trainer.is_last_batch:
             return
-        due = self._told is not None or time.monotonic() - self._saved > self._every
+        validates = trainer.val_check_batch and (batch_idx + 1) % trainer.val_check_batch == 0
+        due = self._told is not None or (not validates and time.monotonic() - self._saved > self._every)
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._save_last(trainer)
             stop = self._stop_if_told(trainer)

@@ -426,9 +426,9 @@ class RexNetModule(pl.LightningModule):
         difference = network.misfit(self.state_dict(), theirs if isinstance(theirs, dict) else {})
         if difference:
             raise UserError(f"ckpt_path: the checkpoint's weights do not fit: {difference}")
-        if self.global_rank == 0:  # they are the sums over all processes
-            total, count = content.get(_LOSSES, (0.0, 0.0))
-            self.train_loss.mean_value, self.train_loss.weight = torch.tensor(total), torch.tensor(count)
+        # They are the sums over all processes: one takes them.
+        total, count = content.get(_LOSSES, (0.0, 0.0)) if self.global_rank == 0 else (0.0, 0.0)
+        self.train_loss.mean_value, self.train_loss.weight = torch.tensor(total), torch.tensor(count)
 
     def settings(self) -> dict[str, Any]:
         """Return, by key, what decides the weights of a run beside its data."""

@@ -603,13 +603,13 @@ def test_a71_steps_that_overflow_are_counted_and_too_many_end_the_run(capsys):
         guard.on_train_batch_end(trainer, None, None, None, 6)
 
 
-def two_processes(cwd, overlay):
+def two_processes(cwd, overlay, *settings):
     """Start a long run; return the main process, the other's number, and the log, in the second epoch."""
     log = cwd / "log"
     argv = ["fit", "--config", CONFIGS / "quickstart.yaml", "--config", overlay, "--data.root", "data"]
     argv += ["--trainer.default_root_dir", "runs", "--data.num_workers", 0, "--data.batch_size", 4]
     with log.open("w") as out:
-        command = [sys.executable, "-m", "rexnet_lit", *map(str, argv), "--trainer.max_epochs", "100"]
+        command = [sys.executable, "-m", "rexnet_lit", *map(str, (*argv, *settings)), "--trainer.max_epochs", "100"]
         main = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out)
     waited = time.monotonic()
     while "epoch 2/" not in log.read_text():
@@ -621,10 +621,13 @@ def two_processes(cwd, overlay):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("number", "rank"), [(15, 0), (15, 1), (9, 0), (9, 1)])
-def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank):
+@pytest.mark.parametrize(
+    ("number", "rank", "settings"),
+    [(15, 0, ()), (15, 1, ()), (15, 1, ("--trainer.val_check_interval", 1)), (9, 0, ()), (9, 1, ())],
+)
+def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank, settings):
     """SIGTERM: one save, both exit with 143. SIGKILL: the other ends too, and says so; no process stays."""
-    main, child, log = two_processes(cwd, CONFIGS / "hardware" / "ddp_sim.yaml")
+    main, child, log = two_processes(cwd, CONFIGS / "hardware" / "ddp_sim.yaml", *settings)
     os.kill((main.pid, child)[rank], number)
     code, text = main.wait(60), log.read_text()
     waited = time.monotonic()
