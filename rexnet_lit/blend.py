@@ -18,13 +18,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn import functional
 
 from rexnet_lit import checkpoint
 from rexnet_lit.data import ImageFolderDataModule
+from rexnet_lit.guards import saver_of
 from rexnet_lit.module import RexNetModule
 
 __all__ = ["Blend"]
@@ -51,14 +52,22 @@ class Blend(Callback):
         """What was better than the best epoch, if anything was."""
         self.metrics: dict[str, Tensor] = {}
         """Its validation metrics."""
+        self._done = False
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do it for a run that was killed after its last epoch, and resumed: there is no training to end."""
+        if not self._done:
+            pl_module.to(trainer.strategy.root_device)  # whence Lightning has taken it
+            self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Solve the heads, try the candidates on the validation split, and keep the best."""
-        saver, data = trainer.checkpoint_callback, getattr(trainer, "datamodule", None)
+        self._done = True
+        saver, data = saver_of(trainer), getattr(trainer, "datamodule", None)
         if (
             not isinstance(pl_module, RexNetModule)
             or not isinstance(data, ImageFolderDataModule)
-            or not isinstance(saver, ModelCheckpoint)
+            or saver is None
             or not saver.best_model_path
             or pl_module.start is None
             or len(data.splits()["train"]) > MOST_IMAGES
@@ -93,7 +102,7 @@ class Blend(Callback):
         logits, top1, losses = {}, {}, {}
         for name, (state, features) in candidates.items():
             head = (state[f"head.fc.{part}"].cpu() for part in ("weight", "bias"))
-            found = logits[name] = functional.linear(features, *head)
+            found = logits[name] = functional.linear(features, *(part.float() for part in head))
             top1[name] = float((found.argmax(1) == targets).float().mean())
             losses[name] = min(float(functional.cross_entropy(found / t, targets, weights)) for t in _TEMPERATURES)
         chosen = min(losses, key=lambda name: losses[name])

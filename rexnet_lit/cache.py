@@ -88,19 +88,18 @@ class DiskCache:
         self._ledger = self._folder / ".bytes"
         self._old: list[tuple[float, int, str]] = []
         self._limit, self._used = limit or 0.0, 0
-        with contextlib.suppress(OSError):  # read-only: nothing will be kept
-            self._ledger.touch()
-            with self._counting():
-                self._old = self._tidy()
-                self._used = sum(size for _, size, _ in self._old)
-                if limit is None:
-                    self._limit = (self._used + shutil.disk_usage(self._folder).free) / 2
-                self._make_room(0)
+        with contextlib.suppress(OSError), self._counting():  # on a read-only disk nothing will be kept
+            self._old = self._tidy()
+            self._used = sum(size for _, size, _ in self._old)
+            if limit is None:
+                self._limit = (self._used + shutil.disk_usage(self._folder).free) / 2
+            self._make_room(0)
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
         """Have the count of bytes to oneself, read and then written down."""
-        with self._ledger.open("r+b") as file:
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with os.fdopen(os.open(self._ledger, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
             if fcntl is not None:
                 fcntl.flock(file, fcntl.LOCK_EX)
             text = file.read()
@@ -173,4 +172,6 @@ class DiskCache:
                 os.replace(temporary, file)  # noqa: PTH105
             except BaseException:
                 Path(temporary).unlink(missing_ok=True)
+                with self._counting():
+                    self._used -= image.nbytes
                 raise

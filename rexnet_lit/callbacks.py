@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,6 +28,7 @@ from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
 from rexnet_lit.files import fresh_path
 from rexnet_lit.folder import write_split
+from rexnet_lit.guards import saver_of
 from rexnet_lit.loggers import Board
 from rexnet_lit.module import RexNetModule
 
@@ -50,6 +51,8 @@ def _data(trainer: pl.Trainer) -> ImageFolderDataModule | None:
 class RunFiles(Callback):
     """Writes ``split.csv``, ``quarantine.csv`` and ``model.safetensors`` into the run folder."""
 
+    _shipped = False
+
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write down who is in which split, where the folders do not say, and which files were left out."""
         data, log_dir = _data(trainer), trainer.log_dir  # log_dir is agreed on by all processes
@@ -71,6 +74,7 @@ class RunFiles(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the best weights, with the model's description, as the file to share; list files lost meanwhile."""
+        self._shipped = True
         self._ship(trainer, pl_module)
         data = _data(trainer)
         if data is None or trainer.log_dir is None or not trainer.is_global_zero:
@@ -82,6 +86,12 @@ class RunFiles(Callback):
             others = "others of their class stood in for them"
             print(f"{len(lost)} image(s) were lost during the run, {others}: {target}", flush=True)  # noqa: T201
 
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Ship what a run that was killed after its last save has not."""
+        if not self._shipped:
+            rank_zero_only(print)("Nothing was left to train: the checkpoint is of the run's end.")
+            self._ship(trainer, pl_module)
+
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Ship what there is when the run is stopped early; what stopped it is told, not what this may meet."""
         if trainer.state.fn == "fit":
@@ -90,9 +100,9 @@ class RunFiles(Callback):
 
     @rank_zero_only
     def _ship(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        saver = trainer.checkpoint_callback
+        saver = saver_of(trainer)
         # Without validation nothing is best, and the last weights are what there is.
-        best = saver.best_model_path or saver.last_model_path if isinstance(saver, ModelCheckpoint) else ""
+        best = saver.best_model_path or saver.last_model_path if saver is not None else ""
         if best and Path(best).is_file():
             model = checkpoint.load_model(best)
             checkpoint.save_model(Path(best).parent.parent / "model.safetensors", model.spec, model.state)
@@ -142,7 +152,7 @@ class EpochLine(Callback):
     def __init__(self, *, lines: bool) -> None:
         self._lines = lines
         self._start = self._trained = 0.0
-        self._images = 0
+        self._images, self._validated = 0, False
         self._best: dict[str, float] = {}
         self._best_epoch = -1
 
@@ -152,7 +162,10 @@ class EpochLine(Callback):
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Note the time: the epoch's first batch is loaded after this."""
-        self._start, self._images = time.monotonic(), 0
+        self._start, self._images, self._validated = time.monotonic(), 0, False
+
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+        self._validated = True
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -163,6 +176,8 @@ class EpochLine(Callback):
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Print the epoch's figures, and remember the best epoch's."""
         values = figures(trainer.callback_metrics)
+        if not self._validated:  # they would be an earlier epoch's
+            values = {name: value for name, value in values.items() if not name.startswith("val/")}
         if not self._best or values.get("val/top1", -1.0) > self._best["val/top1"]:
             self._best, self._best_epoch = {"val/top1": -1.0, **values}, trainer.current_epoch
         if self._lines and trainer.is_global_zero:
@@ -184,8 +199,8 @@ class EpochLine(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which epoch was best, where the files are, and what to type next."""
-        saver = trainer.checkpoint_callback
-        saved = (saver.best_model_path or saver.last_model_path) if isinstance(saver, ModelCheckpoint) else ""
+        saver = saver_of(trainer)
+        saved = (saver.best_model_path or saver.last_model_path) if saver is not None else ""
         model = Path(saved).parent.parent / "model.safetensors"
         if not trainer.is_global_zero or not saved or not model.is_file():
             return

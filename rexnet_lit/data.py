@@ -373,6 +373,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
         dataset, trainer = self._datasets[name], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         if name != "train":
+            if len(dataset) < world:
+                raise UserError(
+                    f"{dataset.samples.root}: {len(dataset)} {name} image(s) for {world} processes; each needs one: "
+                    "add images, or set fewer trainer.devices"
+                )
             return BatchSampler(len(dataset), self.batch_size, rank=rank, world_size=world)
         if len(dataset) < 2 * world:
             raise UserError(

@@ -31,7 +31,7 @@ from rexnet_lit.files import second_name
 from rexnet_lit.loader import BatchSampler
 from rexnet_lit.module import RexNetModule
 
-__all__ = ["FiniteLoss", "RunCheckpoint", "StopWhenTold"]
+__all__ = ["FiniteLoss", "RunCheckpoint", "StopWhenTold", "saver_of"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -61,6 +61,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._told: signal.Signals | None = None
         self._stop: Stopped | None = None
         self._fresh: Path | None = None
+        self._validated = -1
         self._handlers: dict[signal.Signals, Any] = {}
 
     # Saving
@@ -83,15 +84,18 @@ class RunCheckpoint(ModelCheckpoint):
                 raise stop
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Wait: `on_train_epoch_end` saves."""
+        """Within an epoch, save the best weights; at its end `on_train_epoch_end` does."""
+        self._validated = trainer.global_step
+        if trainer.state.fn == "fit" and not (trainer.sanity_checking or trainer.is_last_batch or _tries_out(trainer)):
+            self._save_best(trainer)
+            self._fresh = None  # the last weights will be others
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Save the last and, where it is, the best weights."""
         if _tries_out(trainer):
             return
-        candidates = self._monitor_candidates(trainer)
-        if self.monitor in candidates:
-            self._save_topk_checkpoint(trainer, candidates)
+        if self._validated == trainer.global_step:  # or the figures are of other weights
+            self._save_best(trainer)
         self._save_last(trainer)
         self._stop = self._stop_if_told(trainer)
 
@@ -111,6 +115,11 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero:
             second_name(best, last, last.with_name(checkpoint.PREVIOUS))
         trainer.strategy.barrier()
+
+    def _save_best(self, trainer: pl.Trainer) -> None:
+        candidates = self._monitor_candidates(trainer)
+        if self.monitor in candidates:
+            self._save_topk_checkpoint(trainer, candidates)
 
     def _save_last(self, trainer: pl.Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -219,6 +228,12 @@ class RunCheckpoint(ModelCheckpoint):
         self.last_model_path = str(Path(self.dirpath or "") / "last.ckpt")
 
 
+def saver_of(trainer: pl.Trainer) -> ModelCheckpoint | None:
+    """Return what keeps a run's best and last weights: ours, whatever a user has added."""
+    savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+    return next((saver for saver in savers if isinstance(saver, RunCheckpoint)), savers[0] if savers else None)
+
+
 def _tries_out(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
@@ -306,8 +321,14 @@ class FiniteLoss(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look before anything is written."""
+        """Look before anything is written, at the weights too: a finite loss may have had other gradients."""
         self._look(trainer)
+        bad = [name for name, p in pl_module.named_parameters() if not bool(torch.isfinite(p).all())]
+        if bad:
+            raise UserError(
+                f"{len(bad)} tensors of the model are no numbers any more (such as {bad[0]}) in epoch "
+                f"{trainer.current_epoch + 1}; {_REMEDY}; the last checkpoint is from before"
+            )
 
     def _look(self, trainer: pl.Trainer) -> None:
         total, self._sum = self._sum, None
@@ -316,10 +337,11 @@ class FiniteLoss(Callback):
         batch = trainer.fit_loop.epoch_loop.batch_idx
         raise UserError(
             f"the loss is {float(total):g} at epoch {trainer.current_epoch + 1}, batch {batch + 1}"
-            f"{_files(trainer, batch)}; set a smaller model.optimizer.lr or a longer model.schedule.warmup_epochs, "
-            "or trainer.gradient_clip_val: 1.0; the last checkpoint is from before"
+            f"{_files(trainer, batch)}; {_REMEDY}; the last checkpoint is from before"
         )
 
+
+_REMEDY = "set a smaller model.optimizer.lr or a longer model.schedule.warmup_epochs, or trainer.gradient_clip_val: 1.0"
 
 _LEAST_SCALE = 2.0**-10
 """Where torch's scale of the loss, 2^16 at first, shows that no scale will do."""

@@ -54,7 +54,8 @@ def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, settings: L
 
 def _focal(logits: Tensor, targets: Tensor, weights: Tensor, settings: LossSettings) -> Tensor:
     logs = logits.log_softmax(1)
-    return -(targets * (1 - logs.exp()) ** settings.gamma * logs * weights).sum(1)
+    rest = (1 - logs.exp()).clamp(min=1e-6)  # at 0 a gamma below 1 has no slope
+    return -(targets * rest**settings.gamma * logs * weights).sum(1)
 
 
 def _bce(logits: Tensor, targets: Tensor, weights: Tensor, settings: LossSettings) -> Tensor:

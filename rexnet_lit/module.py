@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric
 
-from rexnet_lit import checkpoint, checkpoint_io, network, probe, process, strategies
+from rexnet_lit import checkpoint, checkpoint_io, network, probe, process, strategies, sync_batchnorm
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import UserError, visible
 from rexnet_lit.loader import draw_weights
@@ -153,8 +153,14 @@ class RexNetModule(pl.LightningModule):
         backbone = self.spec.backbone
         if spec is not None and spec.backbone.partition(".")[0] != backbone.partition(".")[0]:
             raise UserError(f"model.weights: {path} is a {spec.backbone}, but model.backbone is {backbone}")
-        same_classes = spec is None or (spec.class_names == self.spec.class_names and spec.head == self.spec.head)
-        rows = self._matching_rows(spec.class_names) if spec is not None and keep_matching_classes else {}
+        same_head = spec is None or spec.head.shape == self.spec.head.shape
+        same_classes = same_head and (spec is None or spec.class_names == self.spec.class_names)
+        rows: dict[int, int] = {}
+        if spec is not None and keep_matching_classes:
+            if same_head:
+                rows = self._matching_rows(spec.class_names)
+            else:
+                rank_zero_only(print)(f"model.keep_matching_classes: {path} has another kind of head; none is kept.")
         where = f"model.weights: {path}"
         kept = network.load_weights(self.network, state, where, keep_head=same_classes, rows=rows)
         classes = state["head.fc.weight"].shape[0] if "head.fc.weight" in state else "another kind of"
@@ -168,6 +174,7 @@ class RexNetModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Take the data module's class names, lay the weights out for the device, and have checkpoints read safely."""
         checkpoint_io.install(self.trainer.strategy)
+        sync_batchnorm.install(self.trainer.strategy)
         names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
         if stage == "fit" and names and tuple(names) != self.spec.class_names:
             if len(names) != self.spec.num_classes:
@@ -207,6 +214,10 @@ class RexNetModule(pl.LightningModule):
             if self._solved:
                 raise UserError("model.strategy.solver: logistic needs an ImageFolderDataModule")
             return
+        if settings.name == "linear_probe" and settings.views and (data.augment.mixup or data.augment.cutmix):
+            raise UserError(
+                "model.strategy.views keeps features of whole images; set data.augment.mixup and cutmix to 0"
+            )
         views = settings.views or int(data.augment.fixed and not data.size_schedule)
         width: int = cast(Any, self.network).head_hidden_size
         needed = 4 * width * max(views, 1) * len(data.splits()["train"])
@@ -241,10 +252,11 @@ class RexNetModule(pl.LightningModule):
     def embedder(self) -> Callable[[Tensor], Tensor]:
         """Return what maps images (B, 3, H, W) to the features (B, C) of the network as it is now, for inference."""
         fused = network.fuse(self.network)
+        dtype = next(fused.parameters()).dtype
 
         def embed(images: Tensor) -> Tensor:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                return network.embed(fused, images)
+                return network.embed(fused, images.to(dtype))
 
         return embed
 

@@ -271,9 +271,12 @@ def load_weights(
     network.load_state_dict({**given, **head} if fits else given, strict=fits)
     if not fits and rows:
         with torch.no_grad():
-            for name, tensor in own.items():  # these share the network's memory
-                if name in head and head[name].shape[1:] == tensor.shape[1:]:
-                    tensor[list(rows)] = head[name][list(rows.values())].to(tensor.dtype)
+            last = list(own_head)[-1].rpartition(".")[0]  # of an mlp, the layers before it are kept whole
+            for name in own_head:  # these share the network's memory
+                if name.rpartition(".")[0] == last:
+                    own[name][list(rows)] = head[name][list(rows.values())].to(own[name].dtype)
+                else:
+                    own[name].copy_(head[name])
     return fits
 
 

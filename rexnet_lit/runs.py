@@ -19,7 +19,7 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.tuner.tuning import Tuner
@@ -325,12 +325,18 @@ class RexNetCLI(LightningCLI):
             logged += map(str, self.model.val_metrics.keys())
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             monitor = getattr(callback, "monitor", None)
+            if isinstance(callback, RunCheckpoint):
+                continue
+            if isinstance(callback, EarlyStopping) and str(monitor).startswith("train/"):
+                callback._check_on_train_epoch_end = True  # it is known then, not at a validation
             if monitor is not None and monitor not in logged:
                 raise UserError(
                     f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}, which nobody logs"
                     f"{did_you_mean(monitor, logged)}; there are {', '.join(logged)}"
                 )
         data, model = self.datamodule, self.model
+        if trainer.limit_val_batches == 0 and model.schedule_settings.name == "plateau":
+            raise UserError("model.schedule: plateau waits for the validation loss, and trainer.limit_val_batches is 0")
         if self.resumed:  # before anything in the run's folder is touched
             model.on_load_checkpoint(self.resumed)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]

@@ -88,6 +88,12 @@ class HeadSpec:
     temperature: float = 0.05
     pool: Pool = "avg"
 
+    @property
+    def shape(self) -> tuple[object, ...]:
+        """What makes two heads the same function of the same tensors; dropout does not."""
+        own = {"mlp": (self.hidden, self.layers), "cosine": (self.temperature,)}
+        return self.name, self.pool, *own.get(self.name, ())
+
     def __post_init__(self) -> None:
         if self.pool not in get_args(Pool):
             raise UserError(f"model.head.pool is {self.pool!r}; expected one of {', '.join(get_args(Pool))}")

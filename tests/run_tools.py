@@ -192,6 +192,7 @@ _TROUBLES = {
     "term in a fork": _told_in_a_fork,
     "no screen": _no_screen,
     "ctrl-c": functools.partial(_signalled, signal.SIGINT, "on_train_batch_start"),
+    "kill in blend": functools.partial(_signalled, signal.SIGKILL, "solve"),
     "nan": _nan,
     "full disk": _full_disk,
     "worker dies": functools.partial(_worker_dies, signal.SIGKILL),

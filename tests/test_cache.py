@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,9 +123,14 @@ def test_a_disk_that_takes_nothing_harms_nobody(photo, tmp_path, monkeypatch):
     def full(*args: object, **kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(np, "save", full)
-    np.testing.assert_array_equal(cache.read(photo, 64), decode.read(photo, 64))
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        np.testing.assert_array_equal(cache.read(photo, 64), decode.read(photo, 64))
     assert not [f for f in (tmp_path / "cache").glob("*/*") if f.is_file()]
+    assert int((tmp_path / "cache" / ".bytes").read_text()) == 0
+    shutil.rmtree(tmp_path / "cache")  # whoever tidies up meanwhile
+    cache.read(photo, 64)
+    assert len(kept(tmp_path / "cache")) == 1
 
 
 def test_leftovers_of_killed_runs_go(photo, tmp_path):

@@ -28,7 +28,7 @@ LAYERS = (
         "strategies",
         "probe",
     ),  # L1
-    ("loader", "data", "checkpoint", "checkpoint_io"),  # L2
+    ("loader", "data", "checkpoint", "checkpoint_io", "sync_batchnorm"),  # L2
     ("doctor", "module", "report", "predictor", "export"),  # L3
     ("config", "run_folder", "guards", "blend", "loggers", "callbacks", "runs", "cli", "__main__"),  # L4
 )

@@ -80,3 +80,9 @@ def test_two_processes_average_to_one():
 def test_wrong_settings(settings, message):
     with pytest.raises(UserError, match=message):
         LossSettings(**settings)
+
+
+def test_a_focal_loss_has_a_slope_where_an_image_is_certain():
+    logits = torch.tensor([[20.0, 0.0, 0.0], [90.0, 0.0, 0.0]], requires_grad=True)
+    build_loss(LossSettings("focal", gamma=0.5), [1] * 3)(logits, torch.tensor([0, 0])).backward()
+    assert torch.isfinite(logits.grad).all()

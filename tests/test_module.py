@@ -390,3 +390,24 @@ def test_data_of_another_class_count_is_one_line(tmp_path, shapes):
 def test_wrong_settings(settings, message):
     with pytest.raises(UserError, match=message):
         model_of(**settings)
+
+
+def test_a_trained_head_survives_another_dropout(tmp_path):
+    first = model_of(head={"dropout": 0.0})
+    path = str(tmp_path / "model.safetensors")
+    checkpoint.save_model(path, first.spec, first.network.state_dict())
+    torch.manual_seed(1)
+    second = RexNetModule(weights=path, head={"dropout": 0.3}, class_names=first.spec.class_names)
+    assert torch.equal(second.network.head.fc.weight, first.network.head.fc.weight)
+
+
+def test_views_are_not_blended(shapes, tmp_path):
+    module = model_of(strategy={"name": "linear_probe", "views": 2})
+    with pytest.raises(UserError, match=r"set data.augment.mixup and cutmix to 0"):
+        trainer_of(tmp_path).fit(module, data_of(shapes, augment={"mixup": 0.4}))
+
+
+@pytest.mark.parametrize("precision", ["bf16-true", "64-true"])
+def test_features_come_in_the_networks_precision(shapes, tmp_path, precision):
+    module = model_of(strategy={"name": "linear_probe", "solver": "logistic"})
+    trainer_of(tmp_path, precision=precision).fit(module, data_of(shapes))

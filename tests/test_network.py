@@ -14,6 +14,7 @@ from rexnet_lit import checkpoint, network, predictor
 from rexnet_lit.blocks import save_memory_traffic
 from rexnet_lit.errors import UserError
 from rexnet_lit.spec import EvalRecipe, HeadSpec, ModelSpec
+from rexnet_lit.sync_batchnorm import TimmSyncBatchNorm
 
 # Parameters with 1000 classes, and the pooled features' width: timm's, as listed in shared/features.md.
 VARIANTS = {
@@ -305,3 +306,28 @@ def test_our_blocks_compute_what_timms_do(checkpointing, drop_path_rate):
         gradients.append([parameter.grad for parameter in made.parameters()])
     torch.testing.assert_close(outputs[1], outputs[0], rtol=0, atol=0)
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-12)
+
+
+def test_synchronised_batchnorm_keeps_the_activations():
+    """Lightning's own conversion drops those that timm has inside its BatchNorm."""
+    own = network.build_network("rexnet_100", 5).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.no_grad():
+        expected, before = own(images), [type(module) for module in own.modules()]
+        sync = TimmSyncBatchNorm()
+        changed = sync.apply(own)
+        assert sum(isinstance(module, nn.SyncBatchNorm) for module in changed.modules()) == 62
+        torch.testing.assert_close(changed(images), expected)
+        changed.features[1].conv_exp.bn.running_mean = torch.ones(96)  # as a move to another device exchanges it
+        back = sync.revert(changed)
+    assert [type(module) for module in back.modules()] == before
+    assert back.features[1].conv_exp.bn.running_mean.eq(1).all()
+
+
+def test_rows_of_an_mlp_are_its_last_layers():
+    head = HeadSpec("mlp", hidden=8)
+    theirs, ours = network.build_network("rexnet_100", 12, head), network.build_network("rexnet_100", 13, head)
+    assert not network.load_weights(ours, theirs.state_dict(), "x", keep_head=False, rows={i: i for i in range(12)})
+    for kept, given in zip(ours.head.fc[:-1].parameters(), theirs.head.fc[:-1].parameters(), strict=True):
+        assert torch.equal(kept, given)
+    assert torch.equal(ours.head.fc[-1].weight[:12], theirs.head.fc[-1].weight)

@@ -18,6 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from module_tools import model_of
 from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 
 from rexnet_lit import checkpoint
@@ -146,6 +147,46 @@ def test_killed_at_every_step(whole, home, tmp_path, settings, save_every):
 def test_killed_in_validation(whole, cwd):
     assert fit(cwd, trouble=("kill in validation", 12)).code == -9
     assert differing(resumed(cwd), whole()) == []
+
+
+def test_killed_after_its_last_save_it_still_ships(cwd):
+    start = cwd / "start.safetensors"
+    module = model_of(class_names=("circle", "cross", "square"))
+    checkpoint.save_model(start, module.spec, module.network.state_dict())
+    settings = ("--model.weights", start, "--model.strategy.blend", "true", "--trainer.max_epochs", 1)
+    assert fit(cwd, *settings).code == 0
+    assert fit(cwd, *settings, trouble=("kill in blend", 6)).code == -9
+    cut = run_folder(cwd, 1)
+    assert not (cut / "model.safetensors").exists()
+    done = fit(cwd, "--config", cut / "config.yaml", "--ckpt_path", cut / "checkpoints" / "last.ckpt")
+    assert done.code == 0, done.out
+    assert "Nothing was left to train" in done.out
+    whole, resumed = (checkpoint.load_model(run_folder(cwd, n) / "model.safetensors").state for n in (0, 1))
+    assert differing(whole, resumed) == []
+
+
+def test_the_best_weights_are_those_that_were_validated(cwd):
+    done = fit(cwd, "--trainer.val_check_interval", 4, "--trainer.max_epochs", 2)  # of 6 steps
+    assert done.code == 0, done.out
+    best, last = (run_folder(cwd) / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    assert checkpoint.read_ckpt(str(best))["global_step"] in (4, 10)
+    assert checkpoint.read_ckpt(str(last))["global_step"] == 12
+
+
+def test_without_a_validation_the_last_weights_ship(cwd):
+    done = fit(cwd, "--trainer.limit_val_batches", 0, "--trainer.max_epochs", 1)
+    assert done.code == 0, done.out
+    assert "Fit finished, without a validation" in done.out
+    refused = fit(cwd, "--trainer.limit_val_batches", 0, "--model.schedule", "plateau")
+    failed(refused, "plateau waits for the validation loss")
+
+
+def test_a_users_own_saver_changes_not_what_ships(cwd):
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs", 1)
+    assert fit(cwd, *own, "--trainer.callbacks.save_top_k", -1).code == 0
+    folder = run_folder(cwd)
+    shipped = checkpoint.load_model(folder / "model.safetensors").state
+    assert differing(shipped, checkpoint.load_model(folder / "checkpoints" / "best.ckpt").state) == []
 
 
 def test_the_history_is_kept_and_not_doubled(cwd):
