@@ -52,17 +52,15 @@ class Blend(Callback):
         """What was better than the best epoch, if anything was."""
         self.metrics: dict[str, Tensor] = {}
         """Its validation metrics."""
-        self._done = False
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do it for a run that was killed after its last epoch, and resumed: there is no training to end."""
-        if not self._done:
+        if isinstance(pl_module, RexNetModule) and not pl_module.started:
             pl_module.to(trainer.strategy.root_device)  # whence Lightning has taken it
             self.on_train_end(trainer, pl_module)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Solve the heads, try the candidates on the validation split, and keep the best."""
-        self._done = True
         saver, data = saver_of(trainer), getattr(trainer, "datamodule", None)
         if (
             not isinstance(pl_module, RexNetModule)

@@ -51,8 +51,6 @@ def _data(trainer: pl.Trainer) -> ImageFolderDataModule | None:
 class RunFiles(Callback):
     """Writes ``split.csv``, ``quarantine.csv`` and ``model.safetensors`` into the run folder."""
 
-    _shipped = False
-
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write down who is in which split, where the folders do not say, and which files were left out."""
         data, log_dir = _data(trainer), trainer.log_dir  # log_dir is agreed on by all processes
@@ -74,7 +72,6 @@ class RunFiles(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the best weights, with the model's description, as the file to share; list files lost meanwhile."""
-        self._shipped = True
         self._ship(trainer, pl_module)
         data = _data(trainer)
         if data is None or trainer.log_dir is None or not trainer.is_global_zero:
@@ -88,7 +85,7 @@ class RunFiles(Callback):
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ship what a run that was killed after its last save has not."""
-        if not self._shipped:
+        if isinstance(pl_module, RexNetModule) and not pl_module.started:
             rank_zero_only(print)("Nothing was left to train: the checkpoint is of the run's end.")
             self._ship(trainer, pl_module)
 

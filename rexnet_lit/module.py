@@ -113,6 +113,7 @@ class RexNetModule(pl.LightningModule):
         """The weights it starts from, where they are to be blended with the end's."""
         if blends and head.name == "linear" and not self._scratch:
             self.start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
+            self._start_digest = checkpoint.digest(self.start)[:12]
         self.train_loss = MeanMetric(nan_strategy="disable")  # `FiniteLoss` looks
         self.val_metrics = build_metrics(len(names), "val/")
         self.test_metrics = build_metrics(len(names), "test/")
@@ -451,7 +452,7 @@ class RexNetModule(pl.LightningModule):
             "loss": self.loss_settings,
         }
         nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
-        start = {} if self.start is None else {"weights": checkpoint.digest(self.start)[:12]}
+        start = {} if self.start is None else {"weights": self._start_digest}
         return {**nested, **start, "ema": self.ema, "drop_path_rate": self._drop_path_rate}
 
 

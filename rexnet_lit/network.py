@@ -269,7 +269,7 @@ def load_weights(
     own_head = {k: v.shape for k, v in own.items() if k.startswith("head.fc.")}
     fits = keep_head and {k: v.shape for k, v in head.items()} == own_head
     network.load_state_dict({**given, **head} if fits else given, strict=fits)
-    if not fits and rows:
+    if not fits and rows and head.keys() == own_head.keys():  # of another kind of head no row is of use
         with torch.no_grad():
             last = list(own_head)[-1].rpartition(".")[0]  # of an mlp, the layers before it are kept whole
             for name in own_head:  # these share the network's memory

@@ -324,6 +324,13 @@ def test_synchronised_batchnorm_keeps_the_activations():
     assert back.features[1].conv_exp.bn.running_mean.eq(1).all()
 
 
+def test_rows_of_a_linear_head_are_of_no_use_to_an_mlp():
+    theirs, ours = network.build_network("rexnet_100", 3), network.build_network("rexnet_100", 3, HeadSpec("mlp"))
+    before = {name: tensor.clone() for name, tensor in ours.head.fc.state_dict().items()}
+    assert not network.load_weights(ours, theirs.state_dict(), "x", rows={0: 0})
+    assert all(torch.equal(tensor, before[name]) for name, tensor in ours.head.fc.state_dict().items())
+
+
 def test_rows_of_an_mlp_are_its_last_layers():
     head = HeadSpec("mlp", hidden=8)
     theirs, ours = network.build_network("rexnet_100", 12, head), network.build_network("rexnet_100", 13, head)
