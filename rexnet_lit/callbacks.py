@@ -177,14 +177,13 @@ class EpochLine(Callback):
             values = {name: value for name, value in values.items() if not name.startswith("val/")}
         if not self._best or values.get("val/top1", -1.0) > self._best["val/top1"]:
             self._best, self._best_epoch = {"val/top1": -1.0, **values}, trainer.current_epoch
-        if self._lines and trainer.is_global_zero:
+        if self._lines and trainer.is_global_zero and values:  # a run resumed where its epoch ended has none
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
-            seconds, rate = time.monotonic() - self._start, self._images / (self._trained - self._start)
-            print(  # noqa: T201
-                f"epoch {trainer.current_epoch + 1}/{trainer.max_epochs}  {shown}  "
-                f"({seconds:.1f} s; training {rate:.1f} images/s)",
-                flush=True,
-            )
+            end = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
+            took = f"{time.monotonic() - self._start:.1f} s"
+            if self._images:
+                took += f"; training {self._images / (self._trained - self._start):.1f} images/s"
+            print(f"epoch {trainer.current_epoch + 1}{end}  {shown}  ({took})", flush=True)  # noqa: T201
 
     def state_dict(self) -> dict[str, Any]:
         """Return the best epoch so far, for a resumed run's summary."""

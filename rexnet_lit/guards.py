@@ -15,6 +15,7 @@ import shlex
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -94,9 +95,10 @@ class RunCheckpoint(ModelCheckpoint):
         """Save the last and, where it is, the best weights."""
         if _tries_out(trainer):
             return
-        if self._validated == trainer.global_step:  # or the figures are of other weights
-            self._save_best(trainer)
-        self._save_last(trainer)
+        with contextlib.nullcontext() if trainer.is_last_batch else _within_epoch(trainer):
+            if self._validated == trainer.global_step:  # or the figures are of other weights
+                self._save_best(trainer)
+            self._save_last(trainer)
         self._stop = self._stop_if_told(trainer)
 
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -232,6 +234,17 @@ def saver_of(trainer: pl.Trainer) -> ModelCheckpoint | None:
     """Return what keeps a run's best and last weights: ours, whatever a user has added."""
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return next((saver for saver in savers if isinstance(saver, RunCheckpoint)), savers[0] if savers else None)
+
+
+@contextlib.contextmanager
+def _within_epoch(trainer: pl.Trainer) -> Iterator[None]:
+    """Have what is saved say that its epoch goes on: Lightning counts one that ``max_steps`` cuts short as done."""
+    progress: Any = trainer.fit_loop.epoch_progress
+    for count in (progress.current, progress.total):
+        count.processed -= 1
+    yield
+    for count in (progress.current, progress.total):
+        count.processed += 1
 
 
 def _tries_out(trainer: pl.Trainer) -> bool:

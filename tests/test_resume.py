@@ -118,6 +118,14 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(whole, cwd, step, save
     assert differing(resumed(cwd, *settings), whole(*settings)) == []
 
 
+@pytest.mark.parametrize("first", [9, 14])  # within the second epoch, and the last
+def test_a_run_ended_by_its_steps_can_go_on(whole, cwd, first):
+    constant = ("--model.schedule", "constant", "--model.schedule.warmup_epochs", 0)  # the same for all lengths
+    assert fit(cwd, *constant, "--trainer.max_steps", first).code == 0
+    assert differing(resumed(cwd, *constant, "--trainer.max_steps", STEPS), whole(*constant)) == []
+    assert [row["epoch"] for row in rows_of(run_folder(cwd) / "metrics.csv") if row["val/loss"]] == ["0", "1", "2"]
+
+
 @pytest.mark.slow
 def test_the_number_of_workers_does_not_matter(whole):
     assert differing(whole(*WORKERS), whole()) == []
