@@ -85,7 +85,7 @@ class OptimizerSettings:
     """The optimiser.
 
     Args:
-        name: Any of timm's: ``sgd`` (Nesterov), ``adamw``, ``lamb``, ``lion``, ``muon``, ...
+        name: Any of timm's but AdaHessian and Kron: ``sgd`` (Nesterov), ``adamw``, ``lamb``, ``lion``, ``muon``, ...
         lr: Full learning rate, reached after the warm-up; by default what suits batches of 32: for ``sgd`` 0.05 from
             given weights and 0.1 from scratch, for all others (it is AdamW's) 0.0015 and 0.004.
         weight_decay: Not applied to biases and normalisation.
@@ -113,6 +113,8 @@ class OptimizerSettings:
         if self.name.lower() not in known:
             near = did_you_mean(self.name, known)
             raise UserError(f"model.optimizer.name: timm has no optimiser {self.name!r}{near}")
+        if why := _UNFIT.get(self.name.lower()):
+            raise UserError(f"model.optimizer.name: {self.name} {why}; take another, such as adamw")
         if not self.weight_decay >= 0 or not 0 <= self.momentum < 1:
             raise UserError("model.optimizer: weight_decay must be 0 or more and momentum from 0 to below 1")
         if self.base_batch_size is not None and self.base_batch_size < 1:
@@ -134,6 +136,9 @@ class OptimizerSettings:
         adaptive = any(kind in self.name.lower() for kind in ("ada", "lamb"))
         return lr * (math.sqrt(ratio) if adaptive else ratio)
 
+
+_KRON = "compiles itself for minutes, with a compiler that may not be there"
+_UNFIT = {"adahessian": "needs gradients of gradients", "kron": _KRON, "kronw": _KRON, "kronc": _KRON}
 
 _LR = {"sgd": (0.05, 0.1), "adamw": (0.0015, 0.004)}
 """Default learning rates from given weights and from scratch: ``tests/benchmarks/bench_accuracy.py``."""

@@ -107,6 +107,8 @@ def test_an_optimiser_that_cannot_be_had_here_is_one_line():
     ("settings", "message"),
     [
         ({"lr": 0}, "model.optimizer.lr is 0; expected above 0"),
+        ({"name": "adahessian"}, "model.optimizer.name: adahessian needs gradients of gradients; take another"),
+        ({"name": "kronw"}, "model.optimizer.name: kronw compiles itself"),
         ({"lr": float("nan")}, "model.optimizer.lr is nan"),
         ({"layer_decay": 0}, "model.optimizer.layer_decay is 0"),
         ({"layer_decay": 1.1}, "model.optimizer.layer_decay is 1.1"),
