@@ -242,9 +242,11 @@ def _within_epoch(trainer: pl.Trainer) -> Iterator[None]:
     progress: Any = trainer.fit_loop.epoch_progress
     for count in (progress.current, progress.total):
         count.processed -= 1
-    yield
-    for count in (progress.current, progress.total):
-        count.processed += 1
+    try:
+        yield
+    finally:
+        for count in (progress.current, progress.total):
+            count.processed += 1
 
 
 def _tries_out(trainer: pl.Trainer) -> bool:
