@@ -161,8 +161,14 @@ class EpochLine(Callback):
         """Note the time: the epoch's first batch is loaded after this."""
         self._start, self._images, self._validated = time.monotonic(), 0, False
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:  # noqa: D102
+    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Remember the best figures; there may be several validations in an epoch."""
+        if trainer.sanity_checking:
+            return
         self._validated = True
+        found = {k: v for k, v in figures(trainer.callback_metrics).items() if k.startswith("val/")}
+        if found.get("val/top1", -1.0) > self._best.get("val/top1", -1.0):
+            self._best, self._best_epoch = found, trainer.current_epoch
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -171,12 +177,12 @@ class EpochLine(Callback):
         self._trained = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the epoch's figures, and remember the best epoch's."""
+        """Print the epoch's figures."""
         values = figures(trainer.callback_metrics)
         if not self._validated:  # they would be an earlier epoch's
             values = {name: value for name, value in values.items() if not name.startswith("val/")}
-        if not self._best or values.get("val/top1", -1.0) > self._best["val/top1"]:
-            self._best, self._best_epoch = {"val/top1": -1.0, **values}, trainer.current_epoch
+        if self._best_epoch in (trainer.current_epoch, -1):
+            self._best = {**self._best, **{k: v for k, v in values.items() if k.startswith("train/")}}
         if self._lines and trainer.is_global_zero and values:  # a run resumed where its epoch ended has none
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             end = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
@@ -203,14 +209,14 @@ class EpochLine(Callback):
         data = _data(trainer)
         command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
         blend = next((c for c in trainer.callbacks if isinstance(c, Blend) and c.kept), None)  # type: ignore[attr-defined]
-        shown = self._best if blend is None else figures(blend.metrics)
+        shown = figures(self._best if blend is None else blend.metrics)
         title = "Fit finished, without a validation"
-        if self._best.get("val/top1", -1.0) >= 0:
+        if self._best_epoch >= 0:
             title = f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
         print_rows(
             title if blend is None else f"Fit finished. Better than the best epoch: {blend.kept}",
             [
-                *((name, f"{value:.4f}") for name, value in shown.items() if value >= 0),
+                *((name, f"{value:.4f}") for name, value in shown.items()),
                 ("run folder", str(model.parent)),
                 ("model", str(model)),
                 ("next", f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"),

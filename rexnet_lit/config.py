@@ -20,13 +20,23 @@ __all__ = ["expand", "load_yaml", "named_key", "one_line", "read_augment", "read
 _yaml_load = jsonargparse.get_loader("yaml")  # before ours takes its place
 # Settings for which a bare name stands for {name: ...}.
 _NAMED = {"model": ("head", "strategy", "optimizer", "schedule", "loss"), "data": ("augment",)}
+_CONFIG = ("--config", "-c")
+_OF_FIT = ("model", "ckpt_path", "accept_changes", "find_lr")
 _MAX_ALIASES = 20  # of a YAML file; nested aliases grow exponentially
 _MAX_DEPTH = 40  # of nesting; parsers recurse
 _MAX_CONFIG_BYTES = 2**20
 
 
 def expand(argv: list[str]) -> list[str]:
-    """Write ``--model.head mlp`` as ``--model.head.name mlp``, and likewise for the other settings with a name."""
+    """Bring a command line into the form that the parser takes.
+
+    Configs come first, so that options beat them wherever they stand; ``--model.head mlp`` becomes
+    ``--model.head.name mlp``, and likewise for the other settings with a name.
+
+    Args:
+        argv: The run's name, and what follows it.
+    """
+    argv = _configs_first(argv)
     keys = {f"--{group}.{key}" for group, names in _NAMED.items() for key in names}
     expanded = list(argv)
     for i, argument in enumerate(argv):
@@ -34,11 +44,23 @@ def expand(argv: list[str]) -> list[str]:
             raise UserError(f"{argument[:40]}...: nested deeper than {_MAX_DEPTH}")
         key, equals, value = argument.partition("=")
         following = value if equals else (argv[i + 1] if i + 1 < len(argv) else "")
-        if key in ("--config", "-c") and "://" in following:
+        if key in _CONFIG and "://" in following:
             raise UserError(f"{key}: {following!r} is an address; configs are read from local files only")
         if key in keys and re.fullmatch(r"\w+", following):
             expanded[i] = f"{key}.name{equals}{value}"
     return expanded
+
+
+def _configs_first(argv: list[str]) -> list[str]:
+    configs: list[str] = []
+    rest: list[str] = []
+    arguments = iter(argv[1:])
+    for argument in arguments:
+        if argument in _CONFIG:
+            configs += [argument, *itertools.islice(arguments, 1)]
+        else:
+            (configs if argument.partition("=")[0] in _CONFIG else rest).append(argument)
+    return [*argv[:1], *configs, *rest]
 
 
 def load_yaml(text: str, command: str, leave_out: Iterable[str] = ()) -> Any:
@@ -70,7 +92,7 @@ def load_yaml(text: str, command: str, leave_out: Iterable[str] = ()) -> Any:
     for key in leave_out:
         value = without(value, key)
     if command != "fit":  # a fit's config may be given to the other runs: its model is in the model file
-        value = {key: part for key, part in value.items() if key not in ("model", "ckpt_path")}
+        value = {key: part for key, part in value.items() if key not in _OF_FIT}
     return value
 
 
@@ -140,7 +162,7 @@ def read_configs(argv: list[str], command: str) -> dict[str, Any]:
     for key, following in itertools.pairwise([*argv, ""]):
         option, equals, value = key.partition("=")
         path = value if equals else following
-        if option in ("--config", "-c") and Path(path).is_file():
+        if option in _CONFIG and Path(path).is_file():
             try:
                 found[path] = load_yaml(Path(path).read_text("utf-8"), command)
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
@@ -183,6 +205,7 @@ _PLAINLY = (
     (r"typing\.", ""),
     (r"Expected a (\S.*?)\. Got value: (.*)$", r"expected \1, got \2"),
     (r"Literal\[(.*?)\]", r"one of \1"),
+    (r"^argument data\.\w+ --> model\.(\w+): .*", r"model.\1 is taken from the data: leave it out"),
     (r"^Subcommand '\w+' does not accept option", "no setting is called"),
 )
 """What the parser says, and how a user would say it."""

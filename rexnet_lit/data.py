@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -112,7 +112,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             _absolute(split_file),
             val_fraction,
             test_fraction,
-            class_order,
+            os.fspath(class_order),
             follow_outside_links,
             num_folds,
             fold,
@@ -151,6 +151,15 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 follow_outside_links=follow_outside_links,
             )
             self.class_names = self.folder.class_names
+
+    @classmethod
+    def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
+        """Refuse: Lightning's would unpickle, and no checkpoint holds the data.
+
+        Raises:
+            UserError: Always.
+        """
+        raise UserError("a checkpoint holds no data: make it anew, ImageFolderDataModule(root=DIR)")
 
     @property
     def num_classes(self) -> int:
@@ -225,6 +234,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             "validate": ("val",),
             "test": ("test",),
         }
+        if stage not in needed:
+            raise UserError(f"setup: the stage is {stage!r}; expected one of {', '.join([*needed, 'predict'])}")
         splits = self.folder.splits if self.folder else self.splits()
         for name in needed[stage]:
             if name not in splits or len(splits[name]) == 0:
@@ -295,6 +306,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
         model = getattr(self.trainer, "lightning_module", None)
         recipe = model.spec.eval_recipe if model is not None else self.eval_recipe
         recipe = recipe or EvalRecipe(image_size=self.image_size or 224)
+        if self.image_size not in (None, recipe.image_size):
+            raise UserError(
+                f"ImageFolderDataModule has image_size {self.image_size}, and the model {recipe.image_size}: give "
+                "RexNetModule the same, or leave the data's out"
+            )
         train_size = model.train_size if model is not None else recipe.image_size
         self.eval_recipe = recipe
         return recipe, train_size

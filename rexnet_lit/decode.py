@@ -188,6 +188,35 @@ def from_pil(image: Image.Image) -> NDArray[np.uint8]:
         raise DecodeError(_reason(b"", error)) from None
 
 
+def from_array(image: NDArray[Any]) -> NDArray[np.uint8]:
+    """Bring an array to the same pixels as a file that holds it would come to.
+
+    Args:
+        image: (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool, or floats from 0 to 1.
+
+    Raises:
+        DecodeError: It is no such array.
+    """
+    if image.ndim == 3 and image.shape[2] == 1:
+        image = image[..., 0]
+    shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
+    if not shaped or not image.size or not (image.dtype in (np.uint8, np.uint16) or image.dtype.kind in "bf"):
+        expected = "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool or float"
+        raise DecodeError(f"{image.dtype} {image.shape}; expected {expected}")
+    if image.dtype.kind in "bf":
+        image = _from_unit(image)
+    elif image.dtype == np.uint16:
+        image = _to_8_bits(65535)[image]
+    return from_pil(Image.fromarray(image))
+
+
+def _from_unit(values: NDArray[Any]) -> Pixels:
+    """Scale values from 0 to 1."""
+    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+        raise DecodeError(f"floating point values from {values.min():g} to {values.max():g}; expected 0 to 1")
+    return np.round(values.astype(np.float32) * 255).astype(np.uint8)
+
+
 def _header(data: bytes) -> Header:
     """Read a header, and refuse what is too large.
 
@@ -302,12 +331,7 @@ def _by_pillow(header: Header, data: bytes, scale: int) -> Pixels:
 def _pillow_to_rgb(image: Image.Image) -> Pixels:
     """Apply the rules on depth, transparency and colour of the module's docstring."""
     if image.mode == "F":
-        values = np.asarray(image)
-        if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
-            raise DecodeError(
-                f"floating point TIFF with values from {values.min():g} to {values.max():g}; expected 0 to 1"
-            )
-        return cv2.cvtColor(np.round(values * 255).astype(np.uint8), cv2.COLOR_GRAY2RGB)
+        return cv2.cvtColor(_from_unit(np.asarray(image)), cv2.COLOR_GRAY2RGB)
     if image.mode == "I":
         raise DecodeError("32-bit or signed integer samples; save as 8 or 16 bits")
     if image.mode.startswith("I;16"):

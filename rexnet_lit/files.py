@@ -27,11 +27,11 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]
         path: The file; of a link, what it leads to. A device or a pipe is written straight into.
         previous: Where to keep what was at ``path``.
     """
-    path = Path(os.path.realpath(path))
-    if path.exists() and not path.is_file() and not path.is_dir():
+    if path.exists() and not path.is_file() and not path.is_dir():  # before it is resolved: a pipe has no other name
         with path.open("wb") as stream:
             yield stream
         return
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
     try:

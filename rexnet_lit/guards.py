@@ -21,7 +21,7 @@ from typing import Any
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -85,10 +85,13 @@ class RunCheckpoint(ModelCheckpoint):
                 raise stop
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Within an epoch, save the best weights; at its end `on_train_epoch_end` does."""
+        """Within an epoch, save the best weights, and the last ones when it is time; at its end that is done anyway."""
         self._validated = trainer.global_step
         if trainer.state.fn == "fit" and not (trainer.sanity_checking or trainer.is_last_batch or _tries_out(trainer)):
             self._save_best(trainer)
+            due = time.monotonic() - self._saved > self._every
+            if trainer.strategy.reduce_boolean_decision(due, all=False):
+                self._save_last(trainer)
             self._fresh = None  # the last weights will be others
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
@@ -105,6 +108,15 @@ class RunCheckpoint(ModelCheckpoint):
         """Stop where the epoch before has ended so: its figures are logged now."""
         if self._stop is not None:
             raise self._stop
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Where nothing was ever validated, the last weights are the best that there are."""
+        super().on_train_end(trainer, pl_module)
+        last = Path(self.last_model_path)
+        if trainer.is_global_zero and not self.best_model_path and last.is_file():
+            best = last.with_name("best.ckpt")
+            best.unlink(missing_ok=True)
+            second_name(last, best, best)
 
     def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
         """Write a checkpoint; one that has just been written as the best is the last too, by another name."""
@@ -178,6 +190,13 @@ class RunCheckpoint(ModelCheckpoint):
         self._handlers = {}
 
     # Going on
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Leave a resumed run stopped where it had stopped early."""
+        stopped = [c for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.stopped_epoch]  # type: ignore[attr-defined]
+        if stopped:
+            trainer.should_stop = True
+            rank_zero_only(print)("note: EarlyStopping has ended this run; take it out of trainer.callbacks to go on")
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]

@@ -336,6 +336,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         return transform.at(epoch).augment(self.read(index), self._seed(index, epoch))
 
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        if not isinstance(batch, Batch):  # Lightning puts a sampler of its own in the place of ours
+            raise UserError("the trainer's overfit_batches is not supported; use limit_train_batches")
         images = [self._load(int(i), batch.epoch) for i in batch.indices]
         stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one straight copy
         inputs, targets = stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])

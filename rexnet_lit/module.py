@@ -90,6 +90,8 @@ class RexNetModule(pl.LightningModule):
         self.schedule_settings = settings_of(ScheduleSettings, schedule)
         self.ema, self._drop_path_rate = ema, drop_path_rate
         names = _names(num_classes, class_names)
+        self._numbered = class_names is None
+        """Whether the classes have no names yet but their numbers."""
         self.spec = ModelSpec(backbone, names, head, network.eval_recipe(backbone, image_size))
         self.train_size = image_size or network.train_size(backbone)
         self.network = network.build_network(backbone, len(names), head, drop_path_rate=drop_path_rate)
@@ -129,9 +131,11 @@ class RexNetModule(pl.LightningModule):
         return module
 
     @classmethod
-    def load_from_checkpoint(cls, checkpoint_path: str | os.PathLike[str]) -> RexNetModule:  # type: ignore[override]
-        """Return the module of a model file, as `from_model` does; unlike Lightning's, this never unpickles."""
-        return cls.from_model(checkpoint.load_model(checkpoint_path))
+    def load_from_checkpoint(  # type: ignore[override]
+        cls, checkpoint_path: str | os.PathLike[str], map_location: str | torch.device = "cpu"
+    ) -> RexNetModule:
+        """Return the module of a model file, on a device; unlike Lightning's, this never unpickles."""
+        return cls.from_model(checkpoint.load_model(checkpoint_path)).to(map_location)
 
     @property
     def _solved(self) -> bool:
@@ -176,13 +180,7 @@ class RexNetModule(pl.LightningModule):
         """Take the data module's class names, lay the weights out for the device, and have checkpoints read safely."""
         checkpoint_io.install(self.trainer.strategy)
         sync_batchnorm.install(self.trainer.strategy)
-        names = getattr(getattr(self.trainer, "datamodule", None), "class_names", None)
-        if stage == "fit" and names and tuple(names) != self.spec.class_names:
-            if len(names) != self.spec.num_classes:
-                raise UserError(
-                    f"the data has {len(names)} classes, but the model was made for {self.spec.num_classes}"
-                )
-            self.spec = dataclasses.replace(self.spec, class_names=tuple(names))
+        self._meet_classes(getattr(getattr(self.trainer, "datamodule", None), "class_names", ()))
         device = self.trainer.strategy.root_device.type
         # Published figures: on GPUs, rexnet_* with its odd channel counts loses by channels_last, rexnetr_* gains.
         if device == "cpu" or self.spec.backbone.startswith("rexnetr"):
@@ -195,6 +193,21 @@ class RexNetModule(pl.LightningModule):
             # DDP looks at the parameters once: all must seem to train then, and later some get no gradient.
             self.network.requires_grad_(True)
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    def _meet_classes(self, names: Sequence[str]) -> None:
+        """Take over the data's class names where the model has none yet; else they must be the model's."""
+        names = tuple(names)
+        if not names or names == self.spec.class_names:
+            return
+        if len(names) != self.spec.num_classes:
+            raise UserError(f"the data has {len(names)} classes, but the model was made for {self.spec.num_classes}")
+        if not self._numbered:
+            raise UserError(
+                f"the data's classes ({_short(names)}) are not the model's, in its order "
+                f"({_short(self.spec.class_names)}); to test it, pass class_names=module.spec.class_names to "
+                "ImageFolderDataModule; to train it on other classes, pass its file to RexNetModule as weights"
+            )
+        self.spec, self._numbered = dataclasses.replace(self.spec, class_names=names), False
 
     def _class_counts(self) -> Sequence[int]:
         """Return the training images of each class, (K,); all alike where nobody asks."""

@@ -28,7 +28,7 @@ from rexnet_lit.transforms import EvalTransform
 __all__ = ["Classifier", "ImageLike", "Prediction", "load"]
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any]"
-"""A path, a PIL image, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8."""
+"""A path, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool or floats to 1."""
 
 Images: TypeAlias = "ImageLike | Iterable[ImageLike]"
 """One image, or several: a list, a generator such as ``Path.glob``, or an array (N, H, W, 3)."""
@@ -175,11 +175,10 @@ def _pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
         except decode.DecodeError as error:
             raise UserError(f"{os.fspath(image)}: cannot be read as an image ({error})") from None
     if isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim not in (2, 3) or (image.ndim == 3 and image.shape[2] not in (3, 4)):
-            raise UserError(
-                f"an array of {image.dtype} {image.shape} is no image; expected uint8 (H, W), (H, W, 3) or (H, W, 4)"
-            )
-        image = Image.fromarray(image)
+        try:
+            return decode.from_array(image)
+        except decode.DecodeError as error:
+            raise UserError(f"this array is no image ({error})") from None
     if not isinstance(image, Image.Image):
         raise UserError(f"a {type(image).__name__} is no image; expected a path, a PIL image or an array")
     try:

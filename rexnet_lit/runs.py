@@ -19,9 +19,26 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, LearningRateMonitor, RichProgressBar
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    Callback,
+    Checkpoint,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelPruning,
+    ProgressBar,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    Timer,
+    WeightAveraging,
+)
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -52,6 +69,10 @@ from rexnet_lit.transforms import AugmentSettings
 __all__ = ["RexNetCLI"]
 
 
+_DRAW = ("val_fraction", "test_fraction", "num_folds", "fold", "group_pattern", "split_file")
+"""Settings of `ImageFolderDataModule` that say who is in which split."""
+
+
 class RunConfig(SaveConfigCallback):
     """Writes ``config.yaml`` once training begins: a resume that fails before leaves the run's own as it is."""
 
@@ -59,8 +80,14 @@ class RunConfig(SaveConfigCallback):
         """Wait."""
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write it."""
-        super().setup(trainer, pl_module, "fit")
+        """Write it, as the config of a new run: what this one has resumed is not to be resumed by the next."""
+        self.config["ckpt_path"] = None
+        try:
+            super().setup(trainer, pl_module, "fit")
+        except ValueError as error:
+            raise UserError(
+                f"trainer: its settings cannot be written into config.yaml: {one_line(str(error), [])}"
+            ) from error
 
 
 class RexNetCLI(LightningCLI):
@@ -140,15 +167,18 @@ class RexNetCLI(LightningCLI):
             raise UserError(f"{command} needs a model: --ckpt_path MODEL (a .ckpt or .safetensors file of a run)")
         self.file = checkpoint.load_model(path)
         defaults: dict[str, Any] = {}
-        home = run_folder.of(self.file.path)
-        if home is not None:
-            defaults["trainer.default_root_dir"] = str(home.parent.parent)
         if command != "predict":
+            home = run_folder.of(self.file.path)
+            if home is not None:
+                defaults["trainer.default_root_dir"] = str(home.parent.parent)
             defaults |= {f"data.{key}": value for key, value in dataclasses.asdict(self.file.data).items()}
+            said = [*read_configs(args, command).values(), args]
             if self.config[command]["data"]["root"] is not None:  # another folder has other splits
                 defaults["data.split_file"] = None
-            elif home is not None and (home / "split.csv").is_file():
-                defaults["data.split_file"] = str(home / "split.csv")
+            elif any(without(part, f"data.{key}") is not part for part in said for key in _DRAW):  # another draw
+                pass
+            elif home is not None and (home / "split.csv").is_file():  # the draw that was made
+                defaults |= {"data.split_file": str(home / "split.csv"), "data.num_folds": 0, "data.fold": 0}
         self._subcommand_parsers[command].set_defaults(defaults)
         self.config = self._parse(parser, args)
 
@@ -218,10 +248,13 @@ class RexNetCLI(LightningCLI):
                 super().instantiate_classes()
             except UserError as error:
                 raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
+            except ValueError as error:
+                raise _plainly(error) from error
             config = self.config["fit"]  # the run folder's config.yaml is good from any folder
-            for group, key in (("data", "root"), ("data", "split_file"), ("model", "weights")):
+            for group, key in (("data", "root"), ("data", "split_file"), ("data", "class_order"), ("model", "weights")):
                 path = config[group][key]
-                config[group][key] = None if path is None else str(Path(path).absolute())
+                if path not in (None, "sorted", "natural"):
+                    config[group][key] = str(Path(path).absolute())
             return
         self.model = RexNetModule.from_model(self.file)
         settings = self.config[self.subcommand]["data"].as_dict()
@@ -234,7 +267,11 @@ class RexNetCLI(LightningCLI):
             recipe = dataclasses.replace(self.model.spec.eval_recipe, image_size=size)
             self.model.spec = dataclasses.replace(self.model.spec, eval_recipe=recipe)
         self.datamodule = ImageFolderDataModule(**settings, class_names=self.model.spec.class_names)
-        self.config_init = self.config.clone()
+        self.config[self.subcommand]["trainer"]["logger"] = False
+        try:
+            self.config_init = self.parser.instantiate_classes(self.config)
+        except ValueError as error:
+            raise _plainly(error) from error
         self.trainer = self.instantiate_trainer()
 
     def _wrong_settings(self) -> list[str]:
@@ -260,10 +297,15 @@ class RexNetCLI(LightningCLI):
         """Make the trainer with our loggers, callbacks and safe checkpoints."""
         settings = self._get(self.config_init, "trainer")
         _check_trainer(settings)
+        given = settings["callbacks"] or []
+        given = given if isinstance(given, list) else [given]
+        _check_callbacks(given)
         terminal = sys.stdout.isatty()
+        own_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if settings["enable_progress_bar"] is None:
-            settings["enable_progress_bar"] = terminal
-        callbacks: list[Any] = [RichProgressBar(leave=True)] if settings["enable_progress_bar"] and terminal else []
+            settings["enable_progress_bar"] = terminal or own_bar
+        bar = settings["enable_progress_bar"] and terminal and not own_bar
+        callbacks: list[Any] = [RichProgressBar(leave=True)] if bar else []
         if self.subcommand == "fit":
             callbacks += [Blend(), RunFiles(), AugmentedSamples(), EpochLine(lines=not terminal), FiniteLoss()]
             if settings["logger"] in (None, True, False):  # metrics.csv is the run's record, and its folder the run's
@@ -272,15 +314,22 @@ class RexNetCLI(LightningCLI):
             if settings["enable_checkpointing"] is not False:
                 callbacks.append(RunCheckpoint(accept_changes=self.config["fit"]["accept_changes"]))
         else:
-            settings["logger"] = False
+            settings["callbacks"] = [callback for callback in given if not isinstance(callback, _OF_TRAINING)]
             settings["enable_checkpointing"] = False
             self.save_config_callback = None
             callbacks.append(StopWhenTold())
             callbacks += [self._writer()] if self.subcommand != "validate" else []
         try:
-            return self._instantiate_trainer({**settings, **kwargs}, callbacks)
+            trainer = self._instantiate_trainer({**settings, **kwargs}, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from None
+        if settings["sync_batchnorm"] and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
+            raise UserError("trainer.sync_batchnorm is for GPUs; set it to false")
+        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
+            raise UserError(
+                "trainer.plugins: AsyncCheckpointIO is not supported: a file must be whole before it counts"
+            )
+        return trainer
 
     def _loggers(self, root: str, board: bool) -> list[Logger]:
         """Return the loggers of a new run folder; of a resumed run its own, less what was logged after the save."""
@@ -382,7 +431,7 @@ class RexNetCLI(LightningCLI):
             if subcommand != "fit" or self.model.started:
                 raise
             if isinstance(error, ValueError) and _raised_by_lightning(error):  # a setting does not suit the data
-                raise UserError(f"trainer: {error}") from error
+                raise _plainly(error) from error
             if not self.resumed:
                 raise
             reason = (str(error).splitlines() or [""])[0]
@@ -506,6 +555,38 @@ def _check_trainer(settings: Namespace) -> None:
         raise UserError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
     if "://" in str(settings["default_root_dir"] or ""):
         raise UserError(f"trainer.default_root_dir is {settings['default_root_dir']!r}; expected a local folder")
+
+
+def _check_callbacks(callbacks: Iterable[Callback]) -> None:
+    """Refuse callbacks that do in another way what our settings do, and that a resume could not follow."""
+    for callback in callbacks:
+        for kind, instead in _INSTEAD.items():
+            if isinstance(callback, kind):
+                raise UserError(f"trainer.callbacks: {type(callback).__name__} is not supported; {instead}")
+
+
+_INSTEAD: dict[type[Callback], str] = {
+    BaseFinetuning: "set model.strategy, such as staged",
+    BatchSizeFinder: "set data.batch_size",
+    GradientAccumulationScheduler: "set trainer.accumulate_grad_batches",
+    LearningRateFinder: "use --find_lr true",
+    ModelPruning: "no file of ours could describe a pruned network",
+    StochasticWeightAveraging: "set model.ema",
+    Timer: "set trainer.max_time",
+    WeightAveraging: "set model.ema",
+}
+_OF_TRAINING = (Checkpoint, EarlyStopping, LearningRateMonitor, DeviceStatsMonitor)
+"""Callbacks of a fit's config that have nothing to do in the other runs, or want a logger."""
+
+
+def _plainly(error: Exception) -> Exception:
+    """Return what a user is told where an object of the trainer cannot be made: why Lightning refuses, in one line."""
+    cause: BaseException = error
+    while cause.__cause__ or cause.__context__:
+        cause = cause.__cause__ or cause.__context__ or cause
+    if not _raised_by_lightning(cause):  # the traceback leads a user into code of theirs
+        return error
+    return UserError(f"trainer: {' '.join(str(cause).split())}")
 
 
 def _raised_by_lightning(error: BaseException) -> bool:

@@ -484,12 +484,12 @@ def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, m
         assert [row[f"label_{k}"] for k in (1, 2, 3)] == [p.label for p in best]
         assert [float(row[f"prob_{k}"]) for k in (1, 2, 3)] == pytest.approx([p.prob for p in best], abs=1e-5)
     before = files_of(base)
-    assert cli.main([*argv, str(flat / "disc 500.png")]) == 0  # no output given: into the run's folder
-    (made,) = files_of(base) - before
-    assert made.startswith("runs/")
-    assert made.endswith("predictions.csv")
-    assert f"{base / made}" in capsys.readouterr().out
-    assert {f for f in files_of(elsewhere) if not f.startswith("cache/")} == {"out/names.csv", "out/quarantine.csv"}
+    assert cli.main([*argv, str(flat / "disc 500.png")]) == 0  # no output given: the current folder
+    assert "predictions: predictions.csv" in capsys.readouterr().out
+    assert files_of(base) == before
+    assert {f for f in files_of(elsewhere) if not f.startswith("cache/")} == {
+        "out/names.csv", "out/quarantine.csv", "predictions.csv",
+    }  # fmt: skip
 
     # Export: the checkpoint's weights are the shared file's.
     assert (
@@ -571,6 +571,72 @@ def test_a_split_that_was_drawn_stays_drawn(tmp_path, capsys):
         tested = {row["path"] for row in rows_of(run / "report" / "predictions.csv")}
         assert tested == drawn, model
     capsys.readouterr()
+
+
+def _quick(root, *argv):
+    """Fit for an epoch, in the current folder's ``runs``; return the exit code."""
+    settings = ("--data.batch_size", 8, "--trainer.max_epochs", 1, "--data.num_workers", 0)
+    return cli.main([str(a) for a in (*QUICK, "--data.root", root, *settings, *argv)])
+
+
+def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
+    write_dataset(tmp_path, data=9)
+    assert _quick("data", "--data.num_folds", 3, "--data.fold", 2) == 0
+    loss = re.search(r"val/loss +(\S+)", capsys.readouterr().out)[1]
+    validate = ["validate", "--ckpt_path", "runs/lightning_logs/version_0/model.safetensors", "--data.num_workers", "0"]
+    assert cli.main(validate) == 0
+    out = capsys.readouterr().out
+    assert "Validation: 9 images" in out
+    assert re.search(r"loss +(\S+)", out)[1] == loss
+    assert cli.main([*validate, "--data.num_folds", "0", "--data.fold", "0", "--data.val_fraction", "0.4"]) == 0
+    assert "Validation: 12 images" in capsys.readouterr().out  # what the command line says beats the model's draw
+
+
+def test_a_fits_config_suits_the_other_runs(tmp_path, capsys):
+    """With all that is for training alone, and what is made from a class."""
+    write_dataset(tmp_path / "data", train=4, val=2, test=2)
+    extra = tmp_path / "extra.yaml"
+    extra.write_text(
+        "trainer:\n  profiler: {class_path: lightning.pytorch.profilers.SimpleProfiler}\n"
+        "  strategy: {class_path: lightning.pytorch.strategies.SingleDeviceStrategy, init_args: {device: cpu}}\n"
+        "  callbacks:\n  - {class_path: EarlyStopping, init_args: {monitor: val/loss}}\n"
+        "  - {class_path: ModelCheckpoint, init_args: {filename: mine}}\n  - {class_path: DeviceStatsMonitor}\n"
+        "  - {class_path: TQDMProgressBar}\n"
+    )
+    assert _quick("data", "--config", extra) == 0
+    assert "epoch 1/1" in capsys.readouterr().out
+    run = Path("runs/lightning_logs/version_0")
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None
+    for command in ("validate", "test"):
+        assert (
+            cli.main([command, "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "model.safetensors")])
+            == 0
+        )
+
+
+def test_the_command_line_beats_a_config_wherever_it_stands(pictures, capsys):
+    argv = ["fit", "--trainer.max_epochs=1", "--data.batch_size", 8, *QUICK[1:], "--data.root", pictures]
+    assert cli.main([str(a) for a in (*argv, "--data.num_workers", 0)]) == 0
+    assert "epoch 1/1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("callback", "instead"),
+    [
+        ("BackboneFinetuning", "set model.strategy, such as staged"),
+        ("GradientAccumulationScheduler", "set trainer.accumulate_grad_batches"),
+        ("StochasticWeightAveraging", "set model.ema"),
+        ("BatchSizeFinder", "set data.batch_size"),
+        ("Timer", "set trainer.max_time"),
+    ],
+)
+def test_callbacks_that_our_settings_replace(pictures, capsys, tmp_path, callback, instead):
+    needed = {"GradientAccumulationScheduler": {"scheduling": {0: 1}}, "StochasticWeightAveraging": {"swa_lrs": 0.1}}
+    config = tmp_path / "callback.yaml"
+    given = [{"class_path": callback, "init_args": needed.get(callback, {})}]
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": given}}))
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+    assert line == f"trainer.callbacks: {callback} is not supported; {instead}"
 
 
 def test_two_processes_measure_what_one_does(tmp_path, capsys):

@@ -17,6 +17,7 @@ from module_tools import NAMES, data_of, equal, model_of, state_of, trainer_of
 from sklearn.metrics import f1_score, log_loss
 
 from rexnet_lit import checkpoint, network
+from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
 from rexnet_lit.guards import RunCheckpoint
 from rexnet_lit.module import RexNetModule
@@ -351,8 +352,10 @@ def test_no_way_through_lightning_unpickles(tmp_path, shapes, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, path, good = model_of(), tmp_path / "bomb.ckpt", tmp_path / "good.ckpt"
     torch.save({"state_dict": model.state_dict(), "hyper_parameters": Bomb()}, path)
+    with pytest.raises(UserError, match="a checkpoint holds no data"):
+        ImageFolderDataModule.load_from_checkpoint(path, weights_only=False)
     for refused in (
-        lambda: RexNetModule.load_from_checkpoint(path),
+        lambda: RexNetModule.load_from_checkpoint(path, map_location="cpu"),
         lambda: trainer_of(tmp_path).fit(model_of(), data_of(shapes), ckpt_path=path, weights_only=False),
         lambda: trainer_of(tmp_path).validate(model_of(), data_of(shapes), ckpt_path=path, weights_only=False),
     ):
@@ -370,6 +373,38 @@ def test_no_way_through_lightning_unpickles(tmp_path, shapes, monkeypatch):
 def test_data_of_another_class_count_is_one_line(tmp_path, shapes):
     with pytest.raises(UserError, match="the data has 3 classes, but the model was made for 2"):
         trainer_of(tmp_path).fit(model_of(class_names=("a", "b")), data_of(shapes))
+
+
+def test_data_of_other_classes_is_one_line(tmp_path, shapes, make_shapes):
+    """Tested in another order, or on other classes, a good model would seem bad."""
+    module = model_of()
+    (tmp_path / "order.txt").write_text("square\ncross\ncircle\n")
+    turned = data_of(shapes, class_order=tmp_path / "order.txt")
+    for run in ("fit", "validate"):
+        with pytest.raises(UserError, match=r"the data's classes \(3: square, cross, circle\) are not the model's"):
+            getattr(trainer_of(tmp_path), run)(module, turned)
+    few = make_shapes(tmp_path / "few", classes=NAMES[1:], train=2, val=2, test=0)
+    with pytest.raises(UserError, match="the data has 2 classes"):
+        trainer_of(tmp_path).validate(module, data_of(few))
+    as_the_model = data_of(shapes, class_order=tmp_path / "order.txt", class_names=module.spec.class_names)
+    trainer_of(tmp_path).validate(module, as_the_model, verbose=False)
+    numbered = model_of(class_names=None, num_classes=3)
+    trainer_of(tmp_path, max_epochs=1).fit(numbered, data_of(shapes))
+    assert numbered.spec.class_names == NAMES
+
+
+def test_sizes_that_differ_are_one_line(tmp_path, shapes):
+    with pytest.raises(UserError, match="ImageFolderDataModule has image_size 48, and the model 32"):
+        trainer_of(tmp_path).fit(model_of(), data_of(shapes, image_size=48))
+    trainer_of(tmp_path).validate(model_of(), data_of(shapes, image_size=None), verbose=False)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit")
+def test_what_lightning_would_ask_of_the_data_otherwise(tmp_path, shapes):
+    with pytest.raises(UserError, match="overfit_batches is not supported"):
+        trainer_of(tmp_path, overfit_batches=1).fit(model_of(), data_of(shapes))
+    with pytest.raises(UserError, match="the stage is 'train'; expected one of fit, validate, test, predict"):
+        data_of(shapes).setup("train")
 
 
 @pytest.mark.parametrize(

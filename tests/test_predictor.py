@@ -176,6 +176,18 @@ def test_explain_is_grad_cam_on_the_last_features_of_a_large_view(model):
     np.testing.assert_allclose(classifier.explain(image, NAMES[1]), (cam / cam.max()).numpy(), atol=1e-4)
 
 
+def test_arrays_of_every_kind_are_the_same_picture(classifier):
+    image = picture("ring", 3)
+    grey = image[..., :1]
+    expected, expected_grey = classifier.logits(image), classifier.logits(grey[..., 0])
+    for same in (image.astype(np.uint16) * 257, image / 255, (image / 255).astype(np.float32)):
+        torch.testing.assert_close(classifier.logits(same), expected)
+    torch.testing.assert_close(classifier.logits(grey), expected_grey)
+    torch.testing.assert_close(
+        classifier.logits(grey[..., 0] > 128), classifier.logits((grey[..., 0] > 128) * np.uint8(255))
+    )
+
+
 def test_bad_input_is_one_line(classifier, tmp_path):
     (tmp_path / "empty.png").touch()
     cases = [
@@ -183,8 +195,11 @@ def test_bad_input_is_one_line(classifier, tmp_path):
         (tmp_path / "empty.png", r"empty\.png: cannot be read"),
         (tmp_path, "cannot be read"),
         ([], "no images"),
-        (np.zeros((8, 8, 3)), r"float64 \(8, 8, 3\) is no image"),
+        (np.full((8, 8, 3), 255.0), r"values from 255 to 255; expected 0 to 1"),
+        (np.full((8, 8), np.nan), r"values from nan to nan; expected 0 to 1"),
+        (np.zeros((8, 8, 3), np.int64), r"int64 \(8, 8, 3\); expected"),
         (np.zeros((8, 8, 2), np.uint8), r"uint8 \(8, 8, 2\)"),
+        (np.zeros((0, 8, 3), np.uint8), r"uint8 \(0, 8, 3\)"),
         ([7], "a int is no image"),
         (b"bytes", "a bytes is no image"),
         (Image.new("I", (8, 8)), "32-bit"),

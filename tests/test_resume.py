@@ -122,6 +122,7 @@ def test_killed_and_resumed_it_ends_with_the_same_weights(whole, cwd, step, save
 def test_a_run_ended_by_its_steps_can_go_on(whole, cwd, first):
     constant = ("--model.schedule", "constant", "--model.schedule.warmup_epochs", 0)  # the same for all lengths
     assert fit(cwd, *constant, "--trainer.max_steps", first).code == 0
+    assert (run_folder(cwd) / "checkpoints" / "best.ckpt").is_file()
     assert differing(resumed(cwd, *constant, "--trainer.max_steps", STEPS), whole(*constant)) == []
     assert [row["epoch"] for row in rows_of(run_folder(cwd) / "metrics.csv") if row["val/loss"]] == ["0", "1", "2"]
 
@@ -166,7 +167,7 @@ def test_killed_after_its_last_save_it_still_ships(cwd):
     assert fit(cwd, *settings, trouble=("kill in blend", 6)).code == -9
     cut = run_folder(cwd, 1)
     assert not (cut / "model.safetensors").exists()
-    done = fit(cwd, "--config", cut / "config.yaml", "--ckpt_path", cut / "checkpoints" / "last.ckpt")
+    done = fit(cwd, *settings, "--ckpt_path", cut / "checkpoints" / "last.ckpt")
     assert done.code == 0, done.out
     assert "Nothing was left to train" in done.out
     whole, resumed = (checkpoint.load_model(run_folder(cwd, n) / "model.safetensors").state for n in (0, 1))
@@ -185,8 +186,43 @@ def test_without_a_validation_the_last_weights_ship(cwd):
     done = fit(cwd, "--trainer.limit_val_batches", 0, "--trainer.max_epochs", 1)
     assert done.code == 0, done.out
     assert "Fit finished, without a validation" in done.out
+    best, last = (checkpoint.load_model(run_folder(cwd) / "checkpoints" / f"{n}.ckpt").state for n in ("best", "last"))
+    assert differing(best, last) == []
     refused = fit(cwd, "--trainer.limit_val_batches", 0, "--model.schedule", "plateau")
     failed(refused, "plateau waits for the validation loss")
+
+
+def test_a_run_that_stopped_early_stays_so(cwd):
+    """Resumed, it writes the model that is missing, and trains no further."""
+    early = cwd / "early.yaml"
+    early.write_text(
+        "trainer: {callbacks: [{class_path: EarlyStopping, init_args: "
+        "{monitor: val/top1, mode: max, patience: 1, min_delta: 1.0}}]}"
+    )
+    settings = ("--config", early, "--trainer.max_epochs", 8)
+    assert fit(cwd, *settings).code == 0
+    before = weights(cwd)
+    (run_folder(cwd) / "model.safetensors").unlink()
+    done = fit(cwd, *settings, "--ckpt_path", "last")
+    assert done.code == 0, done.out
+    assert "EarlyStopping has ended this run" in done.out
+    assert differing(before, weights(cwd)) == []
+    assert (run_folder(cwd) / "model.safetensors").is_file()
+
+
+def test_several_validations_in_an_epoch(whole, cwd):
+    """The summary's figures are those of the weights that ship; the last weights are saved too, when it is time."""
+    settings = ("--trainer.val_check_interval", 1)
+    done = fit(cwd, *settings)
+    assert done.code == 0, done.out
+    said = float(re.search(r"^  val/top1 +(\S+)", done.out, re.MULTILINE)[1])
+    found = [float(row["val/top1"]) for row in rows_of(run_folder(cwd) / "metrics.csv") if row["val/top1"]]
+    assert said == pytest.approx(max(found), abs=1e-4)
+    assert len(found) == STEPS
+    assert fit(cwd, *settings, trouble=("kill", 8), save_every=-1).code == -signal.SIGKILL
+    done = fit(cwd, *settings, "--ckpt_path", "last")
+    assert "after 8 steps" in done.out
+    assert differing(whole(), weights(cwd, 1)) == []
 
 
 def test_a_users_own_saver_changes_not_what_ships(cwd):
