@@ -209,8 +209,9 @@ class RunCheckpoint(ModelCheckpoint):
     def on_load_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Refuse to go on where the run would silently be another."""
+        """Refuse to go on where the run would silently be another; know the best weights that there are."""
         self.refuse_changes(trainer, pl_module, getattr(trainer, "datamodule", None), checkpoint)
+        self._best_on_disk(checkpoint)
         then = json.loads(checkpoint.get(_LENGTH, "{}"))
         for key, now in _length(trainer).items():
             if then.get(key, now) != now:
@@ -238,6 +239,14 @@ class RunCheckpoint(ModelCheckpoint):
             else "set them back, or go on nevertheless with --accept_changes true"
         )
         raise UserError(f"ckpt_path: since the checkpoint these have changed: {'; '.join(changed)}{more}; {remedy}")
+
+    def _best_on_disk(self, content: dict[str, Any]) -> None:
+        """Have a checkpoint know ``best.ckpt``: one that a user's own saver has written is from just before it."""
+        best = Path(self.dirpath or "") / "best.ckpt"
+        with contextlib.suppress(UserError):  # a damaged one is as good as none
+            written = checkpoint.read_ckpt(str(best)) if best.is_file() else {}
+            if written.get("global_step", math.inf) <= content["global_step"]:
+                content["callbacks"][self.state_key] = written["callbacks"][self.state_key]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score over; a run folder may have been moved since."""

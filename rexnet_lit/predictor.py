@@ -117,7 +117,7 @@ class Classifier:
             UserError: There is no such class.
         """
         if target is not None and target not in self.class_names:
-            near = did_you_mean(target, self.class_names) or f"; it knows {', '.join(self.class_names[:20])}"
+            near = did_you_mean(str(target), self.class_names) or f"; it knows {', '.join(self.class_names[:20])}"
             raise UserError(f"explain: the model has no class {target!r}{near}")
         model = cast(Any, self.network)
         batch = self._batch([image])

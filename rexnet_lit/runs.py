@@ -551,6 +551,8 @@ def _check_trainer(settings: Namespace) -> None:
             raise UserError(f"trainer.{key} is {value}; expected {low} or more")
     if settings["val_check_interval"] is not None and settings["val_check_interval"] == 0:
         raise UserError("trainer.val_check_interval is 0; expected a share of an epoch, or a number of batches")
+    if settings["barebones"]:
+        raise UserError("trainer.barebones is not supported: it leaves out the checkpoints")
     if settings["overfit_batches"]:
         raise UserError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
     if "://" in str(settings["default_root_dir"] or ""):

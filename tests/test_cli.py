@@ -75,6 +75,8 @@ def _elsewhere(tmp_path, monkeypatch):
         (("--trainer.accumulate_grad_batches", "0"), "trainer.accumulate_grad_batches is 0; expected 1 or more"),
         (("--trainer.val_check_interval", "0"), "trainer.val_check_interval is 0"),
         (("--trainer.check_val_every_n_epoch", "0"), "trainer.check_val_every_n_epoch is 0"),
+        (("--trainer.barebones", "true"), "trainer.barebones is not supported"),
+        (("--model.image_size", "64"), "model.image_size is taken from the data: leave it out"),
         (("--trainer.overfit_batches", "1"), "trainer.overfit_batches is not supported"),
         (("--trainer.default_root_dir", "s3://b/c"), "trainer.default_root_dir is 's3://b/c'; expected a local folder"),
         (("--trainer.default_root_dir", "/proc/foo"), "No such file or directory: '/proc/foo"),

@@ -212,6 +212,8 @@ def test_bad_input_is_one_line(classifier, tmp_path):
         classifier.predict(picture("disc", 1), top_k=0)
     with pytest.raises(UserError, match="no class 'rings'; did you mean 'ring'"):
         classifier.explain(picture("disc", 1), "rings")
+    with pytest.raises(UserError, match="no class 3; it knows"):
+        classifier.explain(picture("disc", 1), 3)
 
 
 def test_load_refuses_what_is_no_model(tmp_path):

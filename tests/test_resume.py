@@ -233,6 +233,20 @@ def test_a_users_own_saver_changes_not_what_ships(cwd):
     assert differing(shipped, checkpoint.load_model(folder / "checkpoints" / "best.ckpt").state) == []
 
 
+def test_resumed_from_a_users_own_file_the_best_is_known(cwd):
+    """It is written before ours: it does not know the validation that it follows."""
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs", 1)
+    own = (*own, "--trainer.callbacks.filename", "own-{epoch}", "--trainer.callbacks.save_on_train_epoch_end", "true")
+    assert fit(cwd, *own, trouble=("kill", 7)).code == -signal.SIGKILL
+    folder = run_folder(cwd) / "checkpoints"
+    known = checkpoint.read_ckpt(str(folder / "best.ckpt"))["callbacks"]
+    (ours,) = (key for key in known if key.startswith("RunCheckpoint"))
+    assert checkpoint.read_ckpt(str(folder / "own-epoch=0.ckpt"))["callbacks"][ours]["best_model_score"] is None
+    assert fit(cwd, *own, "--ckpt_path", folder / "own-epoch=0.ckpt", "--trainer.max_steps", 7).code == 0
+    last = checkpoint.read_ckpt(str(folder / "last.ckpt"))["callbacks"][ours]
+    assert last["best_model_score"] == known[ours]["best_model_score"]
+
+
 def test_the_history_is_kept_and_not_doubled(cwd):
     assert fit(cwd, trouble=("kill", 14)).code == -9
     resumed(cwd, "--trainer.log_every_n_steps", 1)
