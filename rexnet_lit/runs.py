@@ -8,7 +8,6 @@ import io
 import logging
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -19,30 +18,13 @@ import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import (
-    BaseFinetuning,
-    BatchSizeFinder,
-    Callback,
-    Checkpoint,
-    DeviceStatsMonitor,
-    EarlyStopping,
-    GradientAccumulationScheduler,
-    LearningRateFinder,
-    LearningRateMonitor,
-    ModelPruning,
-    ProgressBar,
-    RichProgressBar,
-    StochasticWeightAveraging,
-    Timer,
-    WeightAveraging,
-)
+from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit import checkpoint, process, run_folder
+from rexnet_lit import checkpoint, process, run_folder, trainer_rules
 from rexnet_lit.blend import Blend
 from rexnet_lit.callbacks import (
     AugmentedSamples,
@@ -55,7 +37,7 @@ from rexnet_lit.callbacks import (
 )
 from rexnet_lit.config import expand, load_yaml, named_key, one_line, read_configs, without
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.errors import UserError, did_you_mean, visible
+from rexnet_lit.errors import UserError, visible
 from rexnet_lit.files import check_output, fresh_path
 from rexnet_lit.guards import FiniteLoss, RunCheckpoint, StopWhenTold
 from rexnet_lit.loggers import Board, MetricsLog
@@ -249,7 +231,7 @@ class RexNetCLI(LightningCLI):
             except UserError as error:
                 raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
             except ValueError as error:
-                raise _plainly(error) from error
+                raise trainer_rules.plainly(error) from error
             config = self.config["fit"]  # the run folder's config.yaml is good from any folder
             for group, key in (("data", "root"), ("data", "split_file"), ("data", "class_order"), ("model", "weights")):
                 path = config[group][key]
@@ -271,7 +253,7 @@ class RexNetCLI(LightningCLI):
         try:
             self.config_init = self.parser.instantiate_classes(self.config)
         except ValueError as error:
-            raise _plainly(error) from error
+            raise trainer_rules.plainly(error) from error
         self.trainer = self.instantiate_trainer()
 
     def _wrong_settings(self) -> list[str]:
@@ -296,10 +278,10 @@ class RexNetCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Make the trainer with our loggers, callbacks and safe checkpoints."""
         settings = self._get(self.config_init, "trainer")
-        _check_trainer(settings)
         given = settings["callbacks"] or []
         given = given if isinstance(given, list) else [given]
-        _check_callbacks(given)
+        trainer_rules.check_settings(settings)
+        trainer_rules.check_callbacks(given)
         terminal = sys.stdout.isatty()
         own_bar = any(isinstance(callback, ProgressBar) for callback in given)
         if settings["enable_progress_bar"] is None:
@@ -314,7 +296,9 @@ class RexNetCLI(LightningCLI):
             if settings["enable_checkpointing"] is not False:
                 callbacks.append(RunCheckpoint(accept_changes=self.config["fit"]["accept_changes"]))
         else:
-            settings["callbacks"] = [callback for callback in given if not isinstance(callback, _OF_TRAINING)]
+            settings["callbacks"] = [
+                callback for callback in given if not isinstance(callback, trainer_rules.OF_TRAINING)
+            ]
             settings["enable_checkpointing"] = False
             self.save_config_callback = None
             callbacks.append(StopWhenTold())
@@ -323,12 +307,7 @@ class RexNetCLI(LightningCLI):
             trainer = self._instantiate_trainer({**settings, **kwargs}, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from None
-        if settings["sync_batchnorm"] and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
-            raise UserError("trainer.sync_batchnorm is for GPUs; set it to false")
-        if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
-            raise UserError(
-                "trainer.plugins: AsyncCheckpointIO is not supported: a file must be whole before it counts"
-            )
+        trainer_rules.check_made(trainer, settings)
         return trainer
 
     def _loggers(self, root: str, board: bool) -> list[Logger]:
@@ -367,25 +346,8 @@ class RexNetCLI(LightningCLI):
             UserError: A callback monitors what nobody logs.
         """
         trainer: Trainer = self.trainer
-        if 0 in (trainer.max_epochs, trainer.max_steps) or trainer.limit_train_batches == 0:
-            raise UserError("trainer: max_epochs, max_steps or limit_train_batches is 0: nothing would be trained")
-        logged = ["train/loss", "train/loss_step"]
-        if trainer.limit_val_batches != 0:
-            logged += map(str, self.model.val_metrics.keys())
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            monitor = getattr(callback, "monitor", None)
-            if isinstance(callback, RunCheckpoint):
-                continue
-            if isinstance(callback, EarlyStopping) and str(monitor).startswith("train/"):
-                callback._check_on_train_epoch_end = True  # it is known then, not at a validation
-            if monitor is not None and monitor not in logged:
-                raise UserError(
-                    f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}, which nobody logs"
-                    f"{did_you_mean(monitor, logged)}; there are {', '.join(logged)}"
-                )
         data, model = self.datamodule, self.model
-        if trainer.limit_val_batches == 0 and model.schedule_settings.name == "plateau":
-            raise UserError("model.schedule: plateau waits for the validation loss, and trainer.limit_val_batches is 0")
+        trainer_rules.check_fit(trainer, model)
         if self.resumed:  # before anything in the run's folder is touched
             model.on_load_checkpoint(self.resumed)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -430,8 +392,10 @@ class RexNetCLI(LightningCLI):
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if subcommand != "fit" or self.model.started:
                 raise
-            if isinstance(error, ValueError) and _raised_by_lightning(error):  # a setting does not suit the data
-                raise _plainly(error) from error
+            if isinstance(error, ValueError) and trainer_rules.raised_by_lightning(
+                error
+            ):  # a setting does not suit the data
+                raise trainer_rules.plainly(error) from error
             if not self.resumed:
                 raise
             reason = (str(error).splitlines() or [""])[0]
@@ -540,60 +504,6 @@ class RexNetCLI(LightningCLI):
 def _read_yaml(command: str, leave_out: Iterable[str] = ()) -> None:
     """Have the parser read YAML by our rules."""
     jsonargparse.set_loader("yaml", lambda text: load_yaml(text, command, leave_out), (yaml.YAMLError,))
-
-
-def _check_trainer(settings: Namespace) -> None:
-    """Refuse what Lightning only meets, with a traceback, once a run has begun."""
-    least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0}
-    for key, low in least.items():
-        value = settings[key]
-        if value is not None and value < low:
-            raise UserError(f"trainer.{key} is {value}; expected {low} or more")
-    if settings["val_check_interval"] is not None and settings["val_check_interval"] == 0:
-        raise UserError("trainer.val_check_interval is 0; expected a share of an epoch, or a number of batches")
-    if settings["barebones"]:
-        raise UserError("trainer.barebones is not supported: it leaves out the checkpoints")
-    if settings["overfit_batches"]:
-        raise UserError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
-    if "://" in str(settings["default_root_dir"] or ""):
-        raise UserError(f"trainer.default_root_dir is {settings['default_root_dir']!r}; expected a local folder")
-
-
-def _check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that do in another way what our settings do, and that a resume could not follow."""
-    for callback in callbacks:
-        for kind, instead in _INSTEAD.items():
-            if isinstance(callback, kind):
-                raise UserError(f"trainer.callbacks: {type(callback).__name__} is not supported; {instead}")
-
-
-_INSTEAD: dict[type[Callback], str] = {
-    BaseFinetuning: "set model.strategy, such as staged",
-    BatchSizeFinder: "set data.batch_size",
-    GradientAccumulationScheduler: "set trainer.accumulate_grad_batches",
-    LearningRateFinder: "use --find_lr true",
-    ModelPruning: "no file of ours could describe a pruned network",
-    StochasticWeightAveraging: "set model.ema",
-    Timer: "set trainer.max_time",
-    WeightAveraging: "set model.ema",
-}
-_OF_TRAINING = (Checkpoint, EarlyStopping, LearningRateMonitor, DeviceStatsMonitor)
-"""Callbacks of a fit's config that have nothing to do in the other runs, or want a logger."""
-
-
-def _plainly(error: Exception) -> Exception:
-    """Return what a user is told where an object of the trainer cannot be made: why Lightning refuses, in one line."""
-    cause: BaseException = error
-    while cause.__cause__ or cause.__context__:
-        cause = cause.__cause__ or cause.__context__ or cause
-    if not _raised_by_lightning(cause):  # the traceback leads a user into code of theirs
-        return error
-    return UserError(f"trainer: {' '.join(str(cause).split())}")
-
-
-def _raised_by_lightning(error: BaseException) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return "lightning" in Path(frames[-1].filename).parts
 
 
 def _quieten() -> None:

@@ -30,7 +30,18 @@ LAYERS = (
     ),  # L1
     ("loader", "data", "checkpoint", "checkpoint_io", "sync_batchnorm"),  # L2
     ("doctor", "module", "report", "predictor", "export"),  # L3
-    ("config", "run_folder", "guards", "blend", "loggers", "callbacks", "runs", "cli", "__main__"),  # L4
+    (
+        "config",
+        "run_folder",
+        "guards",
+        "blend",
+        "loggers",
+        "callbacks",
+        "trainer_rules",
+        "runs",
+        "cli",
+        "__main__",
+    ),  # L4
 )
 NO_TORCH = ("errors", "spec", "folder", "decode", "quarantine", "cache", "doctor", "report")
 NO_LIGHTNING = (
