@@ -89,6 +89,9 @@ def load_yaml(text: str, command: str, leave_out: Iterable[str] = ()) -> Any:
                 section[name] = {"name": section[name]}
             elif isinstance(section.get(name), list):
                 section[name] = {"transforms": section[name]}
+    trainer = value.get("trainer", {})
+    if isinstance(trainer.get("callbacks"), dict):  # in a list, the parser can say what is wrong with it
+        trainer["callbacks"] = [trainer["callbacks"]]
     for key in leave_out:
         value = without(value, key)
     if command != "fit":  # a fit's config may be given to the other runs: its model is in the model file

@@ -200,21 +200,23 @@ def from_array(image: NDArray[Any]) -> NDArray[np.uint8]:
     if image.ndim == 3 and image.shape[2] == 1:
         image = image[..., 0]
     shaped = image.ndim == 2 or (image.ndim == 3 and image.shape[2] in (3, 4))
-    if not shaped or not image.size or not (image.dtype in (np.uint8, np.uint16) or image.dtype.kind in "bf"):
+    whole = image.dtype.kind == "u" and image.dtype.itemsize <= 2
+    if not shaped or not image.size or not (whole or image.dtype.kind in "bf"):
         expected = "(H, W), (H, W, 1), (H, W, 3) or (H, W, 4) of uint8, uint16, bool or float"
         raise DecodeError(f"{image.dtype} {image.shape}; expected {expected}")
     if image.dtype.kind in "bf":
         image = _from_unit(image)
-    elif image.dtype == np.uint16:
+    elif image.dtype.itemsize == 2:
         image = _to_8_bits(65535)[image]
     return from_pil(Image.fromarray(image))
 
 
 def _from_unit(values: NDArray[Any]) -> Pixels:
     """Scale values from 0 to 1."""
-    if not np.isfinite(values).all() or values.min() < 0 or values.max() > 1:
+    rounding = 1e-6
+    if not np.isfinite(values).all() or values.min() < -rounding or values.max() > 1 + rounding:
         raise DecodeError(f"floating point values from {values.min():g} to {values.max():g}; expected 0 to 1")
-    return np.round(values.astype(np.float32) * 255).astype(np.uint8)
+    return np.round(values.astype(np.float32).clip(0, 1) * 255).astype(np.uint8)
 
 
 def _header(data: bytes) -> Header:

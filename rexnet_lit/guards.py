@@ -89,7 +89,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._validated = trainer.global_step
         if trainer.state.fn == "fit" and not (trainer.sanity_checking or trainer.is_last_batch or _tries_out(trainer)):
             self._save_best(trainer)
-            due = time.monotonic() - self._saved > self._every
+            whole = (trainer.fit_loop.epoch_loop.batch_idx + 1) % trainer.accumulate_grad_batches == 0
+            due = whole and time.monotonic() - self._saved > self._every
             if trainer.strategy.reduce_boolean_decision(due, all=False):
                 self._save_last(trainer)
             self._fresh = None  # the last weights will be others
@@ -111,6 +112,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where nothing was ever validated, the last weights are the best that there are."""
+        if _tries_out(trainer):
+            return
         super().on_train_end(trainer, pl_module)
         last = Path(self.last_model_path)
         if trainer.is_global_zero and not self.best_model_path and last.is_file():
@@ -193,10 +196,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave a resumed run stopped where it had stopped early."""
-        stopped = [c for c in trainer.callbacks if isinstance(c, EarlyStopping) and c.stopped_epoch]  # type: ignore[attr-defined]
-        if stopped:
+        early = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+        if any(c.stopped_epoch or c.stopping_reason_message for c in early):
             trainer.should_stop = True
-            rank_zero_only(print)("note: EarlyStopping has ended this run; take it out of trainer.callbacks to go on")
+            rank_zero_only(print)(
+                "note: EarlyStopping has told this run to end; remove it from trainer.callbacks to go on"
+            )
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
@@ -211,7 +216,7 @@ class RunCheckpoint(ModelCheckpoint):
     ) -> None:
         """Refuse to go on where the run would silently be another; know the best weights that there are."""
         self.refuse_changes(trainer, pl_module, getattr(trainer, "datamodule", None), checkpoint)
-        self._best_on_disk(checkpoint)
+        self._best_on_disk(trainer, checkpoint)
         then = json.loads(checkpoint.get(_LENGTH, "{}"))
         for key, now in _length(trainer).items():
             if then.get(key, now) != now:
@@ -240,13 +245,22 @@ class RunCheckpoint(ModelCheckpoint):
         )
         raise UserError(f"ckpt_path: since the checkpoint these have changed: {'; '.join(changed)}{more}; {remedy}")
 
-    def _best_on_disk(self, content: dict[str, Any]) -> None:
-        """Have a checkpoint know ``best.ckpt``: one that a user's own saver has written is from just before it."""
-        best = Path(self.dirpath or "") / "best.ckpt"
-        with contextlib.suppress(UserError):  # a damaged one is as good as none
-            written = checkpoint.read_ckpt(str(best)) if best.is_file() else {}
-            if written.get("global_step", math.inf) <= content["global_step"]:
-                content["callbacks"][self.state_key] = written["callbacks"][self.state_key]
+    def _best_on_disk(self, trainer: pl.Trainer, content: dict[str, Any]) -> None:
+        """Have a checkpoint know the run folder's ``best.ckpt``, and none that is not there.
+
+        One that a user's own saver has written is from just before ours; another may have been copied from elsewhere.
+        """
+        ours = content["callbacks"].get(self.state_key)
+        best, found = Path(self.dirpath or "") / "best.ckpt", None
+        if trainer.is_global_zero and best.is_file():
+            with contextlib.suppress(UserError):  # a damaged one is as good as none
+                written = checkpoint.read_ckpt(str(best))
+                found = written["global_step"], written["callbacks"][self.state_key]
+        found = trainer.strategy.broadcast(found)
+        if ours is None or (found is not None and found[0] > content["global_step"]):
+            return
+        nothing = {"best_model_score": None, "kth_value": self.kth_value}
+        content["callbacks"][self.state_key] = {**ours, **nothing} if found is None else found[1]
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Take the best score over; a run folder may have been moved since."""

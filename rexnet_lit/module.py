@@ -180,7 +180,8 @@ class RexNetModule(pl.LightningModule):
         """Take the data module's class names, lay the weights out for the device, and have checkpoints read safely."""
         checkpoint_io.install(self.trainer.strategy)
         sync_batchnorm.install(self.trainer.strategy)
-        self._meet_classes(getattr(getattr(self.trainer, "datamodule", None), "class_names", ()))
+        if stage != "predict":  # which needs no truth
+            self._meet_classes(getattr(getattr(self.trainer, "datamodule", None), "class_names", None))
         device = self.trainer.strategy.root_device.type
         # Published figures: on GPUs, rexnet_* with its odd channel counts loses by channels_last, rexnetr_* gains.
         if device == "cpu" or self.spec.backbone.startswith("rexnetr"):
@@ -194,9 +195,9 @@ class RexNetModule(pl.LightningModule):
             self.network.requires_grad_(True)
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
 
-    def _meet_classes(self, names: Sequence[str]) -> None:
+    def _meet_classes(self, found: Sequence[str] | None) -> None:
         """Take over the data's class names where the model has none yet; else they must be the model's."""
-        names = tuple(names)
+        names = tuple(found or ())
         if not names or names == self.spec.class_names:
             return
         if len(names) != self.spec.num_classes:

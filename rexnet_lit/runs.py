@@ -63,7 +63,7 @@ class RunConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, as the config of a new run: what this one has resumed is not to be resumed by the next."""
-        self.config["ckpt_path"] = None
+        self.config["ckpt_path"], self.config["accept_changes"] = None, False
         try:
             super().setup(trainer, pl_module, "fit")
         except ValueError as error:
@@ -149,20 +149,36 @@ class RexNetCLI(LightningCLI):
             raise UserError(f"{command} needs a model: --ckpt_path MODEL (a .ckpt or .safetensors file of a run)")
         self.file = checkpoint.load_model(path)
         defaults: dict[str, Any] = {}
+        draw: dict[str, Any] = {}
         if command != "predict":
             home = run_folder.of(self.file.path)
             if home is not None:
                 defaults["trainer.default_root_dir"] = str(home.parent.parent)
             defaults |= {f"data.{key}": value for key, value in dataclasses.asdict(self.file.data).items()}
-            said = [*read_configs(args, command).values(), args]
-            if self.config[command]["data"]["root"] is not None:  # another folder has other splits
-                defaults["data.split_file"] = None
-            elif any(without(part, f"data.{key}") is not part for part in said for key in _DRAW):  # another draw
-                pass
-            elif home is not None and (home / "split.csv").is_file():  # the draw that was made
-                defaults |= {"data.split_file": str(home / "split.csv"), "data.num_folds": 0, "data.fold": 0}
+            draw = self._draw(args, home)
         self._subcommand_parsers[command].set_defaults(defaults)
         self.config = self._parse(parser, args)
+        for key, value in draw.items():
+            self.config[command]["data"][key] = value
+
+    def _draw(self, args: list[str], home: Path | None) -> dict[str, Any]:
+        """Return the settings by which a run of a model file finds the splits that the model's run has drawn.
+
+        Not where the user names another folder, or other settings of the draw: a fit's config says the same ones.
+        """
+        command, record = args[0], dataclasses.asdict(self.file.data)
+        data = self.config[command]["data"]
+        texts = [args, *read_configs(args, command).values()]
+        said = [key for key in _DRAW if any(without(text, f"data.{key}") is not text for text in texts)]
+        other = [key for key in said if (_absolute(data[key]) if key == "split_file" else data[key]) != record[key]]
+        draw: dict[str, Any] = {}
+        if data["root"] is not None and _absolute(data["root"]) != record["root"]:
+            draw = {"split_file": None, "num_folds": 0, "fold": 0}
+        elif other:
+            draw = {"split_file": None, **({"num_folds": 0, "fold": 0} if "val_fraction" in other else {})}
+        elif home is not None and (home / "split.csv").is_file():
+            draw = {"split_file": str(home / "split.csv"), "num_folds": 0, "fold": 0}
+        return {key: value for key, value in draw.items() if key not in other}
 
     def _prepare_fit(self, config: Namespace) -> None:
         """Find and read the checkpoint to resume."""
@@ -227,16 +243,15 @@ class RexNetCLI(LightningCLI):
             if not self.config["fit"]["data"]["root"]:
                 raise UserError("data.root is not set; say which folder of images: --data.root DIR")
             try:
-                super().instantiate_classes()
+                with trainer_rules.told_plainly():
+                    super().instantiate_classes()
             except UserError as error:
                 raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
-            except ValueError as error:
-                raise trainer_rules.plainly(error) from error
             config = self.config["fit"]  # the run folder's config.yaml is good from any folder
             for group, key in (("data", "root"), ("data", "split_file"), ("data", "class_order"), ("model", "weights")):
                 path = config[group][key]
-                if path not in (None, "sorted", "natural"):
-                    config[group][key] = str(Path(path).absolute())
+                if path not in ("sorted", "natural"):
+                    config[group][key] = _absolute(path)
             return
         self.model = RexNetModule.from_model(self.file)
         settings = self.config[self.subcommand]["data"].as_dict()
@@ -250,10 +265,8 @@ class RexNetCLI(LightningCLI):
             self.model.spec = dataclasses.replace(self.model.spec, eval_recipe=recipe)
         self.datamodule = ImageFolderDataModule(**settings, class_names=self.model.spec.class_names)
         self.config[self.subcommand]["trainer"]["logger"] = False
-        try:
+        with trainer_rules.told_plainly():
             self.config_init = self.parser.instantiate_classes(self.config)
-        except ValueError as error:
-            raise trainer_rules.plainly(error) from error
         self.trainer = self.instantiate_trainer()
 
     def _wrong_settings(self) -> list[str]:
@@ -307,7 +320,8 @@ class RexNetCLI(LightningCLI):
             trainer = self._instantiate_trainer({**settings, **kwargs}, callbacks)
         except (ValueError, TypeError, ImportError, MisconfigurationException) as error:
             raise UserError(f"trainer: {error}") from None
-        trainer_rules.check_made(trainer, settings)
+        if self.subcommand == "fit":
+            trainer_rules.check_made(trainer, settings)
         return trainer
 
     def _loggers(self, root: str, board: bool) -> list[Logger]:
@@ -392,10 +406,8 @@ class RexNetCLI(LightningCLI):
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
             if subcommand != "fit" or self.model.started:
                 raise
-            if isinstance(error, ValueError) and trainer_rules.raised_by_lightning(
-                error
-            ):  # a setting does not suit the data
-                raise trainer_rules.plainly(error) from error
+            if isinstance(error, ValueError) and trainer_rules.raised_by_lightning(error):
+                raise UserError(f"trainer: {error}") from error  # a setting does not suit the data
             if not self.resumed:
                 raise
             reason = (str(error).splitlines() or [""])[0]
@@ -499,6 +511,10 @@ class RexNetCLI(LightningCLI):
         for note in self.datamodule.predict_notes:
             print(f"note: {note}")  # noqa: T201
         self._say_bad(self.writer.quarantined)
+
+
+def _absolute(path: str | None) -> str | None:
+    return None if path is None else str(Path(path).absolute())
 
 
 def _read_yaml(command: str, leave_out: Iterable[str] = ()) -> None:

@@ -5,8 +5,10 @@ Lightning itself meets most of it with a traceback once the run is under way, or
 
 from __future__ import annotations
 
+import contextlib
+import re
 import traceback
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,8 +40,8 @@ __all__ = [
     "check_fit",
     "check_made",
     "check_settings",
-    "plainly",
     "raised_by_lightning",
+    "told_plainly",
 ]
 
 OF_TRAINING = (Checkpoint, EarlyStopping, LearningRateMonitor, DeviceStatsMonitor)
@@ -112,17 +114,33 @@ def check_fit(trainer: pl.Trainer, model: RexNetModule) -> None:
         raise UserError("model.schedule: plateau waits for the validation loss, and trainer.limit_val_batches is 0")
 
 
-def plainly(error: Exception) -> Exception:
-    """Return what a user is told where an object of the trainer cannot be made: why Lightning refuses, in one line."""
-    cause: BaseException = error
-    while cause.__cause__ or cause.__context__:
-        cause = cause.__cause__ or cause.__context__ or cause
-    if not raised_by_lightning(cause):  # the traceback leads a user into code of theirs
-        return error
-    return UserError(f"trainer: {' '.join(str(cause).split())}")
+@contextlib.contextmanager
+def told_plainly() -> Iterator[None]:
+    """Say in one line why an object of the trainer cannot be made.
+
+    Raises:
+        UserError: Lightning, or the parser, refuses its settings. What a user's own class raises passes.
+    """
+    try:
+        yield
+    except ValueError as error:
+        cause: BaseException = error
+        while cause.__cause__ or cause.__context__:
+            cause = cause.__cause__ or cause.__context__ or cause
+        said = str(cause)
+        if _raised_in(cause, "jsonargparse"):  # of several kinds of value that it has tried, the class's reason counts
+            reasons = re.findall(r"Problem with given class_path (.*?)(?=\n\s*- |\nGiven |\Z)", str(error), re.DOTALL)
+            said = reasons[0] if reasons else str(error).partition("\nGiven ")[0]
+        elif not raised_by_lightning(cause):
+            raise
+        raise UserError(f"trainer: {' '.join(said.split())}") from error
 
 
 def raised_by_lightning(error: BaseException) -> bool:
     """Say whether an exception comes from Lightning's own code."""
+    return _raised_in(error, "lightning")
+
+
+def _raised_in(error: BaseException, package: str) -> bool:
     frames = traceback.extract_tb(error.__traceback__)
-    return "lightning" in Path(frames[-1].filename).parts
+    return bool(frames) and package in Path(frames[-1].filename).parts

@@ -97,6 +97,20 @@ def _signalled(number: signal.Signals, hook: str, step: int) -> None:
     at_step(step, lambda module: os.kill(os.getpid(), number), hook)
 
 
+def _killed_at_batch_3(step: int) -> None:
+    """In the second half of an accumulated step, which no count of steps tells."""
+    from rexnet_lit.module import RexNetModule
+
+    before = RexNetModule.on_train_batch_start
+
+    def hooked(self: Any, batch: Any, batch_idx: int) -> None:
+        if self.current_epoch == 1 and batch_idx == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        before(self, batch, batch_idx)
+
+    RexNetModule.on_train_batch_start = hooked  # type: ignore[method-assign]
+
+
 def _nan(step: int) -> None:
     from rexnet_lit.module import RexNetModule
 
@@ -183,6 +197,7 @@ def _no_screen(step: int) -> None:
 
 _TROUBLES = {
     "kill": functools.partial(_signalled, signal.SIGKILL, "on_train_batch_start"),
+    "kill at batch 3": _killed_at_batch_3,
     "kill in validation": functools.partial(_signalled, signal.SIGKILL, "validation_step"),
     "term": functools.partial(_signalled, signal.SIGTERM, "on_train_batch_start"),
     "term in validation": functools.partial(_signalled, signal.SIGTERM, "validation_step"),

@@ -590,8 +590,13 @@ def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "Validation: 9 images" in out
     assert re.search(r"loss +(\S+)", out)[1] == loss
-    assert cli.main([*validate, "--data.num_folds", "0", "--data.fold", "0", "--data.val_fraction", "0.4"]) == 0
+    assert cli.main([*validate, "--data.val_fraction", "0.4"]) == 0
     assert "Validation: 12 images" in capsys.readouterr().out  # what the command line says beats the model's draw
+    write_pictures(tmp_path / "data" / "bars", "bars", 6, start=50)  # a set that has grown
+    assert cli.main([*validate, "--config", "runs/lightning_logs/version_0/config.yaml"]) == 0
+    assert "Validation: 9 images" in capsys.readouterr().out
+    assert cli.main([*validate, "--data.root", str(write_dataset(tmp_path / "other", train=2, val=4))]) == 0
+    assert "Validation: 12 images" in capsys.readouterr().out
 
 
 def test_a_fits_config_suits_the_other_runs(tmp_path, capsys):
@@ -614,6 +619,32 @@ def test_a_fits_config_suits_the_other_runs(tmp_path, capsys):
             cli.main([command, "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "model.safetensors")])
             == 0
         )
+
+
+def test_what_cannot_be_made_for_the_trainer_is_one_line(pictures, capsys, tmp_path):
+    config = tmp_path / "wrong.yaml"
+    for text, expected in (
+        ("callbacks: {class_path: EarlyStopping, init_args: {monitor: val/loss, mode: foo}}", "`mode` can be"),
+        (
+            "callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/loss, mode: foo}}]",
+            "`mode` can be",
+        ),
+        ("strategy: {class_path: lightning.pytorch.strategies.DeepSpeedStrategy}", "DeepSpeed"),
+        ("logger: WandbLogger", "wandb"),
+    ):
+        config.write_text(f"trainer: {{{text}}}")
+        line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+        assert line.startswith("trainer")
+        assert expected in line
+
+
+def test_a_try_out_writes_nothing(pictures, capsys):
+    precious = Path("runs/checkpoints/best.ckpt")
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    assert _quick(pictures, "--trainer.fast_dev_run", "true") == 0
+    assert [f for f in Path("runs").rglob("*") if f.is_file()] == [precious]
+    assert precious.read_text() == "precious"
 
 
 def test_the_command_line_beats_a_config_wherever_it_stands(pictures, capsys):

@@ -388,6 +388,7 @@ def test_data_of_other_classes_is_one_line(tmp_path, shapes, make_shapes):
         trainer_of(tmp_path).validate(module, data_of(few))
     as_the_model = data_of(shapes, class_order=tmp_path / "order.txt", class_names=module.spec.class_names)
     trainer_of(tmp_path).validate(module, as_the_model, verbose=False)
+    trainer_of(tmp_path).predict(module, data_of(few, predict_path=str(few / "val")))  # where there is no truth
     numbered = model_of(class_names=None, num_classes=3)
     trainer_of(tmp_path, max_epochs=1).fit(numbered, data_of(shapes))
     assert numbered.spec.class_names == NAMES

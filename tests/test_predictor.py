@@ -180,7 +180,8 @@ def test_arrays_of_every_kind_are_the_same_picture(classifier):
     image = picture("ring", 3)
     grey = image[..., :1]
     expected, expected_grey = classifier.logits(image), classifier.logits(grey[..., 0])
-    for same in (image.astype(np.uint16) * 257, image / 255, (image / 255).astype(np.float32)):
+    deep = image.astype(np.uint16) * 257
+    for same in (deep, deep.astype(">u2"), image / 255, (image / 255).astype(np.float32)):
         torch.testing.assert_close(classifier.logits(same), expected)
     torch.testing.assert_close(classifier.logits(grey), expected_grey)
     torch.testing.assert_close(

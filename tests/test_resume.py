@@ -205,7 +205,7 @@ def test_a_run_that_stopped_early_stays_so(cwd):
     (run_folder(cwd) / "model.safetensors").unlink()
     done = fit(cwd, *settings, "--ckpt_path", "last")
     assert done.code == 0, done.out
-    assert "EarlyStopping has ended this run" in done.out
+    assert "EarlyStopping has told this run to end" in done.out
     assert differing(before, weights(cwd)) == []
     assert (run_folder(cwd) / "model.safetensors").is_file()
 
@@ -223,6 +223,25 @@ def test_several_validations_in_an_epoch(whole, cwd):
     done = fit(cwd, *settings, "--ckpt_path", "last")
     assert "after 8 steps" in done.out
     assert differing(whole(), weights(cwd, 1)) == []
+
+
+def test_a_validation_within_an_accumulated_step(whole, cwd):
+    """The gradients of half a step are in no checkpoint."""
+    settings = ("--trainer.accumulate_grad_batches", 4, "--trainer.val_check_interval", 3)
+    assert fit(cwd, *settings, trouble=("kill at batch 3", 3), save_every=-1).code == -signal.SIGKILL
+    assert differing(resumed(cwd, *settings), whole(*settings)) == []
+
+
+def test_a_copied_checkpoint_ships_what_its_new_run_finds(cwd):
+    assert fit(cwd, "--trainer.max_epochs", 1, "--model.optimizer.lr", 1e-9).code == 0
+    shutil.copy(run_folder(cwd) / "checkpoints" / "last.ckpt", cwd / "copied.ckpt")
+    shutil.rmtree(cwd / "runs")
+    done = fit(cwd, "--ckpt_path", "copied.ckpt", "--model.optimizer.lr", 1e-9)
+    assert done.code == 0, done.out
+    assert "Fit finished" in done.out
+    assert {f.name for f in run_folder(cwd).rglob("*") if f.suffix in (".ckpt", ".safetensors")} >= {
+        "best.ckpt", "last.ckpt", "model.safetensors",
+    }  # fmt: skip
 
 
 def test_a_users_own_saver_changes_not_what_ships(cwd):
