@@ -71,7 +71,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         cache_gb: Gigabytes (10^9 bytes) that the cache may fill; half of what is free by default.
         max_bad_fraction: A run refuses when a larger share of the images cannot be read.
         predict_path: An image, or a folder of unlabelled images.
-        predict_output: CSV that `predict` writes.
+        predict_output: CSV that `predict` writes; a new ``predictions.csv`` in ``trainer.default_root_dir`` by default.
 
     Raises:
         UserError: The folder or a setting is wrong; all of the folder's faults are named at once.
