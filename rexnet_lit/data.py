@@ -7,7 +7,6 @@ import os
 import time
 import warnings
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, Literal, NoReturn, cast, get_args
 
 import lightning.pytorch as pl
@@ -20,6 +19,7 @@ from torch.utils.data import DataLoader
 from rexnet_lit import decode, process, quarantine
 from rexnet_lit.cache import DiskCache, decode_all
 from rexnet_lit.errors import UserError
+from rexnet_lit.files import absolute
 from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan, some
 from rexnet_lit.loader import (
     BatchSampler,
@@ -108,8 +108,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if problems:
             raise UserError("; ".join(problems))
         self.record = DataRecord(
-            _absolute(root),
-            _absolute(split_file),
+            absolute(root),
+            absolute(split_file),
             val_fraction,
             test_fraction,
             os.fspath(class_order),
@@ -483,10 +483,6 @@ def _said_now_and_then(what: str, every: float = 10.0) -> Callable[[int, int], N
             print(f"{what}: {done:,} of {total:,}", flush=True)  # noqa: T201
 
     return progress
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
 
 
 def _unlabelled(path: str) -> tuple[Samples, tuple[str, ...]]:

@@ -13,7 +13,7 @@ from typing import IO
 
 from rexnet_lit.errors import UserError, visible
 
-__all__ = ["atomic_write", "check_output", "fresh_path", "second_name", "write_csv", "write_file"]
+__all__ = ["absolute", "atomic_write", "check_output", "fresh_path", "second_name", "write_csv", "write_file"]
 
 # Tab and carriage return as `visible` shows them; the last four are the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\\t", "\\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -115,6 +115,11 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str | f
 def _cell(text: str) -> str:
     shown = visible(text)
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
+
+
+def absolute(path: str | None) -> str | None:
+    """Return a path that means the same from any folder; None where there is none."""
+    return None if path is None else str(Path(path).absolute())
 
 
 def fresh_path(path: Path) -> Path:

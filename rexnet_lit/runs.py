@@ -38,7 +38,7 @@ from rexnet_lit.callbacks import (
 from rexnet_lit.config import expand, load_yaml, named_key, one_line, read_configs, without
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, visible
-from rexnet_lit.files import check_output, fresh_path
+from rexnet_lit.files import absolute, check_output, fresh_path
 from rexnet_lit.guards import FiniteLoss, RunCheckpoint, StopWhenTold
 from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.losses import LossSettings
@@ -170,9 +170,9 @@ class RexNetCLI(LightningCLI):
         data = self.config[command]["data"]
         texts = [args, *read_configs(args, command).values()]
         said = [key for key in _DRAW if any(without(text, f"data.{key}") is not text for text in texts)]
-        other = [key for key in said if (_absolute(data[key]) if key == "split_file" else data[key]) != record[key]]
+        other = [key for key in said if (absolute(data[key]) if key == "split_file" else data[key]) != record[key]]
         draw: dict[str, Any] = {}
-        if data["root"] is not None and _absolute(data["root"]) != record["root"]:
+        if data["root"] is not None and absolute(data["root"]) != record["root"]:
             draw = {"split_file": None, "num_folds": 0, "fold": 0}
         elif other:
             draw = {"split_file": None, **({"num_folds": 0, "fold": 0} if "val_fraction" in other else {})}
@@ -251,7 +251,7 @@ class RexNetCLI(LightningCLI):
             for group, key in (("data", "root"), ("data", "split_file"), ("data", "class_order"), ("model", "weights")):
                 path = config[group][key]
                 if path not in ("sorted", "natural"):
-                    config[group][key] = _absolute(path)
+                    config[group][key] = absolute(path)
             return
         self.model = RexNetModule.from_model(self.file)
         settings = self.config[self.subcommand]["data"].as_dict()
@@ -511,10 +511,6 @@ class RexNetCLI(LightningCLI):
         for note in self.datamodule.predict_notes:
             print(f"note: {note}")  # noqa: T201
         self._say_bad(self.writer.quarantined)
-
-
-def _absolute(path: str | None) -> str | None:
-    return None if path is None else str(Path(path).absolute())
 
 
 def _read_yaml(command: str, leave_out: Iterable[str] = ()) -> None:
