@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rexnet_lit import checkpoint
+from rexnet_lit.calibration import fit_temperature
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.guards import saver_of
 from rexnet_lit.module import RexNetModule
@@ -34,8 +35,6 @@ State = dict[str, Tensor]
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 """How far along the line to look."""
-
-_TEMPERATURES = torch.logspace(-1, 0.7, 60).tolist()
 
 MOST_IMAGES = 20_000
 """Training images up to which it is done: solving heads for more takes long, and more images move further."""
@@ -102,7 +101,7 @@ class Blend(Callback):
             head = (state[f"head.fc.{part}"].cpu() for part in ("weight", "bias"))
             found = logits[name] = functional.linear(features, *(part.float() for part in head))
             top1[name] = float((found.argmax(1) == targets).float().mean())
-            losses[name] = min(float(functional.cross_entropy(found / t, targets, weights)) for t in _TEMPERATURES)
+            losses[name] = fit_temperature(found, targets, weights)[1]
         chosen = min(losses, key=lambda name: losses[name])
         shown = ", ".join(f"{top1[name]:.3f} for {name}" for name in ("the best epoch", _name(0.0), "the last epoch"))
         rank_zero_only(print)(f"Blend: val top-1 {shown}; kept: {chosen} ({top1[chosen]:.3f}).", flush=True)

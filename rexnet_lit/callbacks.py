@@ -24,6 +24,7 @@ from torchvision.utils import make_grid
 
 from rexnet_lit import checkpoint, decode, quarantine, report
 from rexnet_lit.blend import Blend
+from rexnet_lit.calibration import Calibrate
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
 from rexnet_lit.files import fresh_path
@@ -209,7 +210,8 @@ class EpochLine(Callback):
         data = _data(trainer)
         command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
         blend = next((c for c in trainer.callbacks if isinstance(c, Blend) and c.kept), None)  # type: ignore[attr-defined]
-        shown = figures(self._best if blend is None else blend.metrics)
+        calibrated = next((c.metrics for c in trainer.callbacks if isinstance(c, Calibrate)), {})  # type: ignore[attr-defined]
+        shown = figures({**(self._best if blend is None else blend.metrics), **calibrated})
         title = "Fit finished, without a validation"
         if self._best_epoch >= 0:
             title = f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"

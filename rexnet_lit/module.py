@@ -52,6 +52,8 @@ class RexNetModule(pl.LightningModule):
         drop_path_rate: Stochastic depth: share of residual branches dropped in the last block while training.
         grad_checkpointing: Compute the activations again in the backward pass instead of keeping them: about a quarter
             slower, for larger batches or images on a small GPU. BatchNorm's running statistics see each batch twice.
+        calibrate: When training ends, fit the temperature of the logits on the validation images, so that probabilities
+            mean what they say. In Python, add `calibration.Calibrate` to the trainer's callbacks.
         keep_matching_classes: Where the starting weights know a class by its name, start from their row of the head.
         num_classes: K; from the data.
         class_names: One per logit; from the data.
@@ -74,6 +76,7 @@ class RexNetModule(pl.LightningModule):
         ema: float = 0.0,
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
+        calibrate: bool = False,
         keep_matching_classes: bool = False,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
@@ -88,7 +91,7 @@ class RexNetModule(pl.LightningModule):
         self.strategy_settings = settings_of(StrategySettings, strategy)
         self.optimizer_settings = settings_of(OptimizerSettings, optimizer)
         self.schedule_settings = settings_of(ScheduleSettings, schedule)
-        self.ema, self._drop_path_rate = ema, drop_path_rate
+        self.ema, self._drop_path_rate, self.calibrate = ema, drop_path_rate, calibrate
         names = _names(num_classes, class_names)
         self._numbered = class_names is None
         """Whether the classes have no names yet but their numbers."""

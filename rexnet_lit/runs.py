@@ -26,6 +26,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit import checkpoint, process, run_folder, trainer_rules
 from rexnet_lit.blend import Blend
+from rexnet_lit.calibration import Calibrate
 from rexnet_lit.callbacks import (
     AugmentedSamples,
     EpochLine,
@@ -302,7 +303,8 @@ class RexNetCLI(LightningCLI):
         bar = settings["enable_progress_bar"] and terminal and not own_bar
         callbacks: list[Any] = [RichProgressBar(leave=True)] if bar else []
         if self.subcommand == "fit":
-            callbacks += [Blend(), RunFiles(), AugmentedSamples(), EpochLine(lines=not terminal), FiniteLoss()]
+            callbacks += [Blend(), Calibrate(), RunFiles(), AugmentedSamples()]
+            callbacks += [EpochLine(lines=not terminal), FiniteLoss()]
             if settings["logger"] in (None, True, False):  # metrics.csv is the run's record, and its folder the run's
                 settings["logger"] = self._loggers(settings["default_root_dir"] or ".", settings["logger"] is not False)
             callbacks.append(LearningRateMonitor("step"))

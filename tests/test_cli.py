@@ -584,7 +584,7 @@ def _quick(root, *argv):
 def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
     write_dataset(tmp_path, data=9)
     assert _quick("data", "--data.num_folds", 3, "--data.fold", 2) == 0
-    loss = re.search(r"val/loss +(\S+)", capsys.readouterr().out)[1]
+    loss = re.search(r"val/loss +(\S+)", capsys.readouterr().out.partition("Fit finished")[2])[1]
     validate = ["validate", "--ckpt_path", "runs/lightning_logs/version_0/model.safetensors", "--data.num_workers", "0"]
     assert cli.main(validate) == 0
     out = capsys.readouterr().out

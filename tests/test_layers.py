@@ -34,6 +34,7 @@ LAYERS = (
         "config",
         "run_folder",
         "guards",
+        "calibration",
         "blend",
         "loggers",
         "callbacks",

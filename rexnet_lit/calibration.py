@@ -1,0 +1,114 @@
+"""Probabilities that mean what they say: the logits' temperature, fitted on the validation images.
+
+A network that has learned by smoothed labels says 90 % where it is right 99 times of 100, and one that has overfitted
+the other way round. Dividing the logits by one number mends most of that, and leaves every decision as it was (Guo et
+al., "On Calibration of Modern Neural Networks", 2017). The number goes into the last layer's weights, so that all that
+reads the model afterwards, timm too, is calibrated.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+from torch.nn import functional
+
+from rexnet_lit import checkpoint, network
+from rexnet_lit.data import ImageFolderDataModule
+from rexnet_lit.guards import saver_of
+from rexnet_lit.module import RexNetModule
+
+__all__ = ["Calibrate", "fit_temperature"]
+
+_STEPS = 200
+"""Temperatures looked at per factor of ten, from 0.1 to 5: steps of about one percent."""
+
+
+def fit_temperature(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
+    """Return the temperature from 0.1 to 5 that suits logits best, and the loss with it.
+
+    The targets are Platt's (1999), 1 - 1 / (N + 2) instead of 1: however right a model is about a few images, it does
+    not become certain.
+
+    Args:
+        logits: (N, K).
+        targets: Class numbers (N,).
+        weights: What an image of each class counts, (K,); one by default.
+    """
+    (n, k), logits = logits.shape, logits.double()
+    weights = None if weights is None else weights.double()
+    smoothing = min(1.0, k / (k - 1) / (n + 2)) if k > 1 else 0.0
+
+    def loss(step: int) -> float:
+        scaled = logits / 10 ** (step / _STEPS)
+        return float(functional.cross_entropy(scaled, targets, weights, label_smoothing=smoothing))
+
+    low, high = -_STEPS, round(0.7 * _STEPS)  # the loss is convex in 1 / T: it falls, then rises
+    while high - low > 2:
+        third = (high - low) // 3
+        low, high = (low, high - third) if loss(low + third) <= loss(high - third) else (low + third, high)
+    best = min(range(low, high + 1), key=loss)
+    return 10 ** (best / _STEPS), loss(best)
+
+
+class Calibrate(Callback):
+    """Puts the temperature into ``best.ckpt`` when training ends, where ``model.calibrate`` asks for it.
+
+    Not with a cosine head, whose temperature is a setting. The weights in training, and `last.ckpt`, stay the same.
+    """
+
+    def __init__(self) -> None:
+        self.metrics: dict[str, Tensor] = {}
+        """The validation metrics of what ships."""
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do it for a run that was killed after its last epoch, and resumed: there is no training to end."""
+        if isinstance(pl_module, RexNetModule) and not pl_module.started:
+            pl_module.to(trainer.strategy.root_device)  # whence Lightning has taken it
+            self.on_train_end(trainer, pl_module)
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Fit the temperature of the best weights, and write them anew."""
+        saver, data = saver_of(trainer), getattr(trainer, "datamodule", None)
+        if (
+            not isinstance(pl_module, RexNetModule)
+            or not isinstance(data, ImageFolderDataModule)
+            or saver is None
+            or not saver.best_model_path
+            or not pl_module.calibrate
+            or pl_module.spec.head.name == "cosine"
+            or pl_module.spec.num_classes == 1
+        ):
+            return
+        path, net = Path(saver.best_model_path), pl_module.network
+        best = checkpoint.load_model(path).state if trainer.is_global_zero else None
+        best = trainer.strategy.broadcast(best)
+        assert best is not None  # noqa: S101 (for the type checker)
+        before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+        training = pl_module.training
+        net.load_state_dict(best)
+        pl_module.eval()
+        features = data.compute_features("val", pl_module.embedder())[0]
+        with torch.no_grad():
+            logits = network.classify(net, features.to(pl_module.device)).float().cpu()
+        net.load_state_dict(before)
+        pl_module.train(training)
+
+        targets = torch.from_numpy(data.splits()["val"].targets)
+        temperature, _ = fit_temperature(logits, targets)
+        was, self.metrics = (pl_module.measure(found, targets) for found in (logits, logits / temperature))
+        rank_zero_only(print)(
+            f"Calibrated: logits divided by {temperature:.2f}; validation ECE {float(was['val/ece']):.3f} before, "
+            f"{float(self.metrics['val/ece']):.3f} now.",
+            flush=True,
+        )
+        if trainer.is_global_zero and temperature != 1:
+            last = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)][-1]
+            scaled = {f"network.{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")}
+            content = checkpoint.read_ckpt(str(path))
+            content["state_dict"] |= scaled
+            checkpoint.write_ckpt(content, path)

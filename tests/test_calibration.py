@@ -1,0 +1,79 @@
+"""Probabilities that mean what they say."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from module_tools import data_of, model_of, trainer_of
+from scipy.optimize import minimize_scalar
+
+from rexnet_lit import checkpoint
+from rexnet_lit.calibration import Calibrate, fit_temperature
+from rexnet_lit.callbacks import EpochLine, RunFiles
+from rexnet_lit.guards import RunCheckpoint
+
+
+def drawn(temperature: float, n: int = 4000, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits whose true temperature is known: the targets are drawn by it."""
+    rng = np.random.default_rng(0)
+    logits = rng.normal(size=(n, k)) * 3
+    odds = np.exp(logits / temperature)
+    targets = [rng.choice(k, p=row / row.sum()) for row in odds]
+    return torch.tensor(logits), torch.tensor(targets)
+
+
+@pytest.mark.parametrize("temperature", [0.4, 1.0, 3.0])
+def test_the_temperature_that_drew_the_labels_is_found(temperature):
+    logits, targets = drawn(temperature)
+    found, loss = fit_temperature(logits, targets)
+    assert found == pytest.approx(temperature, rel=0.05)
+    independent = minimize_scalar(  # scipy's, without Platt's targets
+        lambda t: float(torch.nn.functional.cross_entropy(logits / t, targets)), bounds=(0.1, 5), method="bounded"
+    )
+    assert found == pytest.approx(independent.x, rel=0.01)
+    assert loss == pytest.approx(independent.fun, rel=0.02)
+    again, _ = fit_temperature(logits / found, targets)
+    assert again == 1.0  # to the last bit: a run that is killed here, and resumed, ships the same weights
+
+
+def test_thirty_right_answers_are_no_certainty():
+    logits = 20 * torch.eye(3).repeat(10, 1)
+    temperature, _ = fit_temperature(logits, torch.arange(3).repeat(10))
+    top = (logits / temperature).softmax(1).max()
+    assert float(top) == pytest.approx(1 - 1 / 32, abs=0.002)  # Platt 1999: (N + 1) / (N + 2)
+
+
+def fit(folder: Path, root: Path, **settings: object) -> tuple[object, dict, dict]:
+    module = model_of(calibrate=True, **settings)
+    saver, callbacks = RunCheckpoint(), [Calibrate(), EpochLine(lines=False), RunFiles()]
+    trainer = trainer_of(folder, max_epochs=1, enable_checkpointing=True, callbacks=[*callbacks, saver])
+    trainer.fit(module, data_of(root))
+    return module, *(checkpoint.load_model(Path(saver.dirpath) / name).state for name in ("best.ckpt", "last.ckpt"))
+
+
+@pytest.mark.parametrize(("head", "layer"), [("linear", "head.fc"), ("mlp", "head.fc.3")])
+def test_the_last_layer_is_divided(head, layer, shapes, tmp_path, capsys):
+    module, best, last = fit(tmp_path, shapes, head=head)
+    ratios = last[f"{layer}.weight"] / best[f"{layer}.weight"]
+    assert float(ratios.std()) < 1e-5
+    out = capsys.readouterr().out
+    assert f"logits divided by {float(ratios.mean()):.2f};" in out
+    now = re.search(r" before, (\S+) now", out)[1]
+    summary = out.partition("Fit finished")[2]
+    assert float(re.search(r"val/ece +(\S+)", summary)[1]) == pytest.approx(float(now), abs=6e-4)
+    shipped = checkpoint.load_model(next(tmp_path.rglob("model.safetensors"))).state
+    for name, tensor in best.items():
+        assert torch.equal(tensor, shipped[name])
+        if not name.startswith(layer):
+            assert torch.equal(tensor, last[name])
+    for name, tensor in module.network.state_dict().items():
+        assert torch.equal(tensor, last[name])  # the module is as training has left it
+
+
+def test_a_cosine_head_keeps_its_temperature(shapes, tmp_path):
+    _, best, last = fit(tmp_path, shapes, head="cosine")
+    assert all(torch.equal(tensor, last[name]) for name, tensor in best.items())
