@@ -101,11 +101,8 @@ class Calibrate(Callback):
         targets = torch.from_numpy(data.splits()["val"].targets)
         temperature, _ = fit_temperature(logits, targets)
         was, self.metrics = (pl_module.measure(found, targets) for found in (logits, logits / temperature))
-        rank_zero_only(print)(
-            f"Calibrated: logits divided by {temperature:.2f}; validation ECE {float(was['val/ece']):.3f} before, "
-            f"{float(self.metrics['val/ece']):.3f} now.",
-            flush=True,
-        )
+        changes = (f"{name} {was[f'val/{name}']:.3f} -> {self.metrics[f'val/{name}']:.3f}" for name in ("loss", "ece"))
+        rank_zero_only(print)(f"Calibrated: logits divided by {temperature:.2f}; val {', '.join(changes)}.", flush=True)
         if trainer.is_global_zero and temperature != 1:
             last = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)][-1]
             scaled = {f"network.{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")}

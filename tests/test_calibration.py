@@ -62,7 +62,7 @@ def test_the_last_layer_is_divided(head, layer, shapes, tmp_path, capsys):
     assert float(ratios.std()) < 1e-5
     out = capsys.readouterr().out
     assert f"logits divided by {float(ratios.mean()):.2f};" in out
-    now = re.search(r" before, (\S+) now", out)[1]
+    now = re.search(r"ece \S+ -> (\S+)\.", out)[1]
     summary = out.partition("Fit finished")[2]
     assert float(re.search(r"val/ece +(\S+)", summary)[1]) == pytest.approx(float(now), abs=6e-4)
     shipped = checkpoint.load_model(next(tmp_path.rglob("model.safetensors"))).state

@@ -163,6 +163,7 @@ def test_killed_after_its_last_save_it_still_ships(cwd):
     module = model_of(class_names=("circle", "cross", "square"))
     checkpoint.save_model(start, module.spec, module.network.state_dict())
     settings = ("--model.weights", start, "--model.strategy.blend", "true", "--trainer.max_epochs", 1)
+    settings += ("--model.calibrate", "true")
     assert fit(cwd, *settings).code == 0
     assert fit(cwd, *settings, trouble=("kill in blend", 6)).code == -9
     cut = run_folder(cwd, 1)
@@ -170,8 +171,12 @@ def test_killed_after_its_last_save_it_still_ships(cwd):
     done = fit(cwd, *settings, "--ckpt_path", cut / "checkpoints" / "last.ckpt")
     assert done.code == 0, done.out
     assert "Nothing was left to train" in done.out
-    whole, resumed = (checkpoint.load_model(run_folder(cwd, n) / "model.safetensors").state for n in (0, 1))
+    shipped = [run_folder(cwd, n) / "model.safetensors" for n in (0, 1)]
+    whole, resumed = (checkpoint.load_model(file).state for file in shipped)
     assert differing(whole, resumed) == []
+    shipped[0].unlink()  # as if killed with everything done but that: nothing is blended or calibrated twice
+    assert fit(cwd, *settings, "--ckpt_path", run_folder(cwd, 0) / "checkpoints" / "last.ckpt").code == 0
+    assert differing(whole, checkpoint.load_model(shipped[0]).state) == []
 
 
 def test_the_best_weights_are_those_that_were_validated(cwd):
