@@ -1,10 +1,11 @@
-"""Weights between the start and the end of a fine-tuning, each with the best linear head for its features.
+"""The weights that ship: of the best and the last epoch, and of those between the start and the end, the best.
 
-Fine-tuning on few images also unlearns. On the straight line between the given weights and the fine-tuned ones there is
-often a better backbone than either, and a head that is solved on its features for the undisturbed training images is
-better than one that has learned beside it. The validation loss chooses: top-1 is too coarse for a few hundred images,
-and the plain loss prefers whoever is better calibrated, so each candidate's logits are divided by the temperature that
-suits them best.
+The epoch with the highest validation top-1 is often a lucky one: there are a few hundred images, and twenty epochs to
+choose from. And fine-tuning on few images also unlearns: on the straight line between the given weights and the
+fine-tuned ones there is often a better backbone than either, and a head that is solved on its features for the
+undisturbed training images is better than one that has learned beside it. The validation loss chooses: top-1 is too
+coarse, and the plain loss prefers whoever is better calibrated, so each candidate's logits are divided by the
+temperature that suits them best.
 
 Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
 al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020 (the head anew); Guo et al., "On
@@ -21,7 +22,6 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
-from torch.nn import functional
 
 from rexnet_lit import checkpoint
 from rexnet_lit.calibration import fit_temperature
@@ -43,7 +43,8 @@ MOST_IMAGES = 20_000
 class Blend(Callback):
     """Puts the best weights into ``best.ckpt`` when training ends, where ``model.strategy.blend`` asks for it.
 
-    Candidates are the best and the last epoch, and the line from the start to the last epoch, with solved heads.
+    Candidates are the best and the last epoch, and from given weights, with a linear head, the line from these to the
+    last epoch, with solved heads.
     """
 
     def __init__(self) -> None:
@@ -66,45 +67,51 @@ class Blend(Callback):
             or not isinstance(data, ImageFolderDataModule)
             or saver is None
             or not saver.best_model_path
-            or pl_module.start is None
-            or len(data.splits()["train"]) > MOST_IMAGES
+            or not pl_module.blends
         ):
             return
-        network = pl_module.network
-        before, training = _copy(network.state_dict()), pl_module.training
+        net = pl_module.network
+        before, training = _copy(net.state_dict()), pl_module.training
         files = [Path(saver.best_model_path), Path(saver.last_model_path)]
         states = [checkpoint.load_model(file).state for file in files] if trainer.is_global_zero else []
         best, last = trainer.strategy.broadcast(states)
-        line = [_between(pl_module.start, last, share) for share in SHARES]
+        few = len(data.splits()["train"]) <= MOST_IMAGES
+        line = [] if pl_module.start is None or not few else [_between(pl_module.start, last, s) for s in SHARES]
+        if not line and all(torch.equal(tensor, last[name]) for name, tensor in best.items()):
+            return
 
         pl_module.eval()
         embedders = []
-        for state in (*line, best):
-            network.load_state_dict(state)
+        for state in (*line, last, best):
+            net.load_state_dict(state)
             embedders.append(pl_module.embedder())
         # All in one pass, however many networks look: reading the images may be what takes long.
-        train = data.compute_features("train", _together(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
-        val = data.compute_features("val", _together(embedders))[0].chunk(len(embedders), dim=1)
-
-        candidates = {"the best epoch": (best, val[-1]), "the last epoch": (last, val[-2])}
-        for share, state, features, val_features in zip(SHARES, line, train, val, strict=False):
-            network.load_state_dict(state)
-            pl_module.solve(features, val_features)
-            candidates[_name(share)] = _copy(network.state_dict()), val_features
-        network.load_state_dict(before)
-        pl_module.train(training)
+        *val, val_last, val_best = data.compute_features("val", _together(embedders))[0].chunk(len(embedders), dim=1)
+        candidates = {"the best epoch": (best, val_best), "the last epoch": (last, val_last)}
+        if line:
+            train = data.compute_features("train", _together(embedders[:-2]), evaluate=True)[0].chunk(len(line), dim=1)
+            for share, state, features, val_features in zip(SHARES, line, train, val, strict=True):
+                net.load_state_dict(state)
+                pl_module.solve(features, val_features)
+                candidates[_name(share)] = _copy(net.state_dict()), val_features
 
         targets = torch.from_numpy(data.splits()["val"].targets)
         weights = torch.from_numpy(pl_module.class_weights()).float()
         logits, top1, losses = {}, {}, {}
         for name, (state, features) in candidates.items():
-            head = (state[f"head.fc.{part}"].cpu() for part in ("weight", "bias"))
-            found = logits[name] = functional.linear(features, *(part.float() for part in head))
+            net.load_state_dict(state)
+            found = logits[name] = pl_module.logits(features)
             top1[name] = float((found.argmax(1) == targets).float().mean())
             losses[name] = fit_temperature(found, targets, weights)[1]
+        net.load_state_dict(before)
+        pl_module.train(training)
+
         chosen = min(losses, key=lambda name: losses[name])
-        shown = ", ".join(f"{top1[name]:.3f} for {name}" for name in ("the best epoch", _name(0.0), "the last epoch"))
-        rank_zero_only(print)(f"Blend: val top-1 {shown}; kept: {chosen} ({top1[chosen]:.3f}).", flush=True)
+        told = [name for name in ("the best epoch", _name(0.0), "the last epoch") if name in top1]
+        shown = ", ".join(f"{top1[name]:.3f} for {name}" for name in told)
+        rank_zero_only(print)(
+            f"Blend: val top-1 {shown}; kept, for its loss: {chosen} ({top1[chosen]:.3f}).", flush=True
+        )
         if chosen == "the best epoch":
             return
         self.kept, self.metrics = chosen, pl_module.measure(logits[chosen], targets)

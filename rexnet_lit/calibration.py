@@ -17,7 +17,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rexnet_lit import checkpoint, network
+from rexnet_lit import checkpoint
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.guards import saver_of
 from rexnet_lit.module import RexNetModule
@@ -93,8 +93,7 @@ class Calibrate(Callback):
         net.load_state_dict(best)
         pl_module.eval()
         features = data.compute_features("val", pl_module.embedder())[0]
-        with torch.no_grad():
-            logits = network.classify(net, features.to(pl_module.device)).float().cpu()
+        logits = pl_module.logits(features)
         net.load_state_dict(before)
         pl_module.train(training)
 

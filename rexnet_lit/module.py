@@ -113,10 +113,11 @@ class RexNetModule(pl.LightningModule):
         elif pretrained:
             rows = self._matching_rows(network.published_names(backbone)) if keep_matching_classes else {}
             network.load_pretrained(self.network, backbone, rows=rows)
-        blends = self.strategy_settings.blend and self.strategy_settings.name != "linear_probe"
+        self.blends = self.strategy_settings.blend and self.strategy_settings.name != "linear_probe"
+        """Whether better weights than the best epoch's are looked for at the end."""
         self.start: dict[str, Tensor] | None = None
         """The weights it starts from, where they are to be blended with the end's."""
-        if blends and head.name == "linear" and not self._scratch:
+        if self.blends and head.name == "linear" and not self._scratch:
             self.start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
             self._start_digest = checkpoint.digest(self.start)[:12]
         self.train_loss = MeanMetric(nan_strategy="disable")  # `FiniteLoss` looks
@@ -277,6 +278,12 @@ class RexNetModule(pl.LightningModule):
                 return network.embed(fused, images.to(dtype))
 
         return embed
+
+    def logits(self, features: Tensor) -> Tensor:
+        """Return the logits (N, K), float32 on the CPU, that the head as it is gives features (N, C) in eval mode."""
+        weights = next(self.network.get_submodule("head").parameters())
+        with torch.no_grad():
+            return network.classify(self.network, features.to(weights)).float().cpu()
 
     def solve(self, features: Tensor, val_features: Tensor) -> probe.SolvedHead:
         """Give the network the best linear head for its features of the training and validation images.

@@ -22,10 +22,10 @@ def weights(tmp_path):
     return str(tmp_path / "start.safetensors")
 
 
-def fit(folder, shapes, **settings):
-    module = model_of(strategy={"blend": True}, **settings)
-    saver, callbacks = RunCheckpoint(), [Blend(), EpochLine(lines=False), RunFiles()]
-    trainer = trainer_of(folder, max_epochs=1, enable_checkpointing=True, callbacks=[*callbacks, saver])
+def fit(folder, shapes, saver=None, epochs=1, **settings):
+    module, saver = model_of(strategy={"blend": True}, **settings), saver or RunCheckpoint()
+    callbacks = [Blend(), EpochLine(lines=False), RunFiles()]
+    trainer = trainer_of(folder, max_epochs=epochs, enable_checkpointing=True, callbacks=[*callbacks, saver])
     trainer.fit(module, data_of(shapes))
     best, last = (checkpoint.load_model(Path(saver.dirpath) / name).state for name in ("best.ckpt", "last.ckpt"))
     return module, best, last
@@ -35,7 +35,9 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     # A rate that ruins the network: the start, with a solved head, is better than the end.
     module, best, last = fit(tmp_path, shapes, weights=weights, optimizer={"lr": 5.0})
     out = capsys.readouterr().out
-    found = re.search(r"(\S+) for the given weights, (\S+) for the last epoch; kept: (.+) \((\S+)\)\.", out)
+    found = re.search(
+        r"(\S+) for the given weights, (\S+) for the last epoch; kept, for its loss: (.+) \((\S+)\)\.", out
+    )
     start, end, kept, chosen = found.groups()
     assert float(chosen) > float(end) < float(start)
     summary = out.partition("Better than the best epoch: ")[2]
@@ -49,6 +51,21 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
         torch.testing.assert_close(best[name], begun.lerp(last[name], share / 100), msg=name)
     for name, tensor in module.network.state_dict().items():
         assert torch.equal(tensor, last[name])  # the module is as training has left it
+
+
+def test_from_scratch_the_last_epoch_may_be_better_than_the_best(tmp_path, shapes, capsys):
+    saver = RunCheckpoint()
+    saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)  # so that the best is none
+    _, best, last = fit(tmp_path, shapes, saver, epochs=12, head="mlp", optimizer={"lr": 0.004})
+    assert "kept, for its loss: the last epoch" in capsys.readouterr().out
+    assert float(saver.best_model_score) < 1
+    for name, tensor in best.items():
+        assert torch.equal(tensor, last[name])
+
+
+def test_one_epoch_is_compared_with_nothing(tmp_path, shapes, capsys):
+    fit(tmp_path, shapes)
+    assert "Blend" not in capsys.readouterr().out
 
 
 def test_other_starting_weights_are_another_run(weights, tmp_path):
