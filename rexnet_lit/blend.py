@@ -26,7 +26,7 @@ from torch import Tensor
 from rexnet_lit import checkpoint
 from rexnet_lit.calibration import fit_temperature
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.guards import saver_of
+from rexnet_lit.guards import rewrite, saver_of
 from rexnet_lit.module import RexNetModule
 
 __all__ = ["Blend"]
@@ -51,7 +51,7 @@ class Blend(Callback):
         self.kept = ""
         """What was better than the best epoch, if anything was."""
         self.metrics: dict[str, Tensor] = {}
-        """Its validation metrics."""
+        """The validation metrics of what ships, where anything was compared."""
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do it for a run that was killed after its last epoch, and resumed: there is no training to end."""
@@ -67,6 +67,7 @@ class Blend(Callback):
             or not isinstance(data, ImageFolderDataModule)
             or saver is None
             or not saver.best_model_path
+            or not saver.last_model_path  # a user's own saver may keep none
             or not pl_module.blends
         ):
             return
@@ -107,6 +108,9 @@ class Blend(Callback):
         pl_module.train(training)
 
         chosen = min(losses, key=lambda name: losses[name])
+        if not losses[chosen] < losses["the best epoch"] * (1 - 1e-6):  # but for rounding, such as a temperature's
+            chosen = "the best epoch"
+        self.metrics = pl_module.measure(logits[chosen], targets)
         told = [name for name in ("the best epoch", _name(0.0), "the last epoch") if name in top1]
         shown = ", ".join(f"{top1[name]:.3f} for {name}" for name in told)
         rank_zero_only(print)(
@@ -114,11 +118,9 @@ class Blend(Callback):
         )
         if chosen == "the best epoch":
             return
-        self.kept, self.metrics = chosen, pl_module.measure(logits[chosen], targets)
+        self.kept = chosen
         if trainer.is_global_zero:
-            content = checkpoint.read_ckpt(str(files[0]))
-            content["state_dict"] |= {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()}
-            checkpoint.write_ckpt(content, files[0])
+            rewrite(files[0], {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()})
 
 
 def _name(share: float) -> str:

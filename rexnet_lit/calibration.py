@@ -8,6 +8,7 @@ reads the model afterwards, timm too, is calibrated.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -19,17 +20,20 @@ from torch.nn import functional
 
 from rexnet_lit import checkpoint
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.guards import saver_of
+from rexnet_lit.guards import rewrite, saver_of
 from rexnet_lit.module import RexNetModule
 
 __all__ = ["Calibrate", "fit_temperature"]
 
 _STEPS = 200
-"""Temperatures looked at per factor of ten, from 0.1 to 5: steps of about one percent."""
+"""Temperatures looked at per factor of ten: steps of about one percent."""
+
+_WIDEST = 3
+"""Factors of ten up and down to look at: a head that has hardly learned is a hundred times too small."""
 
 
 def fit_temperature(logits: Tensor, targets: Tensor, weights: Tensor | None = None) -> tuple[float, float]:
-    """Return the temperature from 0.1 to 5 that suits logits best, and the loss with it.
+    """Return the temperature from 0.001 to 1,000 that suits logits best, and the loss with it.
 
     The targets are Platt's (1999), 1 - 1 / (N + 2) instead of 1: however right a model is about a few images, it does
     not become certain.
@@ -47,7 +51,7 @@ def fit_temperature(logits: Tensor, targets: Tensor, weights: Tensor | None = No
         scaled = logits / 10 ** (step / _STEPS)
         return float(functional.cross_entropy(scaled, targets, weights, label_smoothing=smoothing))
 
-    low, high = -_STEPS, round(0.7 * _STEPS)  # the loss is convex in 1 / T: it falls, then rises
+    low, high = -_WIDEST * _STEPS, _WIDEST * _STEPS  # the loss is convex in 1 / T: it falls, then rises
     while high - low > 2:
         third = (high - low) // 3
         low, high = (low, high - third) if loss(low + third) <= loss(high - third) else (low + third, high)
@@ -77,12 +81,13 @@ class Calibrate(Callback):
         if (
             not isinstance(pl_module, RexNetModule)
             or not isinstance(data, ImageFolderDataModule)
-            or saver is None
-            or not saver.best_model_path
             or not pl_module.calibrate
-            or pl_module.spec.head.name == "cosine"
             or pl_module.spec.num_classes == 1
         ):
+            return
+        if saver is None or not saver.best_model_path or pl_module.spec.head.name == "cosine":
+            why = "a cosine head has a temperature of its own" if saver and saver.best_model_path else "no validation"
+            rank_zero_only(print)(f"Not calibrated: {why}.")
             return
         path, net = Path(saver.best_model_path), pl_module.network
         best = checkpoint.load_model(path).state if trainer.is_global_zero else None
@@ -99,12 +104,13 @@ class Calibrate(Callback):
 
         targets = torch.from_numpy(data.splits()["val"].targets)
         temperature, _ = fit_temperature(logits, targets)
+        if abs(math.log10(temperature)) > _WIDEST - 0.01:
+            rank_zero_only(print)("Not calibrated: on the validation images these weights do no better than chance.")
+            return
         was, self.metrics = (pl_module.measure(found, targets) for found in (logits, logits / temperature))
         changes = (f"{name} {was[f'val/{name}']:.3f} -> {self.metrics[f'val/{name}']:.3f}" for name in ("loss", "ece"))
         rank_zero_only(print)(f"Calibrated: logits divided by {temperature:.2f}; val {', '.join(changes)}.", flush=True)
         if trainer.is_global_zero and temperature != 1:
             last = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)][-1]
             scaled = {f"network.{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")}
-            content = checkpoint.read_ckpt(str(path))
-            content["state_dict"] |= scaled
-            checkpoint.write_ckpt(content, path)
+            rewrite(path, scaled)

@@ -209,16 +209,18 @@ class EpochLine(Callback):
             return
         data = _data(trainer)
         command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
-        blend = next((c for c in trainer.callbacks if isinstance(c, Blend) and c.kept), None)  # type: ignore[attr-defined]
-        calibrated = next((c.metrics for c in trainer.callbacks if isinstance(c, Calibrate)), {})  # type: ignore[attr-defined]
-        shown = figures({**(self._best if blend is None else blend.metrics), **calibrated})
+        ends: list[Any] = [c for c in trainer.callbacks if isinstance(c, Blend | Calibrate)]  # type: ignore[attr-defined]
+        kept = next((c.kept for c in ends if isinstance(c, Blend)), "")
+        shown = {} if kept else self._best  # the training loss is of other weights
+        for end in ends:
+            shown = {**shown, **end.metrics}
         title = "Fit finished, without a validation"
         if self._best_epoch >= 0:
             title = f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
         print_rows(
-            title if blend is None else f"Fit finished. Better than the best epoch: {blend.kept}",
+            f"Fit finished. Better than the best epoch: {kept}" if kept else title,
             [
-                *((name, f"{value:.4f}") for name, value in shown.items()),
+                *((name, f"{value:.4f}") for name, value in figures(shown).items()),
                 ("run folder", str(model.parent)),
                 ("model", str(model)),
                 ("next", f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"),

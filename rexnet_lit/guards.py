@@ -15,7 +15,7 @@ import shlex
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -234,6 +234,11 @@ class RunCheckpoint(ModelCheckpoint):
         fixed = [name for name in differing if name.startswith(_FIXED) and name in then]
         named = fixed or ([] if self._accept_changes else differing)
         if not named:
+            if content.get(_REWRITTEN):
+                raise UserError(
+                    "ckpt_path: this best.ckpt holds what was chosen and calibrated when its run ended, not an epoch's "
+                    "weights; go on with the last.ckpt beside it, or start a new run from it with model.weights"
+                )
             return
         changed = [f"{name} ({then.get(name, _ABSENT)} then, {now[name]} now)" for name in named[:8]]
         more = f" and {len(named) - 8} more" if len(named) > 8 else ""
@@ -272,6 +277,13 @@ class RunCheckpoint(ModelCheckpoint):
         self.last_model_path = str(Path(self.dirpath or "") / "last.ckpt")
 
 
+def rewrite(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Put other weights into a ``best.ckpt`` at the end of a run: they are no epoch's then, and not resumed from."""
+    content = checkpoint.read_ckpt(str(path))
+    content["state_dict"] |= state
+    checkpoint.write_ckpt({**content, _REWRITTEN: True}, path)
+
+
 def saver_of(trainer: pl.Trainer) -> ModelCheckpoint | None:
     """Return what keeps a run's best and last weights: ours, whatever a user has added."""
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
@@ -295,7 +307,7 @@ def _tries_out(trainer: pl.Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]
 
 
-_KEY, _LENGTH = "rexnet_lit_run", "rexnet_lit_run_length"
+_KEY, _LENGTH, _REWRITTEN = "rexnet_lit_run", "rexnet_lit_run_length", "rexnet_lit_rewritten"
 _ABSENT = "not recorded"
 _FIXED = ("model.optimizer.", "model.ema", "model.schedule.name")
 """What a resume takes from the checkpoint: to change it would be in vain, or fail."""

@@ -53,7 +53,7 @@ class RexNetModule(pl.LightningModule):
         grad_checkpointing: Compute the activations again in the backward pass instead of keeping them: about a quarter
             slower, for larger batches or images on a small GPU. BatchNorm's running statistics see each batch twice.
         calibrate: When training ends, fit the temperature of the logits on the validation images, so that probabilities
-            mean what they say. In Python, add `calibration.Calibrate` to the trainer's callbacks.
+            mean what they say. In Python, add `calibration.Calibrate` to the trainer's callbacks, after `blend.Blend`.
         keep_matching_classes: Where the starting weights know a class by its name, start from their row of the head.
         num_classes: K; from the data.
         class_names: One per logit; from the data.
@@ -119,7 +119,8 @@ class RexNetModule(pl.LightningModule):
         """The weights it starts from, where they are to be blended with the end's."""
         if self.blends and head.name == "linear" and not self._scratch:
             self.start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-            self._start_digest = checkpoint.digest(self.start)[:12]
+            body = {name: tensor for name, tensor in self.start.items() if not name.startswith("head.fc.")}
+            self._start_digest = checkpoint.digest(body)[:12]  # its head is solved anew
         self.train_loss = MeanMetric(nan_strategy="disable")  # `FiniteLoss` looks
         self.val_metrics = build_metrics(len(names), "val/")
         self.test_metrics = build_metrics(len(names), "test/")

@@ -48,7 +48,7 @@ class StrategySettings:
         blend: At the end, look for better weights than the best epoch's: the last epoch's and, from given weights, with
             a linear head and up to 20,000 training images, those between the given and the fine-tuned ones, with
             solved heads. The validation loss chooses, and ``best.ckpt`` holds them. Not for a ``linear_probe``. In
-            Python, add `blend.Blend` to the trainer's callbacks.
+            Python, add `blend.Blend` to the trainer's callbacks, and `guards.RunCheckpoint`.
     """
 
     name: Literal["full", "linear_probe", "partial", "staged"] = "full"

@@ -14,6 +14,7 @@ from scipy.optimize import minimize_scalar
 from rexnet_lit import checkpoint
 from rexnet_lit.calibration import Calibrate, fit_temperature
 from rexnet_lit.callbacks import EpochLine, RunFiles
+from rexnet_lit.errors import UserError
 from rexnet_lit.guards import RunCheckpoint
 
 
@@ -40,6 +41,14 @@ def test_the_temperature_that_drew_the_labels_is_found(temperature):
     assert again == 1.0  # to the last bit: a run that is killed here, and resumed, ships the same weights
 
 
+@pytest.mark.parametrize("scale", [0.01, 100])
+def test_a_head_that_is_far_off_is_mended_at_once(scale):
+    logits, targets = drawn(1.0)
+    temperature, _ = fit_temperature(logits * scale, targets)
+    assert temperature == pytest.approx(scale, rel=0.05)
+    assert fit_temperature(logits * scale / temperature, targets)[0] == 1.0
+
+
 def test_thirty_right_answers_are_no_certainty():
     logits = 20 * torch.eye(3).repeat(10, 1)
     temperature, _ = fit_temperature(logits, torch.arange(3).repeat(10))
@@ -47,10 +56,12 @@ def test_thirty_right_answers_are_no_certainty():
     assert float(top) == pytest.approx(1 - 1 / 32, abs=0.002)  # Platt 1999: (N + 1) / (N + 2)
 
 
-def fit(folder: Path, root: Path, **settings: object) -> tuple[object, dict, dict]:
+def fit(folder: Path, root: Path, precision: str = "32-true", **settings: object) -> tuple[object, dict, dict]:
     module = model_of(calibrate=True, **settings)
     saver, callbacks = RunCheckpoint(), [Calibrate(), EpochLine(lines=False), RunFiles()]
-    trainer = trainer_of(folder, max_epochs=1, enable_checkpointing=True, callbacks=[*callbacks, saver])
+    trainer = trainer_of(
+        folder, max_epochs=1, precision=precision, enable_checkpointing=True, callbacks=[*callbacks, saver]
+    )
     trainer.fit(module, data_of(root))
     return module, *(checkpoint.load_model(Path(saver.dirpath) / name).state for name in ("best.ckpt", "last.ckpt"))
 
@@ -72,6 +83,28 @@ def test_the_last_layer_is_divided(head, layer, shapes, tmp_path, capsys):
             assert torch.equal(tensor, last[name])
     for name, tensor in module.network.state_dict().items():
         assert torch.equal(tensor, last[name])  # the module is as training has left it
+
+
+def test_half_precision(shapes, tmp_path, capsys):
+    _, best, last = fit(tmp_path, shapes, "bf16-true", strategy={"blend": True})
+    assert "Calibrated: logits divided by" in capsys.readouterr().out
+    assert not torch.equal(best["head.fc.weight"], last["head.fc.weight"])
+
+
+def test_weights_that_know_nothing_are_left_alone(shapes, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("rexnet_lit.calibration.fit_temperature", lambda logits, targets: (1000.0, 1.1))
+    _, best, last = fit(tmp_path, shapes)
+    assert "Not calibrated" in capsys.readouterr().out
+    assert all(torch.equal(tensor, last[name]) for name, tensor in best.items())
+
+
+def test_a_rewritten_best_is_not_resumed_from(shapes, tmp_path):
+    module, _, _ = fit(tmp_path, shapes)
+    trainer = trainer_of(
+        tmp_path / "again", max_epochs=2, enable_checkpointing=True, callbacks=[EpochLine(lines=False), RunCheckpoint()]
+    )
+    with pytest.raises(UserError, match=r"go on with the last\.ckpt beside it"):
+        trainer.fit(module, data_of(shapes), ckpt_path=next(tmp_path.rglob("best.ckpt")))
 
 
 def test_a_cosine_head_keeps_its_temperature(shapes, tmp_path):
