@@ -1,11 +1,11 @@
 """The weights that ship: of the best and the last epoch, and of those between the start and the end, the best.
 
 The epoch with the highest validation top-1 is often a lucky one: there are a few hundred images, and twenty epochs to
-choose from. And fine-tuning on few images also unlearns: on the straight line between the given weights and the
-fine-tuned ones there is often a better backbone than either, and a head that is solved on its features for the
-undisturbed training images is better than one that has learned beside it. The validation loss chooses: top-1 is too
-coarse, and the plain loss prefers whoever is better calibrated, so each candidate's logits are divided by the
-temperature that suits them best.
+choose from; it must be better than the last one by two standard errors of the difference. And fine-tuning on few images
+also unlearns: on the straight line between the given weights and the fine-tuned ones there is often a better backbone
+than either, and a head that is solved on its features for the undisturbed training images is better than one that has
+learned beside it. The validation loss chooses: top-1 is too coarse, and the plain loss prefers whoever is better
+calibrated, so each candidate's logits are divided by the temperature that suits them best.
 
 Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
 al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020 (the head anew); Guo et al., "On
@@ -22,6 +22,7 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
+from torch.nn import functional
 
 from rexnet_lit import checkpoint
 from rexnet_lit.calibration import fit_temperature
@@ -98,18 +99,20 @@ class Blend(Callback):
 
         targets = torch.from_numpy(data.splits()["val"].targets)
         weights = torch.from_numpy(pl_module.class_weights()).float()
-        logits, top1, losses = {}, {}, {}
+        logits, top1, losses, each = {}, {}, {}, {}
         for name, (state, features) in candidates.items():
             net.load_state_dict(state)
             found = logits[name] = pl_module.logits(features)
             top1[name] = float((found.argmax(1) == targets).float().mean())
-            losses[name] = fit_temperature(found, targets, weights)[1]
+            temperature, losses[name] = fit_temperature(found, targets, weights)
+            each[name] = functional.cross_entropy(found / temperature, targets, reduction="none") * weights[targets]
         net.load_state_dict(before)
         pl_module.train(training)
 
+        gain = each["the last epoch"] - each["the best epoch"]
+        if float(gain.mean()) < 2 * float(gain.std()) / len(gain) ** 0.5:
+            del losses["the best epoch"]  # no more than luck
         chosen = min(losses, key=lambda name: losses[name])
-        if not losses[chosen] < losses["the best epoch"] * (1 - 1e-6):  # but for rounding, such as a temperature's
-            chosen = "the best epoch"
         self.metrics = pl_module.measure(logits[chosen], targets)
         told = [name for name in ("the best epoch", _name(0.0), "the last epoch") if name in top1]
         shown = ", ".join(f"{top1[name]:.3f} for {name}" for name in told)

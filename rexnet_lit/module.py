@@ -111,7 +111,11 @@ class RexNetModule(pl.LightningModule):
         if weights is not None:
             self._start_from(weights, keep_matching_classes)
         elif pretrained:
-            rows = self._matching_rows(network.published_names(backbone)) if keep_matching_classes else {}
+            rows: dict[int, int] = {}
+            if keep_matching_classes and head.shape == HeadSpec().shape:
+                rows = self._matching_rows(network.published_names(backbone))
+            elif keep_matching_classes:
+                self._keeps_none("the published weights have another kind of head")
             network.load_pretrained(self.network, backbone, rows=rows)
         self.blends = self.strategy_settings.blend and self.strategy_settings.name != "linear_probe"
         """Whether better weights than the best epoch's are looked for at the end."""
@@ -158,6 +162,9 @@ class RexNetModule(pl.LightningModule):
         rank_zero_only(print)(f"The starting weights know these classes by name ({_short(tuple(named))}).")
         return rows
 
+    def _keeps_none(self, why: str) -> None:
+        rank_zero_only(print)(f"model.keep_matching_classes: {why}; none is kept.")
+
     def _start_from(self, path: str, keep_matching_classes: bool) -> None:
         state, spec = checkpoint.load_starting_weights(path)
         backbone = self.spec.backbone
@@ -166,11 +173,13 @@ class RexNetModule(pl.LightningModule):
         same_head = spec is None or spec.head.shape == self.spec.head.shape
         same_classes = same_head and (spec is None or spec.class_names == self.spec.class_names)
         rows: dict[int, int] = {}
-        if spec is not None and keep_matching_classes:
-            if same_head:
+        if keep_matching_classes:
+            if spec is None:
+                self._keeps_none(f"{path} does not name its classes")
+            elif same_head:
                 rows = self._matching_rows(spec.class_names)
             else:
-                rank_zero_only(print)(f"model.keep_matching_classes: {path} has another kind of head; none is kept.")
+                self._keeps_none(f"{path} has another kind of head")
         where = f"model.weights: {path}"
         kept = network.load_weights(self.network, state, where, keep_head=same_classes, rows=rows)
         classes = state["head.fc.weight"].shape[0] if "head.fc.weight" in state else "another kind of"

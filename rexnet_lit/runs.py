@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
+import numpy as np
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -434,17 +435,25 @@ class RexNetCLI(LightningCLI):
                 quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
             found = Tuner(trainer).lr_find(self.model, datamodule=self.datamodule, min_lr=1e-6, update_attr=False)
         logging.disable(logging.NOTSET)
-        best = found.suggestion() if found is not None else None
-        if found is None or best is None:
+        # Without the first steps, which are chance, and the last, which ended it.
+        seen = np.array([found.results[key][10:-1] for key in ("lr", "loss")] if found is not None else [[], []])
+        rates, losses = seen[:, np.isfinite(seen[1])]
+        if found is None or len(rates) < 2:
             raise UserError("find_lr: too few steps to see anything; set a smaller data.batch_size or more max_epochs")
+        # By the logarithm of the rate, unlike Lightning's suggestion, which small rates win.
+        steepest = int(np.gradient(losses, np.log(rates)).argmin())
         path = fresh_path(Path(trainer.default_root_dir) / "lr_finder.png")
-        figure = found.plot(suggest=True)
+        figure = found.plot()
         assert figure is not None  # noqa: S101 (for the type checker: it is without an axes of ours)
+        figure.axes[0].plot(rates[steepest], losses[steepest], "o", markersize=10, color="red")
         figure.savefig(path, dpi=120)
-        print(  # noqa: T201
-            f"the loss falls fastest at {best:.1g} ({path}); a good learning rate is up to there: "
-            f"--model.optimizer.lr {best:.1g}"
+        optimizer = self.model.optimizer_settings
+        per_step = self.datamodule.batch_size * trainer.accumulate_grad_batches
+        best = (
+            rates[steepest] * optimizer.full_lr(scratch=False) / optimizer.full_lr(scratch=False, batch_size=per_step)
         )
+        note = " (all layers learned at one rate: without layer_decay)" if optimizer.layer_decay != 1 else ""
+        print(f"the loss falls fastest{note}, see {path}, at --model.optimizer.lr {best:.1g}")  # noqa: T201
         raise SystemExit(0)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:

@@ -20,12 +20,12 @@ class ScheduleSettings:
     Args:
         name: ``cosine`` falls to ``min_factor`` at the last step (Loshchilov and Hutter 2017); ``one_cycle`` rises
             and falls (Smith and Topin 2018); ``step`` multiplies by ``gamma`` every ``step_epochs``; ``plateau``
-            does when the validation loss has not fallen for ``patience`` epochs; ``constant`` stays.
+            does when the validation loss has not fallen for ``patience`` validations; ``constant`` stays.
         warmup_epochs: Length of the linear rise to the full rate, in epochs (fractions allowed); not of ``one_cycle``.
         min_factor: Where ``cosine`` ends, as a share of the full rate.
         step_epochs: Epochs between two drops of ``step``.
         gamma: Factor of each drop of ``step`` and ``plateau``.
-        patience: Epochs without a lower validation loss that ``plateau`` bears.
+        patience: Validations without a lower loss that ``plateau`` bears.
         rise: Share of the run for which ``one_cycle`` rises, from a 25th of the full rate.
     """
 
@@ -96,10 +96,10 @@ class Plateau:
     Args:
         warmup: Steps of the linear rise.
         gamma: Factor of each drop.
-        patience: Epochs without a lower loss that are borne.
+        patience: Validations without a lower loss that are borne.
         factor: What the drops so far amount to.
         best: Lowest validation loss so far.
-        bad: Epochs since then.
+        bad: Validations since then.
     """
 
     warmup: int
@@ -119,7 +119,7 @@ class Plateau:
         return self.factor * min(1.0, (step + 1) / (self.warmup + 1))
 
     def update(self, loss: float) -> None:
-        """Take an epoch's validation loss into account."""
+        """Take a validation's loss into account."""
         self.best, self.bad = (loss, 0) if loss < self.best else (self.best, self.bad + 1)
         if self.bad > self.patience:
             self.factor, self.bad = self.factor * self.gamma, 0
