@@ -62,7 +62,7 @@ def fit_temperature(logits: Tensor, targets: Tensor, weights: Tensor | None = No
 class Calibrate(Callback):
     """Puts the temperature into ``best.ckpt`` when training ends, where ``model.calibrate`` asks for it.
 
-    Not with a cosine head, whose temperature is a setting. The weights in training, and `last.ckpt`, stay the same.
+    Not with a cosine head, whose temperature is a setting. The weights in training, and ``last.ckpt``, stay the same.
     """
 
     def __init__(self) -> None:
@@ -81,13 +81,16 @@ class Calibrate(Callback):
         if (
             not isinstance(pl_module, RexNetModule)
             or not isinstance(data, ImageFolderDataModule)
+            or saver is None
             or not pl_module.calibrate
             or pl_module.spec.num_classes == 1
         ):
             return
-        if saver is None or not saver.best_model_path or pl_module.spec.head.name == "cosine":
-            why = "a cosine head has a temperature of its own" if saver and saver.best_model_path else "no validation"
-            rank_zero_only(print)(f"Not calibrated: {why}.")
+        if not saver.best_model_path:
+            rank_zero_only(print)("Not calibrated: no validated weights were saved.")
+            return
+        if pl_module.spec.head.name == "cosine":
+            rank_zero_only(print)("Not calibrated: a cosine head has a temperature of its own.")
             return
         path, net = Path(saver.best_model_path), pl_module.network
         best = checkpoint.load_model(path).state if trainer.is_global_zero else None
