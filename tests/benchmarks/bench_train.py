@@ -3,9 +3,10 @@
     python tests/benchmarks/bench_train.py --timm PATH/TO/timm/train.py [--images 416] [--size 224] [--rounds 2]
 
 Both train rexnet_100 from scratch in fp32, batch 32, two epochs, and the second epoch counts: its images per second
-of training, data loading included. timm runs once at its defaults
-and once with --channels-last. The photographs are random crops of the two that scikit-learn ships, 500 x 375 JPEG,
-or yours (--photos DIR, a folder of class folders). The machine is noisy: read the ratios.
+of training, data loading included. timm runs once at its defaults and once with --channels-last; ours also with half
+of the backbone frozen (`partial`), and with all of it (`linear_probe`, features anew in each epoch). The photographs
+are random crops of the two that scikit-learn ships, 500 x 375 JPEG, or yours (--photos DIR, a folder of class folders).
+The machine is noisy: read the ratios.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ def run(command: list[str], cwd: Path) -> list[tuple[float, str]]:
     return lines
 
 
-def ours(root: Path, size: int, out: Path) -> float:
+def ours(root: Path, size: int, out: Path, strategy: str = "full") -> float:
     """Return the images per second that our second epoch's line says: from the epoch's start to its last batch."""
     command = [
         sys.executable, "-m", "rexnet_lit", "fit",
         f"--data.root={root}", f"--data.image_size={size}", f"--data.batch_size={BATCH}",
         "--model.pretrained=false", "--trainer.max_epochs=2", "--trainer.accelerator=cpu",
-        f"--trainer.default_root_dir={out}",
+        f"--trainer.default_root_dir={out}", f"--model.strategy={strategy}",
     ]  # fmt: skip
     for _, line in run(command, out):
         if found := re.search(r"^epoch 2/2 .* training ([\d.]+) images/s", line):
@@ -84,7 +85,7 @@ def timms(train: Path, root: Path, size: int, images: int, out: Path, extra: lis
 
 
 def main() -> None:
-    """Run the three in turn, ``--rounds`` times, and print the rates and the ratios of their medians."""
+    """Run them in turn, ``--rounds`` times, and print the rates and the ratios of their medians."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--timm", required=True, type=Path, help="timm's train.py, from a checkout of its repository")
     parser.add_argument("--photos", type=Path, help="train/ and val/ with class folders")
@@ -98,16 +99,18 @@ def main() -> None:
         if options.photos is None:
             draw_photos(root, options.images)
         images = sum(1 for path in (root / "train").rglob("*") if path.is_file())
-        rates: dict[str, list[float]] = {"rexnet_lit": [], "timm": [], "timm --channels-last": []}
+        names = ("rexnet_lit", "rexnet_lit, partial", "rexnet_lit, linear_probe", "timm", "timm --channels-last")
+        rates: dict[str, list[float]] = {name: [] for name in names}
         for number in range(options.rounds):
-            rates["rexnet_lit"].append(ours(root, options.size, out))
+            for name, strategy in zip(names, ("full", "partial", "linear_probe"), strict=False):
+                rates[name].append(ours(root, options.size, out, strategy))
             for name, extra in (("timm", []), ("timm --channels-last", ["--channels-last"])):
                 rates[name].append(timms(options.timm.absolute(), root, options.size, images, out, extra))
             print(f"round {number + 1}:", {name: round(r[-1], 1) for name, r in rates.items()}, flush=True)
         medians = {name: statistics.median(r) for name, r in rates.items()}
         print(f"{images} images, {options.size} px, batch {BATCH}, second epoch, images per second (median):")
         for name, rate in medians.items():
-            print(f"  {name:<22} {rate:6.1f}   rexnet_lit is {medians['rexnet_lit'] / rate:.2f} x")
+            print(f"  {name:<24} {rate:6.1f}   rexnet_lit is {medians['rexnet_lit'] / rate:.2f} x")
 
 
 if __name__ == "__main__":
