@@ -19,7 +19,7 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn import functional
@@ -27,7 +27,7 @@ from torch.nn import functional
 from rexnet_lit import checkpoint
 from rexnet_lit.calibration import fit_temperature
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.guards import rewrite, saver_of
+from rexnet_lit.guards import AtEnd, rewrite
 from rexnet_lit.module import RexNetModule
 
 __all__ = ["Blend"]
@@ -41,7 +41,7 @@ MOST_IMAGES = 20_000
 """Training images up to which it is done: solving heads for more takes long, and more images move further."""
 
 
-class Blend(Callback):
+class Blend(AtEnd):
     """Puts the best weights into ``best.ckpt`` when training ends, where ``model.strategy.blend`` asks for it.
 
     Candidates are the best and the last epoch, and from given weights, with a linear head, the line from these to the
@@ -54,23 +54,12 @@ class Blend(Callback):
         self.metrics: dict[str, Tensor] = {}
         """The validation metrics of what ships, where anything was compared."""
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do it for a run that was killed after its last epoch, and resumed: there is no training to end."""
-        if isinstance(pl_module, RexNetModule) and not pl_module.started:
-            pl_module.to(trainer.strategy.root_device)  # whence Lightning has taken it
-            self.on_train_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def finish(
+        self, trainer: pl.Trainer, pl_module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
+    ) -> None:
         """Solve the heads, try the candidates on the validation split, and keep the best."""
-        saver, data = saver_of(trainer), getattr(trainer, "datamodule", None)
-        if (
-            not isinstance(pl_module, RexNetModule)
-            or not isinstance(data, ImageFolderDataModule)
-            or saver is None
-            or not saver.best_model_path
-            or not saver.last_model_path  # a user's own saver may keep none
-            or not pl_module.blends
-        ):
+        # A user's own saver may keep no last.ckpt.
+        if not pl_module.blends or not saver.best_model_path or not saver.last_model_path:
             return
         net = pl_module.network
         before, training = _copy(net.state_dict()), pl_module.training
@@ -84,15 +73,15 @@ class Blend(Callback):
 
         pl_module.eval()
         embedders = []
-        for state in (*line, last, best):
+        for state in (*(line or [last]), best):  # the line ends at the last epoch
             net.load_state_dict(state)
             embedders.append(pl_module.embedder())
         # All in one pass, however many networks look: reading the images may be what takes long.
-        *val, val_last, val_best = data.compute_features("val", _together(embedders))[0].chunk(len(embedders), dim=1)
-        candidates = {"the best epoch": (best, val_best), "the last epoch": (last, val_last)}
+        val = data.compute_features("val", _together(embedders))[0].chunk(len(embedders), dim=1)
+        candidates = {"the best epoch": (best, val[-1]), "the last epoch": (last, val[-2])}
         if line:
-            train = data.compute_features("train", _together(embedders[:-2]), evaluate=True)[0].chunk(len(line), dim=1)
-            for share, state, features, val_features in zip(SHARES, line, train, val, strict=True):
+            train = data.compute_features("train", _together(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
+            for share, state, features, val_features in zip(SHARES, line, train, val[:-1], strict=True):
                 net.load_state_dict(state)
                 pl_module.solve(features, val_features)
                 candidates[_name(share)] = _copy(net.state_dict()), val_features

@@ -13,14 +13,14 @@ from pathlib import Path
 
 import lightning.pytorch as pl
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.nn import functional
 
 from rexnet_lit import checkpoint
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.guards import rewrite, saver_of
+from rexnet_lit.guards import AtEnd, rewrite
 from rexnet_lit.module import RexNetModule
 
 __all__ = ["Calibrate", "fit_temperature"]
@@ -59,7 +59,7 @@ def fit_temperature(logits: Tensor, targets: Tensor, weights: Tensor | None = No
     return 10 ** (best / _STEPS), loss(best)
 
 
-class Calibrate(Callback):
+class Calibrate(AtEnd):
     """Puts the temperature into ``best.ckpt`` when training ends, where ``model.calibrate`` asks for it.
 
     Not with a cosine head, whose temperature is a setting. The weights in training, and ``last.ckpt``, stay the same.
@@ -69,22 +69,11 @@ class Calibrate(Callback):
         self.metrics: dict[str, Tensor] = {}
         """The validation metrics of what ships."""
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do it for a run that was killed after its last epoch, and resumed: there is no training to end."""
-        if isinstance(pl_module, RexNetModule) and not pl_module.started:
-            pl_module.to(trainer.strategy.root_device)  # whence Lightning has taken it
-            self.on_train_end(trainer, pl_module)
-
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def finish(
+        self, trainer: pl.Trainer, pl_module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
+    ) -> None:
         """Fit the temperature of the best weights, and write them anew."""
-        saver, data = saver_of(trainer), getattr(trainer, "datamodule", None)
-        if (
-            not isinstance(pl_module, RexNetModule)
-            or not isinstance(data, ImageFolderDataModule)
-            or saver is None
-            or not pl_module.calibrate
-            or pl_module.spec.num_classes == 1
-        ):
+        if not pl_module.calibrate or pl_module.spec.num_classes == 1:
             return
         if not saver.best_model_path:
             rank_zero_only(print)("Not calibrated: no validated weights were saved.")

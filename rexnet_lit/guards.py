@@ -277,6 +277,28 @@ class RunCheckpoint(ModelCheckpoint):
         self.last_model_path = str(Path(self.dirpath or "") / "last.ckpt")
 
 
+class AtEnd(Callback):
+    """Does something with what a run has saved, once, when its training ends."""
+
+    def finish(
+        self, trainer: pl.Trainer, pl_module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
+    ) -> None:
+        """Do it, on all processes."""
+        raise NotImplementedError
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do it where model, data and saver are such as we know."""
+        saver, data = saver_of(trainer), getattr(trainer, "datamodule", None)
+        if isinstance(pl_module, RexNetModule) and isinstance(data, ImageFolderDataModule) and saver is not None:
+            self.finish(trainer, pl_module, data, saver)
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Do it for a run that was killed after its last epoch, and resumed: there is no training to end."""
+        if isinstance(pl_module, RexNetModule) and not pl_module.started:
+            pl_module.to(trainer.strategy.root_device)  # whence Lightning has taken it
+            self.on_train_end(trainer, pl_module)
+
+
 def rewrite(path: Path, state: Mapping[str, Tensor]) -> None:
     """Put other weights into a ``best.ckpt`` at the end of a run: they are no epoch's then, and not resumed from."""
     content = checkpoint.read_ckpt(str(path))
