@@ -123,7 +123,8 @@ def _export(args: argparse.Namespace) -> int:
     from rexnet_lit.export import export
 
     difference = export(args.model, args.format, args.output)
-    size = Path(args.output).stat().st_size / 1e6
+    output = Path(args.output)
+    size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
     print(  # noqa: T201
         f"{args.output}: {size:.1f} MB; agrees with the model to {difference:.1g} in probability on 4 photographs"
     )
@@ -164,8 +165,8 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("dir", metavar="DIR", help="a new folder")
     export = add("export", _export, "write a model for other programs")
     export.add_argument("model", metavar="MODEL", help="a .ckpt or .safetensors file of a run")
-    export.add_argument("--format", required=True, choices=("onnx", "torch", "safetensors"))
-    export.add_argument("--output", required=True, metavar="FILE")
+    export.add_argument("--format", required=True, choices=("onnx", "torch", "safetensors", "hub"))
+    export.add_argument("--output", required=True, metavar="FILE", help="for hub, a new folder that timm loads")
     return parser
 
 

@@ -2,7 +2,8 @@
 
 An exported graph takes float32 RGB (B, 3, S, S) from 0 to 1, the centre square that `predictor.Classifier.view`
 cuts, and returns probabilities (B, K): normalisation and softmax are inside. Class names and the preprocessing are
-in its metadata. To add a format, write a function and name it in `FORMATS`.
+in its metadata. A hub folder holds the bare network instead, as timm builds it.
+To add a format, write a function and name it in `FORMATS`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from rexnet_lit import checkpoint
+from rexnet_lit import checkpoint, hub
 from rexnet_lit.errors import UserError
 from rexnet_lit.files import check_output
 from rexnet_lit.predictor import Classifier, load
@@ -40,10 +41,10 @@ TOLERANCE = 1e-4
 class _Deployed(nn.Module):
     """Images from 0 to 1 in, probabilities out."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, network: nn.Module | None = None) -> None:
         super().__init__()
         recipe = classifier.spec.eval_recipe
-        self.network = classifier.network.cpu().to(memory_format=torch.contiguous_format)
+        self.network = (network or classifier.network).cpu().to(memory_format=torch.contiguous_format)
         self.mean = nn.Buffer(torch.tensor(recipe.mean).view(1, 3, 1, 1))
         self.std = nn.Buffer(torch.tensor(recipe.std).view(1, 3, 1, 1))
 
@@ -72,7 +73,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(logging.NOTSET)
 
 
-def _onnx(classifier: Classifier, example: Tensor, target: Path) -> Check:
+def _onnx(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
     try:
         import onnx
         import onnxruntime
@@ -99,7 +100,7 @@ def _onnx(classifier: Classifier, example: Tensor, target: Path) -> Check:
     return lambda images: cast(NDArray[np.float32], session.run(None, {"images": images})[0])
 
 
-def _torch(classifier: Classifier, example: Tensor, target: Path) -> Check:
+def _torch(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
     shapes = {"images": {0: torch.export.Dim("batch")}}
     program = torch.export.export(_Deployed(classifier).eval(), (example,), dynamic_shapes=shapes)
     for node in program.graph.nodes:  # where in the source each came from, with this machine's paths
@@ -111,25 +112,38 @@ def _torch(classifier: Classifier, example: Tensor, target: Path) -> Check:
     return lambda images: restored(torch.from_numpy(images)).detach().numpy()
 
 
-def _safetensors(classifier: Classifier, example: Tensor, target: Path) -> Check:
-    named = target.with_suffix(".safetensors")
-    checkpoint.save_model(named, classifier.spec, classifier.network.state_dict())
-    deployed = _Deployed(load(named, device="cpu")).eval()
-    named.replace(target)
-
+def _ask(deployed: _Deployed) -> Check:
     def check(images: NDArray[np.float32]) -> NDArray[np.float32]:
         with torch.no_grad():
-            return deployed(torch.from_numpy(images)).numpy()  # type: ignore[no-any-return]
+            return deployed.eval()(torch.from_numpy(images)).numpy()  # type: ignore[no-any-return]
 
     return check
 
 
-FORMATS: dict[str, Callable[[Classifier, Tensor, Path], Check]] = {
+def _safetensors(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
+    named = target.with_suffix(".safetensors")
+    checkpoint.save_model(named, classifier.spec, classifier.network.state_dict())
+    check = _ask(_Deployed(load(named, device="cpu")))
+    named.replace(target)
+    return check
+
+
+def _hub(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
+    figures = hub.read_figures(model, checkpoint.digest(classifier.network.state_dict()))
+    hub.write_folder(classifier, figures, target)
+    return _ask(_Deployed(classifier, hub.load_folder(target)))
+
+
+FORMATS: dict[str, Callable[[Classifier, Path, Tensor, Path], Check]] = {
     "onnx": _onnx,
     "torch": _torch,
     "safetensors": _safetensors,
+    "hub": _hub,
 }
-"""Each writes a classifier to a path, given example images (B, 3, S, S), and returns how to ask the written file."""
+"""Each writes a classifier, whose own file is given, to a path, and returns how to ask what is written.
+
+It may need example images, (B, 3, S, S).
+"""
 
 
 _ENDINGS = {"onnx": (".onnx",), "torch": (".pt2", ".pt"), "safetensors": (".safetensors",)}
@@ -141,7 +155,7 @@ def export(model: str, kind: str, output: str) -> float:
     Args:
         model: A ``.ckpt`` or ``.safetensors`` file of ours.
         kind: A key of `FORMATS`.
-        output: The file; it appears only when it agrees with the model.
+        output: The file, or for ``hub`` the new folder; it appears only when it agrees with the model.
 
     Returns:
         The largest difference in a probability between the file and the model, over four photographs.
@@ -156,7 +170,7 @@ def export(model: str, kind: str, output: str) -> float:
         expected = _Deployed(classifier).eval()(torch.from_numpy(images)).numpy()
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary, _quiet():
         written = Path(temporary) / "model"
-        check = FORMATS[kind](classifier, torch.from_numpy(images[:2]), written)
+        check = FORMATS[kind](classifier, Path(model), torch.from_numpy(images[:2]), written)
         # One image and four: the batch is free in the file.
         got = np.concatenate([check(images[:1]), check(images)[1:]])
         difference = float(np.abs(got - expected).max())
@@ -175,6 +189,10 @@ def _output_folder(output: Path, model: Path, kind: str) -> Path:
         raise UserError(f"--output: there is no folder {str(folder)!r}; make it first")
     if output.exists() and model.exists() and output.samefile(model):
         raise UserError(f"--output: {str(output)!r} is the model itself; name another file")
+    if kind not in _ENDINGS:
+        if output.exists() and (not output.is_dir() or any(output.iterdir())):
+            raise UserError(f"--output: {str(output)!r} exists already; name a new folder")
+        return folder
     check_output("--output", output, *_ENDINGS[kind])
     return folder
 

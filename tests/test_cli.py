@@ -21,7 +21,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rexnet_lit import cli
+from rexnet_lit import checkpoint, cli
 from rexnet_lit.module import RexNetModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -454,9 +454,11 @@ def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, m
     assert str(run / "report" / "report.html") in out
     assert {f for f in files_of(elsewhere) if not f.startswith("cache/")} == set()
     assert {Path(f).name for f in files_of(base) - before} == {
-        *("metrics.json", "per_class.csv", "predictions.csv", "report.html"),
+        *("metrics.json", "per_class.csv", "predictions.csv", "report.html", "weights.sha256"),
         *("confusion.png", "mistakes.png", "calibration.png", "history.png"),
     }
+    own = checkpoint.digest(checkpoint.load_model(model).state)
+    assert (run / "report" / "weights.sha256").read_text() == own + "\n"
     metrics = json.loads((run / "report" / "metrics.json").read_text())
     assert {"top1", "macro_f1", "nll", "ece", "count", "per_class"} == set(metrics)  # top5 needs more classes
     assert metrics["count"] == 12

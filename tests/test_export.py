@@ -98,12 +98,87 @@ def test_safetensors(model, expected, tmp_path, capfd):
         assert set(content.metadata()) == {"format", "rexnet_lit", "rexnet_lit_sha256"}
 
 
+def _run(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run" / "model.safetensors"
+
+
+def test_a_hub_folder_is_what_timm_loads(tmp_path, capsys, expected):
+    import timm
+
+    names = ("a|b", "`c`", "<b>d</b>")
+    model = lively_model(_run(tmp_path), names=names, size=32)
+    command = ["export", str(model), "--format", "hub", "--output"]
+    assert cli.main([*command, str(tmp_path / "hub")]) == 0
+    assert "agrees with the model" in capsys.readouterr().out
+    assert sorted(f.name for f in (tmp_path / "hub").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    net = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert net.pretrained_cfg["label_names"] == list(names)
+    recipe = timm.data.resolve_model_data_config(net)
+    own = rexnet_lit.load(model, device="cpu")
+    assert tuple(recipe["input_size"]) == (3, 32, 32)
+    assert (tuple(recipe["mean"]), tuple(recipe["std"]), recipe["crop_pct"], recipe["interpolation"]) == (
+        own.spec.eval_recipe.mean, own.spec.eval_recipe.std, own.spec.eval_recipe.crop_pct, "bicubic",
+    )  # fmt: skip
+    images, probs = expected  # of a model with other names, and the same weights
+    mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        got = net((torch.from_numpy(images) - mean) / std).softmax(1).numpy()
+    np.testing.assert_allclose(got, probs, atol=1e-5)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "Not measured" in card
+    assert "- `a/b`\n- `'c'`\n- `<b>d</b>`" in card
+
+    line = fails(capsys, *command, tmp_path / "hub")
+    assert "exists already; name a new folder" in line
+
+
+def test_the_card_of_a_hub_folder_has_the_figures_of_these_weights_only(tmp_path, capsys):
+    from huggingface_hub import ModelCard
+
+    from rexnet_lit import checkpoint
+
+    model = lively_model(_run(tmp_path), size=32)
+    per_class = {name: {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 4} for name in NAMES}
+    figures = {"top1": 0.75, "macro_f1": 0.7, "nll": 0.5, "ece": 0.1, "count": 12, "per_class": per_class}
+    report = tmp_path / "run" / "report"
+    report.mkdir()
+    (report / "metrics.json").write_text(json.dumps(figures))
+
+    def card(weights, name):
+        (report / "weights.sha256").write_text(weights)
+        assert cli.main(["export", str(model), "--format", "hub", "--output", str(tmp_path / name)]) == 0
+        capsys.readouterr()
+        return ModelCard.load(tmp_path / name / "README.md")
+
+    own = checkpoint.digest(checkpoint.load_model(model).state)
+    found = card(own, "tested")
+    (accuracy, f1) = found.data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value, f1.metric_value) == ("accuracy", 0.75, 0.7)
+    assert "| Top-1 accuracy | 75.0\u00a0% (46.8\u00a0% to 91.1\u00a0%, a 95 % interval) |" in found.text  # Wilson
+    assert f"| `{NAMES[0]}` | 50.0\u00a0% | 100\u00a0% | 66.7\u00a0% | 4 |" in found.text
+    for number, other in enumerate(("another model's", "")):
+        assert "Not measured" in card(other, f"other-{number}").text
+
+
+def test_a_head_that_timm_lacks_is_refused_as_hub(tmp_path, capsys):
+    from rexnet_lit import checkpoint, network
+    from rexnet_lit.spec import EvalRecipe, HeadSpec, ModelSpec
+
+    spec = ModelSpec("rexnet_100", NAMES, HeadSpec("mlp"), EvalRecipe(image_size=32))
+    model = tmp_path / "model.safetensors"
+    checkpoint.save_model(model, spec, network.build_network("rexnet_100", 3, spec.head).state_dict())
+    line = fails(capsys, "export", model, "--format", "hub", "--output", tmp_path / "hub")
+    assert "linear head, and this model's is mlp" in line
+    assert not (tmp_path / "hub").exists()
+
+
 @pytest.fixture
 def fake(monkeypatch):
     """A quick format whose file answers as it likes."""
 
     def add(answer):
-        def write(classifier, example, target):
+        def write(classifier, model, example, target):
             target.write_text("graph")
             return answer
 

@@ -29,7 +29,7 @@ LAYERS = (
         "probe",
     ),  # L1
     ("loader", "data", "checkpoint", "checkpoint_io", "sync_batchnorm"),  # L2
-    ("doctor", "module", "report", "predictor", "export"),  # L3
+    ("doctor", "module", "report", "predictor", "hub", "export"),  # L3
     (
         "config",
         "run_folder",
@@ -54,6 +54,7 @@ NO_LIGHTNING = (
     "probe",
     "checkpoint",
     "predictor",
+    "hub",
     "export",
 )
 TORCH = {"torch", "torchvision", "torchmetrics", "timm", "lightning", "safetensors"}

@@ -194,6 +194,7 @@ def write_report(
     title: str,
     facts: Mapping[str, str],
     history: Sequence[Mapping[str, float]] = (),
+    weights: str = "",
 ) -> dict[str, Any]:
     """Write the report of a test run.
 
@@ -209,6 +210,7 @@ def write_report(
         title: The page's title.
         facts: What the page says about the run, name to value. It adds none; keep absolute paths out.
         history: A row an epoch: ``train/...`` and ``val/...`` to a number, ``epoch``, from 0, if it is not the index.
+        weights: A digest of the tested weights, for ``weights.sha256``: whose figures these are.
 
     Returns:
         The metrics, as `compute_metrics`.
@@ -222,6 +224,8 @@ def write_report(
     folder, metrics, o = Path(folder), compute_metrics(p), _outcome(p)
     per_class = metrics["per_class"].items()
     columns = ("precision", "recall", "f1", "support")
+    if weights:
+        write_file(folder / "weights.sha256", weights + "\n")
     write_file(folder / "metrics.json", json.dumps(metrics, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
     write_csv(folder / "per_class.csv", ("class", *columns), ([n, *(v[c] for c in columns)] for n, v in per_class))
     write_predictions(p, folder / "predictions.csv")
