@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rexnet_lit import __version__
+from rexnet_lit import __version__, process
 from rexnet_lit.errors import Stopped, UserError, visible
 from rexnet_lit.files import check_output
 
@@ -173,7 +173,8 @@ def _parser() -> argparse.ArgumentParser:
 def _dispatch(argv: list[str]) -> int:
     args, rest = _parser().parse_known_args(argv)
     if args.command in RUNS:
-        from rexnet_lit.runs import RexNetCLI
+        with process.importing():
+            from rexnet_lit.runs import RexNetCLI
 
         RexNetCLI.run(argv)
         return 0

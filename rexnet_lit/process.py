@@ -9,12 +9,15 @@ Source: glibc's mallopt(3); the figures are measured by ``tests/benchmarks/bench
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import gc
 import io
 import os
 import platform
 import signal
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,6 +28,7 @@ __all__ = [
     "cpu_count",
     "free_memory",
     "have_streams",
+    "importing",
     "told_to_stop",
     "tune",
     "unfailing",
@@ -49,6 +53,21 @@ def tune() -> bool:
     # -1 is "never": the most that fits mallopt's int, 2 GiB, is less than a step at 224 px gives back.
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 256 * 2**20))
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
+
+
+@contextlib.contextmanager
+def importing() -> Iterator[None]:
+    """Import large packages in here: nothing of them is garbage, so nobody needs to look for it, now or at the end.
+
+    torch, Lightning and timm are a million objects. Looking through them took a second of a run's start, and longer
+    of its end.
+    """
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 _told: list[int] = []
