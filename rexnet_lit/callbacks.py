@@ -302,7 +302,7 @@ class TestReport(_Collector):
             title=f"Test report: {Path(root).name}",
             facts=facts,
             history=_history(self.folder / "metrics.csv"),
-            weights=checkpoint.digest({name: t.cpu() for name, t in pl_module.network.state_dict().items()}),
+            weights=checkpoint.digest(pl_module.network.state_dict()),
         )
         if data.bad_files:
             quarantine.write_quarantine(data.bad_files, target / "quarantine.csv")

@@ -184,11 +184,11 @@ _DIGEST = f"{KEY}_sha256"
 
 
 def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
-    """Return a SHA-256 over a model's weights, whatever their order, and its description."""
+    """Return a SHA-256 over a model's weights, whatever their order and device, and its description."""
     total = hashlib.sha256(description.encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"\0{name}\0{tensor.dtype}{tuple(tensor.shape)}\0".encode())
-        total.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
     return total.hexdigest()
 
 

@@ -94,7 +94,8 @@ def _models(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    from rexnet_lit.network import variants
+    with process.importing():
+        from rexnet_lit.network import variants
 
     table = Table("name", box=None, header_style="bold")
     for title in ("parameters", "multiply-adds", "features"):
@@ -120,7 +121,8 @@ def _sample(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    from rexnet_lit.export import export
+    with process.importing():
+        from rexnet_lit.export import export
 
     difference = export(args.model, args.format, args.output)
     output = Path(args.output)

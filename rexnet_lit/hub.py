@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import timm
-import torch
+from torch import nn
 
 from rexnet_lit import checkpoint
 from rexnet_lit.errors import UserError, visible
@@ -86,7 +86,7 @@ def write_folder(classifier: Classifier, figures: dict[str, Any], folder: Path) 
     (folder / "README.md").write_text(_card(spec, figures), encoding="utf-8")
 
 
-def load_folder(folder: Path) -> torch.nn.Module:
+def load_folder(folder: Path) -> nn.Module:
     """Return the network that timm makes of a folder, for inference."""
     return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
 
@@ -99,7 +99,7 @@ def _card(spec: ModelSpec, figures: dict[str, Any]) -> str:
     results = [
         EvalResult("image-classification", "imagefolder", "the test split", kind, figures[key], metric_name=title)
         for key, (kind, title) in named.items()
-        if figures
+        if key in figures
     ]
     header = ModelCardData(
         library_name="timm",
@@ -155,7 +155,7 @@ def _figures(figures: dict[str, Any]) -> str:
         "Calibration error (ECE)": percent(figures["ece"]),
         "Negative log-likelihood": f"{figures['nll']:.3f} nats",
     }
-    lines = [f"{count} pictures that training has not seen.", "", "| | |", "|---|---|"]
+    lines = [f"{count} pictures of the test split.", "", "| | |", "|---|---|"]
     return "\n".join([*lines, *(f"| {name} | {value} |" for name, value in rows.items()), ""])
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import gc
 import itertools
 import json
 import os
@@ -21,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rexnet_lit import checkpoint, cli
+from rexnet_lit import checkpoint, cli, process
 from rexnet_lit.module import RexNetModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -436,6 +437,15 @@ def test_fit_writes_the_contracts_files_and_nothing_else(fitted):
     assert board.Tags()["images"] == ["augmented samples"]
     epochs = rows_of(base / folder / "metrics.csv")
     assert {"train/loss", "val/loss", "val/top1", "val/macro_f1", "val/ece"} <= set(epochs[0])
+
+
+def test_importing_leaves_the_collector_as_it_was():
+    frozen = gc.get_freeze_count()
+    with process.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()
 
 
 def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, monkeypatch):
