@@ -428,6 +428,7 @@ class RexNetCLI(LightningCLI):
         trainer: Trainer = self.trainer
         if trainer.world_size > 1:
             raise UserError("find_lr runs in one process; set trainer.devices to 1")
+        trainer.loggers, trainer.callbacks = [], []  # type: ignore[attr-defined]  # a run's, which would begin its folder
         logging.disable(logging.INFO)
         with warnings.catch_warnings(), contextlib.ExitStack() as quiet:
             warnings.simplefilter("ignore")  # Lightning's, about its own callback
