@@ -124,11 +124,12 @@ def _export(args: argparse.Namespace) -> int:
     with process.importing():
         from rexnet_lit.export import export
 
-    difference = export(args.model, args.format, args.output)
+    parity = export(args.model, args.format, args.output, args.images)
     output = Path(args.output)
     size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
     print(  # noqa: T201
-        f"{args.output}: {size:.1f} MB; agrees with the model to {difference:.1g} in probability on 4 photographs"
+        f"{args.output}: {size:.1f} MB; on {parity.pictures} pictures it agrees with the model to "
+        f"{parity.difference:.1g} in probability, and in the class of {parity.same:.1%}"
     )
     return 0
 
@@ -167,8 +168,10 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("dir", metavar="DIR", help="a new folder")
     export = add("export", _export, "write a model for other programs")
     export.add_argument("model", metavar="MODEL", help="a .ckpt or .safetensors file of a run")
-    export.add_argument("--format", required=True, choices=("onnx", "torch", "safetensors", "hub"))
+    export.add_argument("--format", required=True, choices=("onnx", "onnx-int8", "torch", "safetensors", "hub"))
     export.add_argument("--output", required=True, metavar="FILE", help="for hub, a new folder that timm loads")
+    help_ = "for onnx-int8, pictures such as the model is for; by default its run's dataset"
+    export.add_argument("--images", metavar="DIR", help=help_)
     return parser
 
 

@@ -1,8 +1,10 @@
-"""Model files for other programs, each checked against the model on photographs before it is kept.
+"""Model files for other programs, each checked against the model on pictures before it is kept.
 
 An exported graph takes float32 RGB (B, 3, S, S) from 0 to 1, the centre square that `predictor.Classifier.view`
 cuts, and returns probabilities (B, K): normalisation and softmax are inside. Class names and the preprocessing are
-in its metadata. A hub folder holds the bare network instead, as timm builds it.
+in its metadata. A hub folder holds the bare network instead, as timm builds it. INT8 is for CPUs: its integers stand
+for ranges of activations that pictures of the model's own kind show (Jacob et al., "Quantization and Training of
+Neural Networks for Efficient Integer-Arithmetic-Only Inference", 2018).
 To add a format, write a function and name it in `FORMATS`.
 """
 
@@ -17,7 +19,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
@@ -27,15 +29,38 @@ from torch import Tensor, nn
 from rexnet_lit import checkpoint, hub
 from rexnet_lit.errors import UserError
 from rexnet_lit.files import check_output
+from rexnet_lit.folder import list_images
 from rexnet_lit.predictor import Classifier, load
 
-__all__ = ["FORMATS", "export"]
+__all__ = ["FORMATS", "Parity", "export"]
 
 Check = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Maps images (B, 3, S, S) to probabilities (B, K), by the written file."""
 
 TOLERANCE = 1e-4
-"""Largest difference in a probability between the file and the model."""
+"""Largest difference in a probability between the file and the model, where the file computes in floats."""
+
+LEAST_AGREEMENT = 0.9
+"""Share of pictures of which a file of integers must say the model's class."""
+
+_PICTURES = 256
+"""Pictures for integers: half of them to set the ranges, the others to compare the file with the model."""
+
+_FEWEST = 20
+
+
+class Parity(NamedTuple):
+    """How well a written file agrees with the model.
+
+    Args:
+        difference: The largest one in a probability.
+        same: Share of the pictures that are of the same class for both.
+        pictures: How many were looked at.
+    """
+
+    difference: float
+    same: float
+    pictures: int
 
 
 class _Deployed(nn.Module):
@@ -100,6 +125,31 @@ def _onnx(classifier: Classifier, model: Path, example: Tensor, target: Path) ->
     return lambda images: cast(NDArray[np.float32], session.run(None, {"images": images})[0])
 
 
+def _onnx_int8(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
+    exact, folded = target.with_name("exact"), target.with_name("folded")
+    _onnx(classifier, model, example[:2], exact)
+    import onnx
+    from onnxruntime import InferenceSession
+    from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Pictures(CalibrationDataReader):  # type: ignore[misc]
+        def __init__(self) -> None:
+            self._batches = iter(torch.split(example, 16))
+
+        def get_next(self) -> dict[str, NDArray[np.float32]] | None:
+            batch = next(self._batches, None)
+            return None if batch is None else {"images": batch.numpy()}
+
+    quant_pre_process(exact, folded, skip_symbolic_shape=True)
+    # Of unsigned activations alone there are kernels that stay with integers from layer to layer.
+    kinds = {"activation_type": QuantType.QUInt8, "weight_type": QuantType.QInt8, "per_channel": True}
+    exact_nodes = [node.name for node in onnx.load(folded).graph.node if node.op_type == "Softmax"]
+    quantize_static(folded, target, Pictures(), nodes_to_exclude=exact_nodes, **kinds)
+    session = InferenceSession(target, providers=["CPUExecutionProvider"])
+    return lambda images: cast(NDArray[np.float32], session.run(None, {"images": images})[0])
+
+
 def _torch(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
     shapes = {"images": {0: torch.export.Dim("batch")}}
     program = torch.export.export(_Deployed(classifier).eval(), (example,), dynamic_shapes=shapes)
@@ -136,51 +186,64 @@ def _hub(classifier: Classifier, model: Path, example: Tensor, target: Path) -> 
 
 FORMATS: dict[str, Callable[[Classifier, Path, Tensor, Path], Check]] = {
     "onnx": _onnx,
+    "onnx-int8": _onnx_int8,
     "torch": _torch,
     "safetensors": _safetensors,
     "hub": _hub,
 }
 """Each writes a classifier, whose own file is given, to a path, and returns how to ask what is written.
 
-It may need example images, (B, 3, S, S).
+It may need example images, (B, 3, S, S) from 0 to 1; for those of `_INTEGERS` they are of the model's own kind.
 """
 
+_INTEGERS = ("onnx-int8",)
 
-_ENDINGS = {"onnx": (".onnx",), "torch": (".pt2", ".pt"), "safetensors": (".safetensors",)}
+
+_ENDINGS = {"onnx": (".onnx",), "onnx-int8": (".onnx",), "torch": (".pt2", ".pt"), "safetensors": (".safetensors",)}
 
 
-def export(model: str, kind: str, output: str) -> float:
+def export(model: str, kind: str, output: str, images: str | None = None) -> Parity:
     """Write ``model`` in another format.
 
     Args:
         model: A ``.ckpt`` or ``.safetensors`` file of ours.
         kind: A key of `FORMATS`.
         output: The file, or for ``hub`` the new folder; it appears only when it agrees with the model.
-
-    Returns:
-        The largest difference in a probability between the file and the model, over four photographs.
+        images: For ``onnx-int8``, a folder of pictures such as the model is for; by default its run's dataset.
 
     Raises:
-        UserError: The model cannot be read, a package is missing, or the export disagrees with the model.
+        UserError: The model cannot be read, a package or pictures are missing, or the export disagrees with the model.
     """
     folder = _output_folder(Path(output), Path(model), kind)
+    if images is not None and kind not in _INTEGERS:
+        raise UserError(f"--images is for {' and '.join(_INTEGERS)}; {kind} needs no pictures")
     classifier = load(model, device="cpu")
-    images = _photographs(classifier)
+    if kind in _INTEGERS:
+        seen, unseen = np.array_split(_own_pictures(classifier, model, images), 2)
+    else:
+        unseen = _photographs(classifier)
+        seen = unseen[:2]
     with torch.no_grad():
-        expected = _Deployed(classifier).eval()(torch.from_numpy(images)).numpy()
+        expected = _Deployed(classifier).eval()(torch.from_numpy(unseen)).numpy()
     with tempfile.TemporaryDirectory(prefix=".export-", dir=folder) as temporary, _quiet():
         written = Path(temporary) / "model"
-        check = FORMATS[kind](classifier, Path(model), torch.from_numpy(images[:2]), written)
-        # One image and four: the batch is free in the file.
-        got = np.concatenate([check(images[:1]), check(images)[1:]])
-        difference = float(np.abs(got - expected).max())
-        if not difference <= TOLERANCE:
+        check = FORMATS[kind](classifier, Path(model), torch.from_numpy(seen), written)
+        # One image and many: the batch is free in the file.
+        got = np.concatenate([check(unseen[:1]), check(unseen)[1:]])
+        same = float((got.argmax(1) == expected.argmax(1)).mean())
+        parity = Parity(float(np.abs(got - expected).max()), same, len(unseen))
+        if kind in _INTEGERS and not same >= LEAST_AGREEMENT:
             raise UserError(
-                f"export: the {kind} file's probabilities differ from the model's by {difference:.2g}, more than "
-                f"{TOLERANCE:g}; it is not kept"
+                f"export: the {kind} file says the model's class of {same:.0%} of {len(unseen)} pictures, less than "
+                f"{LEAST_AGREEMENT:.0%}; it is not kept, take onnx"
+            )
+        if kind not in _INTEGERS and not parity.difference <= TOLERANCE:
+            raise UserError(
+                f"export: the {kind} file's probabilities differ from the model's by {parity.difference:.2g}, more "
+                f"than {TOLERANCE:g}; it is not kept"
             )
         written.replace(Path(os.path.realpath(output)))
-    return difference
+    return parity
 
 
 def _output_folder(output: Path, model: Path, kind: str) -> Path:
@@ -204,3 +267,25 @@ def _photographs(classifier: Classifier) -> NDArray[np.float32]:
     photos = [np.ascontiguousarray(image) for image in load_sample_images().images]
     views = [classifier.view(image) for photo in photos for image in (photo, np.ascontiguousarray(photo[::-1, ::-1]))]
     return (np.stack(views).transpose(0, 3, 1, 2) / 255).astype(np.float32)
+
+
+def _own_pictures(classifier: Classifier, model: str, images: str | None) -> NDArray[np.float32]:
+    """Return views (N, 3, S, S) from 0 to 1 of pictures that are drawn from a folder, always the same ones."""
+    where = images or checkpoint.load_model(model).data.root
+    if where is None or not Path(where).exists():
+        raise UserError(
+            f"export: onnx-int8 needs pictures such as the model is for, and its dataset ({where or 'unknown'}) is not "
+            "here; name a folder of some: --images DIR"
+        )
+    root, paths, _ = list_images(where)
+    views: list[NDArray[np.uint8]] = []
+    for i in np.random.default_rng(0).permutation(len(paths)):
+        with contextlib.suppress(UserError):  # broken ones are not what this is about
+            views.append(classifier.view(root / os.fsdecode(paths[int(i)])))
+        if len(views) == _PICTURES:
+            break
+    if len(views) < _FEWEST:
+        raise UserError(
+            f"export: onnx-int8 needs at least {_FEWEST} pictures, {where} has {len(views)}; add --images DIR"
+        )
+    return (np.stack(views).transpose(0, 3, 1, 2) / np.float32(255)).astype(np.float32)

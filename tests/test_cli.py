@@ -22,7 +22,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rexnet_lit import checkpoint, cli, process
+from rexnet_lit import checkpoint, cli, export, process
 from rexnet_lit.module import RexNetModule
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -762,6 +762,13 @@ def test_check_s_page_needs_a_config_that_is_one(pictures, tmp_path, capsys):
     for config, message in (("none.yaml", "No such file"), ("c.yaml", "nam")):
         argv = ["check", str(pictures), "--report", str(tmp_path / "p.html"), "--config", str(tmp_path / config)]
         assert message in fails(capsys, *argv)
+
+
+def test_integers_are_for_the_pictures_of_the_run(fitted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "LEAST_AGREEMENT", 0.0)  # it has hardly learned
+    model = fitted[0] / "runs" / "lightning_logs" / "version_0" / "model.safetensors"
+    assert cli.main(["export", str(model), "--format", "onnx-int8", "--output", str(tmp_path / "m.onnx")]) == 0
+    assert "on 24 pictures" in capsys.readouterr().out  # half of all
 
 
 def test_find_lr_draws_a_picture_and_trains_nothing(pictures, tmp_path, capsys):

@@ -9,10 +9,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from cli_tools import NAMES, fails, lively_model, picture
+from cli_tools import NAMES, fails, lively_model, picture, write_pictures
 
 import rexnet_lit
-from rexnet_lit import cli, export
+from rexnet_lit import checkpoint, cli, export
 
 
 @pytest.fixture(scope="module")
@@ -31,9 +31,9 @@ def expected(model):
     return (views / 255).astype(np.float32), probs
 
 
-def run(model, kind, output, capfd):
-    """Export through the command line: one line on the screen, and nothing left beside the file."""
-    assert cli.main(["export", str(model), "--format", kind, "--output", str(output)]) == 0
+def run(model, kind, output, capfd, *more):
+    """Export through the command line: one line on the screen, which it returns, and nothing left beside the file."""
+    assert cli.main(["export", str(model), "--format", kind, "--output", str(output), *more]) == 0
     out, err = capfd.readouterr()
     assert err == ""
     assert len(out.splitlines()) == 1
@@ -42,6 +42,7 @@ def run(model, kind, output, capfd):
     content = output.read_bytes()
     assert str(Path(export.__file__).parents[1]).encode() not in content  # no folder of whoever exported it
     assert b"site-packages" not in content
+    return out
 
 
 def check_metadata(metadata):
@@ -67,6 +68,67 @@ def test_onnx(model, expected, tmp_path, capfd):
         (got,) = session.run(["probabilities"], {"images": images[:count]})
         np.testing.assert_allclose(got, probs[:count], atol=1e-4)
     check_metadata(session.get_modelmeta().custom_metadata_map)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A flat folder of sixty pictures, and one that is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in NAMES:
+        write_pictures(folder, name, 20)
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sure_model(model, pictures, tmp_path_factory):
+    """The model with a head that knows its classes: of one that guesses, integers change the guesses."""
+    from sklearn.linear_model import LogisticRegression
+
+    classifier = rexnet_lit.load(model, device="cpu")
+    files = sorted(pictures.glob("* *.png"))
+    features = classifier.embed(files)
+    scale = features.std()
+    solved = LogisticRegression().fit(features / scale, [NAMES.index(file.name.split()[0]) for file in files])
+    state = classifier.network.state_dict()
+    state["head.fc.weight"] = torch.from_numpy(np.float32(solved.coef_ / scale))
+    state["head.fc.bias"] = torch.from_numpy(np.float32(solved.intercept_))
+    path = tmp_path_factory.mktemp("sure") / "model.safetensors"
+    checkpoint.save_model(path, classifier.spec, state)
+    return path
+
+
+def test_onnx_int8(sure_model, pictures, tmp_path, capfd):
+    import onnxruntime
+
+    output = tmp_path / "made" / "model.onnx"
+    output.parent.mkdir()
+    line = run(sure_model, "onnx-int8", output, capfd, "--images", str(pictures))
+    assert "on 30 pictures" in line  # the other 30 have set the ranges
+    assert output.stat().st_size < 0.35 * sure_model.stat().st_size
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    classifier = rexnet_lit.load(sure_model, device="cpu")
+    files = sorted(pictures.glob("* *.png"))
+    views = np.stack([classifier.view(file) for file in files]).transpose(0, 3, 1, 2)
+    (got,) = session.run(["probabilities"], {"images": (views / 255).astype(np.float32)})
+    probs = classifier.probabilities(files)
+    assert (got.argmax(1) == probs.argmax(1)).mean() >= 0.9
+    assert 1e-5 < abs(got - probs).mean() < 0.05  # integers
+    check_metadata(session.get_modelmeta().custom_metadata_map)
+
+
+def test_what_int8_refuses(model, pictures, tmp_path, capsys, monkeypatch):
+    command = ["export", model, "--output", tmp_path / "model.onnx", "--format"]
+    assert "its dataset (unknown) is not here; name a folder of some: --images DIR" in fails(
+        capsys, *command, "onnx-int8"
+    )
+    few = tmp_path / "few"
+    write_pictures(few, NAMES[0], 1)
+    assert "at least 20 pictures, " in fails(capsys, *command, "onnx-int8", "--images", few)
+    assert "--images is for onnx-int8" in fails(capsys, *command, "onnx", "--images", few)
+    monkeypatch.setattr(export, "LEAST_AGREEMENT", 1.1)
+    assert "less than 110%; it is not kept" in fails(capsys, *command, "onnx-int8", "--images", pictures)
+    assert not (tmp_path / "model.onnx").exists()
 
 
 def test_torch(model, expected, tmp_path, capfd):
@@ -110,7 +172,7 @@ def test_a_hub_folder_is_what_timm_loads(tmp_path, capsys, expected):
     model = lively_model(_run(tmp_path), names=names, size=32)
     command = ["export", str(model), "--format", "hub", "--output"]
     assert cli.main([*command, str(tmp_path / "hub")]) == 0
-    assert "agrees with the model" in capsys.readouterr().out
+    assert "4 pictures it agrees with the model" in capsys.readouterr().out
     assert sorted(f.name for f in (tmp_path / "hub").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     net = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     assert net.pretrained_cfg["label_names"] == list(names)
@@ -136,8 +198,6 @@ def test_a_hub_folder_is_what_timm_loads(tmp_path, capsys, expected):
 def test_the_card_of_a_hub_folder_has_the_figures_of_these_weights_only(tmp_path, capsys):
     from huggingface_hub import ModelCard
 
-    from rexnet_lit import checkpoint
-
     model = lively_model(_run(tmp_path), size=32)
     per_class = {name: {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 4} for name in NAMES}
     figures = {"top1": 0.75, "macro_f1": 0.7, "nll": 0.5, "ece": 0.1, "count": 12, "per_class": per_class}
@@ -162,7 +222,7 @@ def test_the_card_of_a_hub_folder_has_the_figures_of_these_weights_only(tmp_path
 
 
 def test_a_head_that_timm_lacks_is_refused_as_hub(tmp_path, capsys):
-    from rexnet_lit import checkpoint, network
+    from rexnet_lit import network
     from rexnet_lit.spec import EvalRecipe, HeadSpec, ModelSpec
 
     spec = ModelSpec("rexnet_100", NAMES, HeadSpec("mlp"), EvalRecipe(image_size=32))
