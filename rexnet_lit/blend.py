@@ -1,11 +1,12 @@
 """The weights that ship: of the best and the last epoch, and of those between the start and the end, the best.
 
 The epoch with the highest validation top-1 is often a lucky one: there are a few hundred images, and twenty epochs to
-choose from; it must be better than the last one by two standard errors of the difference. And fine-tuning on few images
-also unlearns: on the straight line between the given weights and the fine-tuned ones there is often a better backbone
-than either, and a head that is solved on its features for the undisturbed training images is better than one that has
-learned beside it. The validation loss chooses: top-1 is too coarse, and the plain loss prefers whoever is better
-calibrated, so each candidate's logits are divided by the temperature that suits them best.
+choose from; it must be better than the last one by two standard errors of the difference. A head that is solved on the
+backbone's features of the undisturbed training images is often better than one that has learned beside it, after few
+epochs from scratch by far. And fine-tuning on few images also unlearns: on the straight line between the given weights
+and the fine-tuned ones there is often a better backbone than either. The validation loss chooses: top-1 is too coarse,
+and the plain loss prefers whoever is better calibrated, so each candidate's logits are divided by the temperature that
+suits them best.
 
 Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
 al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020 (the head anew); Guo et al., "On
@@ -44,8 +45,8 @@ MOST_IMAGES = 20_000
 class Blend(AtEnd):
     """Puts the best weights into ``best.ckpt`` when training ends, where ``model.strategy.blend`` asks for it.
 
-    Candidates are the best and the last epoch, and from given weights, with a linear head, the line from these to the
-    last epoch, with solved heads.
+    Candidates are the best and the last epoch; with a linear head, the last epoch with a solved one too, and from given
+    weights what lies between these and the last epoch, with solved heads.
     """
 
     def __init__(self) -> None:
@@ -66,26 +67,15 @@ class Blend(AtEnd):
         files = [Path(saver.best_model_path), Path(saver.last_model_path)]
         states = [checkpoint.load_model(file).state for file in files] if trainer.is_global_zero else []
         best, last = trainer.strategy.broadcast(states)
-        few = len(data.splits()["train"]) <= MOST_IMAGES
-        line = [] if pl_module.start is None or not few else [_between(pl_module.start, last, s) for s in SHARES]
+        line: dict[float, State] = {}
+        if pl_module.spec.head.name == "linear" and len(data.splits()["train"]) <= MOST_IMAGES:
+            start = pl_module.start
+            line = {1.0: last} if start is None else {share: _between(start, last, share) for share in SHARES}
         if not line and all(torch.equal(tensor, last[name]) for name, tensor in best.items()):
             return
 
         pl_module.eval()
-        embedders = []
-        for state in (*(line or [last]), best):  # the line ends at the last epoch
-            net.load_state_dict(state)
-            embedders.append(pl_module.embedder())
-        # All in one pass, however many networks look: reading the images may be what takes long.
-        val = data.compute_features("val", _together(embedders))[0].chunk(len(embedders), dim=1)
-        candidates = {"the best epoch": (best, val[-1]), "the last epoch": (last, val[-2])}
-        if line:
-            train = data.compute_features("train", _together(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
-            for share, state, features, val_features in zip(SHARES, line, train, val[:-1], strict=True):
-                net.load_state_dict(state)
-                pl_module.solve(features, val_features)
-                candidates[_name(share)] = _copy(net.state_dict()), val_features
-
+        candidates = self._candidates(pl_module, data, best, last, line)
         targets = torch.from_numpy(data.splits()["val"].targets)
         weights = torch.from_numpy(pl_module.class_weights()).float()
         logits, top1, losses, each = {}, {}, {}, {}
@@ -113,6 +103,33 @@ class Blend(AtEnd):
         self.kept = chosen
         if trainer.is_global_zero:
             rewrite(files[0], {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()})
+
+    def _candidates(
+        self, pl_module: RexNetModule, data: ImageFolderDataModule, best: State, last: State, line: dict[float, State]
+    ) -> dict[str, tuple[State, Tensor]]:
+        """Return, by name, each candidate's weights and its features of the validation images, (N, C).
+
+        Args:
+            pl_module: The module, in eval mode, whose weights change.
+            data: Where the images are.
+            best: The best epoch's weights.
+            last: The last epoch's.
+            line: By their share of the way, the weights for which a head is to be solved, the last epoch's last.
+        """
+        net, embedders = pl_module.network, []
+        for state in (*(line.values() or [last]), best):
+            net.load_state_dict(state)
+            embedders.append(pl_module.embedder())
+        # All in one pass, however many networks look: reading the images may be what takes long.
+        val = data.compute_features("val", _together(embedders))[0].chunk(len(embedders), dim=1)
+        found = {"the best epoch": (best, val[-1]), "the last epoch": (last, val[-2])}
+        if line:
+            train = data.compute_features("train", _together(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
+            for (share, state), features, val_features in zip(line.items(), train, val[:-1], strict=True):
+                net.load_state_dict(state)
+                pl_module.solve(features, val_features)
+                found[_name(share)] = _copy(net.state_dict()), val_features
+        return found
 
 
 def _name(share: float) -> str:

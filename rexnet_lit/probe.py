@@ -54,7 +54,6 @@ def solve(
         val_targets: Their classes, (M,).
         class_weights: How much an image of each class counts, (K,).
     """
-    from sklearn.exceptions import ConvergenceWarning
     from sklearn.linear_model import LogisticRegression
 
     mean, spread = features.mean(0), features.std(0) + 1e-6
@@ -68,7 +67,7 @@ def solve(
     for strength in STRENGTHS:
         regression.C = strength
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", ConvergenceWarning)  # at the weakest regularisations, which do not win
+            warnings.simplefilter("ignore")  # that it has not converged: at weak regularisations, which do not win
             regression.fit(standardised, targets)
         slopes, offsets = regression.coef_.astype(np.float64), regression.intercept_.astype(np.float64)
         if len(slopes) == 1:  # of two classes scikit-learn keeps the difference

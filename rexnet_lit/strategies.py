@@ -45,10 +45,11 @@ class StrategySettings:
             regression, its regularisation chosen by the validation loss); a ``linear_probe`` is then done.
         views: How many augmented views of each image a ``linear_probe`` computes features of, to train on them in
             turn; 0 computes them anew in each epoch, unless the recipe does not augment.
-        blend: At the end, look for better weights than the best epoch's: the last epoch's and, from given weights, with
-            a linear head and up to 20,000 training images, those between the given and the fine-tuned ones, with
-            solved heads. The validation loss chooses, and ``best.ckpt`` holds them. Not for a ``linear_probe``. In
-            Python, add `blend.Blend` to the trainer's callbacks, and `guards.RunCheckpoint`.
+        blend: At the end, look for better weights than the best epoch's: the last epoch's and, with a linear head and
+            up to 20,000 training images, the last epoch's with a solved head and, from given weights, those between
+            the given and the fine-tuned ones, with solved heads. The validation loss chooses, and ``best.ckpt`` holds
+            them. Not for a ``linear_probe``. In Python, add `blend.Blend` to the trainer's callbacks, and
+            `guards.RunCheckpoint`.
     """
 
     name: Literal["full", "linear_probe", "partial", "staged"] = "full"

@@ -1,4 +1,4 @@
-"""Weights between the start and the end of a fine-tuning."""
+"""Which weights ship: an epoch's, those between the start and the end of a fine-tuning, those with a solved head."""
 
 from __future__ import annotations
 
@@ -63,8 +63,22 @@ def test_from_scratch_the_last_epoch_may_be_better_than_the_best(tmp_path, shape
         assert torch.equal(tensor, last[name])
 
 
-def test_one_epoch_is_compared_with_nothing(tmp_path, shapes, capsys):
-    fit(tmp_path, shapes)
+def test_from_scratch_a_solved_head_may_be_better_than_the_learned_one(tmp_path, shapes, capsys):
+    module, best, last = fit(tmp_path, shapes, epochs=4)
+    out = capsys.readouterr().out
+    end, chosen = re.search(
+        r"(\S+) for the last epoch; kept, for its loss: .+ with a solved head \((\S+)\)", out
+    ).groups()
+    assert float(chosen) >= float(end)
+    assert module.start is None
+    assert {name for name, tensor in best.items() if not torch.equal(tensor, last[name])} == {
+        "head.fc.weight",
+        "head.fc.bias",
+    }
+
+
+def test_one_epoch_of_another_head_is_compared_with_nothing(tmp_path, shapes, capsys):
+    fit(tmp_path, shapes, head="mlp")
     assert "Blend" not in capsys.readouterr().out
 
 
