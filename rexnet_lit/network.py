@@ -133,6 +133,11 @@ def build_network(
         global_pool=head.pool,
     )
     save_memory_traffic(network)
+    for block in network.features:
+        if getattr(block, "use_shortcut", False):
+            # At first it passes on what it is given (Goyal et al., "Accurate, Large Minibatch SGD", 2017). Measured in
+            # tests/benchmarks/recipe.md: what scratch trainings gain most by.
+            nn.init.zeros_(block.conv_pwl.bn.weight)
     network.head.fc = HEADS[head.name](network.head_hidden_size, num_classes, head)
     last = next(m for m in reversed(list(network.head.fc.modules())) if isinstance(m, nn.Linear))
     # timm draws this layer for 1,000 classes: for ten, the first loss is three times that of guessing.

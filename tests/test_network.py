@@ -148,6 +148,19 @@ def test_heads_by_hand(name, pool):
         torch.testing.assert_close(model(images), x)
 
 
+@pytest.mark.parametrize("name", ["rexnet_100", "rexnetr_200"])
+def test_untrained_residual_blocks_pass_on_what_they_are_given(name):
+    net = network.build_network(name, 3)
+    blocks = [block for block in net.features if getattr(block, "use_shortcut", False)]
+    assert len(blocks) == 11  # in 16 blocks, five change the stride or begin the network
+    for block in blocks:
+        given = torch.randn(2, block.in_channels, 8, 8)
+        for mode in (True, False):
+            out = block.train(mode)(given.clone())
+            torch.testing.assert_close(out[:, : block.in_channels], given)
+            assert not out[:, block.in_channels :].any()
+
+
 def test_dropout_and_drop_path_reach_the_network():
     model = network.build_network("rexnet_100", 4, HeadSpec("linear", dropout=0.35), drop_path_rate=0.2)
     assert model.head.drop.p == 0.35 if hasattr(model.head, "drop") else model.head.drop_rate == 0.35
