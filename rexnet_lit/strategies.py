@@ -88,7 +88,7 @@ class OptimizerSettings:
     Args:
         name: Any of timm's but AdaHessian and Kron: ``sgd`` (Nesterov), ``adamw``, ``lamb``, ``lion``, ``muon``, ...
         lr: Full learning rate, reached after the warm-up; by default what suits batches of 32: for ``sgd`` 0.05 from
-            given weights and 0.1 from scratch, for all others (it is AdamW's) 0.0015 and 0.006.
+            given weights and 0.1 from scratch, for all others (it is AdamW's) 0.0015 and 0.004.
         weight_decay: Not applied to biases and normalisation.
         momentum: Of ``sgd`` and its kin.
         layer_decay: Each group's rate is this share of the next one's, seen from the head; 1 for none.
@@ -141,7 +141,7 @@ class OptimizerSettings:
 _KRON = "compiles itself for minutes, with a compiler that may not be there"
 _UNFIT = {"adahessian": "needs gradients of gradients", "kron": _KRON, "kronw": _KRON, "kronc": _KRON}
 
-_LR = {"sgd": (0.05, 0.1), "adamw": (0.0015, 0.006)}
+_LR = {"sgd": (0.05, 0.1), "adamw": (0.0015, 0.004)}
 """Default learning rates from given weights and from scratch: ``tests/benchmarks/bench_accuracy.py``."""
 
 
