@@ -11,8 +11,10 @@ import functools
 import math
 import os
 import signal
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
+from types import TracebackType
 from typing import Any, Literal, cast
 
 import lightning.pytorch as pl
@@ -241,8 +243,19 @@ def _start_worker(number: int, niceness: int = 0) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    sys.excepthook = _unless_alone
     if niceness and hasattr(os, "nice"):
         os.nice(niceness)
+
+
+def _unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print no traceback when the main process has turned away from a batch: it says why.
+
+    In a worker this hook hears of nothing but the thread that hands batches over
+    (`multiprocessing.resource_sharer`).
+    """
+    if not issubclass(kind, ConnectionError):
+        sys.__excepthook__(kind, error, trace)
 
 
 _POLL = 10

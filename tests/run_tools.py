@@ -11,8 +11,12 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
+import struct
 import sys
 import time
+from multiprocessing import resource_sharer
+from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -133,6 +137,28 @@ def _worker_dies(number: signal.Signals, step: int) -> None:
     at_step(step, lambda module: os.kill(multiprocessing.active_children()[0].pid or 0, number))
 
 
+def _worker_dies_amid_a_batch(step: int) -> None:
+    """While another hands a batch to the main process, which turns away from it then."""
+    at_step(step, lambda module: setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(turn_away)))
+
+    def turn_away(ident: tuple[str, int]) -> Any:
+        address, key = ident
+        connection = Client(address, authkey=multiprocessing.current_process().authkey)
+        peer = socket.socket(fileno=os.dup(connection.fileno()))
+        sender = struct.unpack("3i", peer.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[0]
+        peer.close()
+        os.kill(sender, signal.SIGSTOP)
+        connection.send((key, os.getpid()))
+        connection.close()
+        os.kill(sender, signal.SIGCONT)
+        time.sleep(0.5)  # it finds nobody there
+        os.kill(
+            next(child.pid or 0 for child in multiprocessing.active_children() if child.pid != sender), signal.SIGKILL
+        )
+        time.sleep(5)
+        return connection
+
+
 def _no_room_for_logs(step: int) -> None:
     """Let both logs fail from a step on, as on a full or broken disk."""
 
@@ -211,6 +237,7 @@ _TROUBLES = {
     "nan": _nan,
     "full disk": _full_disk,
     "worker dies": functools.partial(_worker_dies, signal.SIGKILL),
+    "worker dies amid a batch": _worker_dies_amid_a_batch,
     "worker's bus error": functools.partial(_worker_dies, signal.SIGBUS),
     "no room for logs": _no_room_for_logs,
     "worker hangs": _worker_hangs,

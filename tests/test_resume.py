@@ -398,8 +398,9 @@ def test_a_full_disk(whole, cwd):
     assert differing(resumed(cwd), whole()) == []
 
 
-def test_a_worker_that_dies(whole, cwd):
-    done = fit(cwd, "--data.num_workers", 1, trouble=("worker dies", 8))
+@pytest.mark.parametrize("trouble", ["worker dies", "worker dies amid a batch"])
+def test_a_worker_that_dies(whole, cwd, trouble):
+    done = fit(cwd, "--data.num_workers", 1, trouble=(trouble, 8))
     failed(done, "a data loading worker died", "memory", "data.num_workers")
     assert differing(resumed(cwd), whole()) == []
 
