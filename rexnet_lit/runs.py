@@ -126,7 +126,14 @@ class RexNetCLI(LightningCLI):
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``trainer`` and ``data``, and for ``fit`` the model."""
-        parser.add_lightning_class_args(Trainer, "trainer")
+        limits = [f"limit_{name}_batches" for name in ("train", "val", "test", "predict")]
+        parser.add_class_arguments(
+            Trainer, "trainer", skip={*limits}, instantiate=False, fail_untyped=False, sub_configs=True
+        )  # as Lightning does
+        for name in limits:
+            # For Optional[Union[int, float]] typing gives out what it has met first, float | int too: 1 would be all.
+            help_ = "How many of the batches to use (int), or which share of them (float)."
+            parser.add_argument(f"--trainer.{name}", type=int | float | None, help=help_)
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         fit = self._adding == "fit"
         parser.add_class_arguments(ImageFolderDataModule, "data", skip={"class_names"}, instantiate=fit)
@@ -543,6 +550,7 @@ def _quieten() -> None:
         ".*Checkpoint directory .* exists and is not empty.*",
         ".*Experiment logs directory .* exists and is not empty.*",  # TensorBoard and metrics.csv share it
         ".*GPU available but not used.*",
+        ".*AccumulateGrad node's stream does not match.*",  # Lightning makes DDP in a stream of its own
         ".*isinstance\\(treespec, LeafSpec\\).*",
     ):
         warnings.filterwarnings("ignore", message=message)

@@ -11,9 +11,11 @@ import pickle
 import re
 import shutil
 import socket
+import typing
 import urllib.request
 from pathlib import Path
 
+import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
@@ -271,8 +273,16 @@ def test_predict_overwrites_nothing_of_value(tmp_path, capsys):
     assert [row["path"] for row in rows_of(tmp_path / "quarantine-1.csv")] == ["broken.png"]
 
 
-def test_a_part_of_the_images(tmp_path, capsys):
-    """With a limit, only what was looked at is written and counted."""
+@pytest.mark.parametrize("known", [int | float | None, float | int | None])
+def test_a_part_of_the_images(tmp_path, capsys, monkeypatch, known):
+    """With a limit, only what was looked at is written and counted.
+
+    1 is a batch, 1.0 all of them, in whichever order typing has met the two: it hands out what equals a union.
+    """
+    for clear in typing._cleanups:
+        clear()
+    for name in ("train", "val", "test", "predict"):
+        monkeypatch.setitem(pl.Trainer.__init__.__annotations__, f"limit_{name}_batches", known)
     model = lively_model(tmp_path / "model.safetensors", size=32)
     write_dataset(tmp_path / "data", test=3, train=2, val=2)
     limits = ("--data.batch_size", 4, "--trainer.limit_test_batches", 1, "--trainer.limit_predict_batches", 1)
