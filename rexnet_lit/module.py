@@ -196,9 +196,7 @@ class RexNetModule(pl.LightningModule):
         sync_batchnorm.install(self.trainer.strategy)
         if stage != "predict":  # which needs no truth
             self._meet_classes(getattr(getattr(self.trainer, "datamodule", None), "class_names", None))
-        device = self.trainer.strategy.root_device.type
-        # Published figures: on GPUs, rexnet_* with its odd channel counts loses by channels_last, rexnetr_* gains.
-        if device == "cpu" or self.spec.backbone.startswith("rexnetr"):
+        if self.trainer.strategy.root_device.type == "cpu" or (stage == "fit" and self._trains_long()):
             self.network.to(memory_format=torch.channels_last)
         if stage != "fit":
             return
@@ -208,6 +206,19 @@ class RexNetModule(pl.LightningModule):
             # DDP looks at the parameters once: all must seem to train then, and later some get no gradient.
             self.network.requires_grad_(True)
             self.trainer.strategy._ddp_kwargs["find_unused_parameters"] = True
+
+    def _trains_long(self) -> bool:
+        """Whether channels_last pays on a GPU.
+
+        A step in 16 bits takes less than half the time then. But cuDNN makes its kernels for each size of batch, which
+        takes 5 to 10 s (tests/benchmarks/bench_blocks.py, H200): as long as all of a small folder's training.
+        """
+        data = getattr(self.trainer, "datamodule", None)
+        if not isinstance(data, ImageFolderDataModule):
+            return False
+        per_epoch, total = self._steps()
+        images = total / per_epoch * len(data.splits()["train"])
+        return images * (self.spec.eval_recipe.image_size / 224) ** 2 > 100_000
 
     def _meet_classes(self, found: Sequence[str] | None) -> None:
         """Take over the data's class names where the model has none yet; else they must be the model's."""
@@ -285,7 +296,7 @@ class RexNetModule(pl.LightningModule):
 
         def embed(images: Tensor) -> Tensor:
             with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                return network.embed(fused, images.to(dtype))
+                return network.embed(fused, network.laid_out(images.to(dtype), fused))
 
         return embed
 
@@ -350,7 +361,9 @@ class RexNetModule(pl.LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map images (B, 3, H, W), or their features (B, C), to logits (B, K)."""
-        return cast(Tensor, self.network(inputs)) if inputs.ndim == 4 else network.classify(self.network, inputs)
+        if inputs.ndim == 2:
+            return network.classify(self.network, inputs)
+        return cast(Tensor, self.network(network.laid_out(inputs, self.network)))
 
     def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of images (B, 3, H, W) and targets (B,), or (B, K) after MixUp."""

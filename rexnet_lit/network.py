@@ -42,6 +42,7 @@ __all__ = [
     "embed",
     "eval_recipe",
     "fuse",
+    "laid_out",
     "load_pretrained",
     "load_weights",
     "matching_rows",
@@ -180,6 +181,16 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
     """Return the pooled features (B, C) of images (B, 3, H, W): what the head sees."""
     model = cast(Any, network)
     return cast(Tensor, model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+def laid_out(images: Tensor, network: nn.Module) -> Tensor:
+    """Return images (B, 3, H, W) in the memory format of the network's weights.
+
+    torch would compute in channels_last if either were, and a GPU would turn the weights round in each step.
+    """
+    stem = next(network.parameters())  # (C, 3, 3, 3)
+    last = stem.is_contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
 def fuse(network: nn.Module) -> nn.Module:

@@ -147,7 +147,8 @@ class Classifier:
     def _batch(self, images: list[ImageLike]) -> Tensor:
         """Return the network's input (N, 3, S, S)."""
         views = [self._transform(_pixels(image, self._transform.min_size)) for image in images]
-        return torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2).to(self.device)
+        stacked = torch.stack([view.permute(1, 2, 0) for view in views]).permute(0, 3, 1, 2)
+        return network.laid_out(stacked.to(self.device), self.network)
 
     def _batches(self, images: Images) -> Iterator[Tensor]:
         rest = _each(images)

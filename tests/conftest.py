@@ -30,6 +30,8 @@ def pytest_configure(config: pytest.Config) -> None:
         "ignore:The '.*_dataloader' does not have many workers",
         # loops/fit_loop.py: an epoch of a test is shorter than 50 steps.
         "ignore:The number of training batches .* is smaller than the logging interval",
+        # trainer/setup.py: most tests are of the CPU, where there is a GPU too.
+        "ignore:GPU available but not used",
         # utilities/_pytree.py still asks torch the old way.
         "ignore:`isinstance\\(treespec, LeafSpec\\)` is deprecated",
     ):

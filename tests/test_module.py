@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,25 @@ def test_workers_do_not_change_what_is_learnt(reference, shapes, tmp_path):
     again = diary(shapes, tmp_path, num_workers=2)
     assert again.losses == reference.losses
     assert equal(state_of(again), state_of(reference))
+
+
+def test_a_long_training_is_told_from_a_short_one(shapes, tmp_path):
+    """By the pixels that it sees: 24 images of 32 px an epoch are half an image of 224 px."""
+    module = model_of()
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(module, data_of(shapes))
+    for epochs, long in ((1, False), (204_000, False), (204_300, True)):
+        trainer.fit_loop.max_epochs = epochs
+        assert module._trains_long() == long
+
+
+def test_images_follow_the_weights_layout():
+    images = torch.randn(2, 3, 32, 32)
+    for ours, theirs in itertools.product((torch.contiguous_format, torch.channels_last), repeat=2):
+        net = build_network("rexnet_100", 3).to(memory_format=ours)
+        laid = network.laid_out(images.contiguous(memory_format=theirs), net)
+        assert laid.is_contiguous(memory_format=ours)
+        assert torch.equal(laid, images)
 
 
 def test_dropout_draws_from_seed_epoch_and_batch(reference, shapes, tmp_path):

@@ -264,7 +264,7 @@ def test_imagenet_weights_from_the_local_cache(hub):
     assert classifier.class_names[:2] == ("tench, Tinca tinca", "goldfish, Carassius auratus")
     assert classifier.spec.eval_recipe.image_size == 224
     assert classifier.predict(picture("disc", 1), top_k=1)[0][0].label == "tabby, tabby cat"
-    assert torch.equal(classifier.network.head.fc.weight, net.head.fc.weight)
+    assert torch.equal(classifier.network.head.fc.weight.cpu(), net.head.fc.weight)
 
 
 def test_imagenet_weights_that_cannot_be_had(hub):
