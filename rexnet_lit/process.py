@@ -138,15 +138,16 @@ def cpu_count() -> int:
     return os.cpu_count() or 1
 
 
-def auto_num_workers(on_gpu: bool) -> int:
+def auto_num_workers(gpus: int) -> int:
     """Return how many loader workers suit this machine, per process.
 
-    On a GPU the CPUs have nothing else to do, up to 8. On a CPU the training step wants them all, and one worker
-    is enough to hide decoding behind it; with a single CPU there is nothing to hide it behind.
+    Beside GPUs, each of which has a process, the CPUs have nothing else to do: up to 8 for each. On a CPU the training
+    step wants them all, and one worker is enough to hide decoding behind it; with a single CPU there is nothing to
+    hide it behind.
     """
     cpus = cpu_count()
-    if on_gpu:
-        return min(8, cpus)
+    if gpus:
+        return min(8, max(1, cpus // gpus))
     return 1 if cpus > 1 else 0
 
 

@@ -143,12 +143,12 @@ def test_tune_does_its_work_on_glibc_only(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("cpus", "on_gpu", "workers"),
-    [(1, False, 0), (2, False, 1), (64, False, 1), (1, True, 1), (4, True, 4), (64, True, 8)],
+    ("cpus", "gpus", "workers"),
+    [(1, 0, 0), (2, 0, 1), (64, 0, 1), (1, 1, 1), (4, 1, 4), (64, 1, 8), (32, 8, 4), (4, 8, 1)],
 )
-def test_auto_num_workers(monkeypatch, cpus, on_gpu, workers):
+def test_auto_num_workers(monkeypatch, cpus, gpus, workers):
     monkeypatch.setattr(process, "cpu_count", lambda: cpus)
-    assert process.auto_num_workers(on_gpu) == workers
+    assert process.auto_num_workers(gpus) == workers
 
 
 # --- sample ---------------------------------------------------------------------------------------
