@@ -4,9 +4,9 @@ The epoch with the highest validation top-1 is often a lucky one: there are a fe
 choose from; it must be better than the last one by two standard errors of the difference. A head that is solved on the
 backbone's features of the undisturbed training images is often better than one that has learned beside it, after few
 epochs from scratch by far. And fine-tuning on few images also unlearns: on the straight line between the given weights
-and the fine-tuned ones there is often a better backbone than either. The validation loss chooses: top-1 is too coarse,
-and the plain loss prefers whoever is better calibrated, so each candidate's logits are divided by the temperature that
-suits them best.
+and the fine-tuned ones there is often a better backbone than either; it must be better by one standard error. The
+validation loss chooses: top-1 is too coarse, and the plain loss prefers whoever is better calibrated, so each
+candidate's logits are divided by the temperature that suits them best.
 
 Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
 al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020 (the head anew); Guo et al., "On
@@ -88,9 +88,10 @@ class Blend(AtEnd):
         net.load_state_dict(before)
         pl_module.train(training)
 
-        gain = each["the last epoch"] - each["the best epoch"]
-        if float(gain.mean()) < 2 * float(gain.std()) / len(gain) ** 0.5:
-            del losses["the best epoch"]  # no more than luck
+        for name, than, errors in (("the best epoch", "the last epoch", 2), *((_name(s), _name(1.0), 1) for s in line)):
+            gain = each[than] - each[name]
+            if float(gain.mean()) < errors * float(gain.std()) / len(gain) ** 0.5:
+                del losses[name]  # no more than luck
         chosen = min(losses, key=lambda name: losses[name])
         self.metrics = pl_module.measure(logits[chosen], targets)
         told = [name for name in ("the best epoch", _name(0.0), "the last epoch") if name in top1]
