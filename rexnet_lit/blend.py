@@ -88,7 +88,9 @@ class Blend(AtEnd):
         net.load_state_dict(before)
         pl_module.train(training)
 
-        for name, than, errors in (("the best epoch", "the last epoch", 2), *((_name(s), _name(1.0), 1) for s in line)):
+        rivals = {"the best epoch": ("the last epoch", 2)}
+        rivals |= {_name(share): (_name(1.0), 1) for share in line if share < 1}
+        for name, (than, errors) in rivals.items():
             gain = each[than] - each[name]
             if float(gain.mean()) < errors * float(gain.std()) / len(gain) ** 0.5:
                 del losses[name]  # no more than luck

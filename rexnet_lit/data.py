@@ -382,9 +382,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def _workers(self) -> tuple[int, bool]:
         """Return the number of loader processes, and whether their batches go to a GPU."""
-        on_gpu = self.trainer is not None and self.trainer.strategy.root_device.type == "cuda"
-        gpus = self.trainer.num_devices if self.trainer is not None and on_gpu else 0
-        return process.auto_num_workers(gpus) if self.num_workers is None else self.num_workers, on_gpu
+        trainer = self.trainer
+        gpus = trainer.num_devices if trainer is not None and trainer.strategy.root_device.type == "cuda" else 0
+        return process.auto_num_workers(gpus) if self.num_workers is None else self.num_workers, gpus > 0
 
     def _sampler(self, name: str) -> BatchSampler:
         dataset, trainer = self._datasets[name], self.trainer

@@ -210,14 +210,12 @@ class RexNetModule(pl.LightningModule):
     def _trains_long(self) -> bool:
         """Whether channels_last pays on a GPU.
 
-        A step in 16 bits takes less than half the time then. But cuDNN makes its kernels for each size of batch, which
+        A step in 16 bits takes half the time then. But cuDNN makes its kernels for each size of batch, which
         takes 5 to 10 s (tests/benchmarks/bench_blocks.py, H200): as long as all of a small folder's training.
         """
-        data = getattr(self.trainer, "datamodule", None)
-        if not isinstance(data, ImageFolderDataModule):
+        if not isinstance(getattr(self.trainer, "datamodule", None), ImageFolderDataModule):
             return False
-        per_epoch, total = self._steps()
-        images = total / per_epoch * len(data.splits()["train"])
+        images = self._steps()[1] * cast(int, self.images_per_step)
         return images * (self.spec.eval_recipe.image_size / 224) ** 2 > 100_000
 
     def _meet_classes(self, found: Sequence[str] | None) -> None:
@@ -411,11 +409,7 @@ class RexNetModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped every optimiser step."""
-        data, trainer = getattr(self.trainer, "datamodule", None), self.trainer
-        per_step = getattr(data, "batch_size", None)
-        if per_step is not None:
-            per_step *= trainer.accumulate_grad_batches * trainer.world_size
-        lr = self.optimizer_settings.full_lr(self._scratch, per_step)
+        lr = self.optimizer_settings.full_lr(self._scratch, self.images_per_step)
         optimizer = strategies.build_optimizer(self.network, self.optimizer_settings, lr)
         per_epoch, total = self._steps()
         settings = self.schedule_settings
@@ -427,6 +421,12 @@ class RexNetModule(pl.LightningModule):
         else:
             scheduler = LambdaLR(optimizer, lambda step: lr_factor(settings, step, total, per_epoch))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def images_per_step(self) -> int | None:
+        """Images of an optimiser step, over all processes; None with a data module that names no batch size."""
+        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
+        return None if size is None else size * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     def _steps(self) -> tuple[int, int]:
         """Return the optimiser steps of an epoch and of the run.

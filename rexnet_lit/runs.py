@@ -127,12 +127,12 @@ class RexNetCLI(LightningCLI):
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add ``trainer`` and ``data``, and for ``fit`` the model."""
         limits = [f"limit_{name}_batches" for name in ("train", "val", "test", "predict")]
-        parser.add_class_arguments(
-            Trainer, "trainer", skip={*limits}, instantiate=False, fail_untyped=False, sub_configs=True
-        )  # as Lightning does
+        parser.add_class_arguments(  # as add_lightning_class_args does, which skips nothing
+            Trainer, "trainer", skip=set(limits), instantiate=False, fail_untyped=False, sub_configs=True
+        )
+        # For Optional[Union[int, float]] typing gives out what it has met first, float | int too: 1 would be all.
+        help_ = "how many of the batches to use (int), or which share of them (float)"
         for name in limits:
-            # For Optional[Union[int, float]] typing gives out what it has met first, float | int too: 1 would be all.
-            help_ = "How many of the batches to use (int), or which share of them (float)."
             parser.add_argument(f"--trainer.{name}", type=int | float | None, help=help_)
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         fit = self._adding == "fit"
@@ -456,7 +456,7 @@ class RexNetCLI(LightningCLI):
         figure.axes[0].plot(rates[steepest], losses[steepest], "o", markersize=10, color="red")
         figure.savefig(path, dpi=120)
         optimizer = self.model.optimizer_settings
-        per_step = self.datamodule.batch_size * trainer.accumulate_grad_batches
+        per_step = self.model.images_per_step
         best = (
             rates[steepest] * optimizer.full_lr(scratch=False) / optimizer.full_lr(scratch=False, batch_size=per_step)
         )

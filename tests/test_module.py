@@ -104,6 +104,8 @@ def test_a_long_training_is_told_from_a_short_one(shapes, tmp_path):
     for epochs, long in ((1, False), (204_000, False), (204_300, True)):
         trainer.fit_loop.max_epochs = epochs
         assert module._trains_long() == long
+    trainer.limit_train_batches = 1  # of three
+    assert not module._trains_long()
 
 
 def test_images_follow_the_weights_layout():

@@ -20,15 +20,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from rexnet_lit import decode
+
 CLASSES = ("animals", "food", "household", "plants", "seasonal", "symbols", "town", "vehicles")
 
 
 def on_white(source: Path, target: Path) -> None:
-    """Write a picture as it looks on white."""
-    picture = Image.open(source).convert("RGBA")
-    white = Image.new("RGBA", picture.size, "white")
-    white.alpha_composite(picture)
-    white.convert("RGB").save(target)
+    """Write a picture as rexnet_lit decodes it."""
+    Image.fromarray(decode.read(source)).save(target)
 
 
 def main() -> None:
