@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import dataclasses
 import io
@@ -15,6 +16,7 @@ from typing import Any
 
 import jsonargparse
 import numpy as np
+import torch.distributed
 import yaml
 from jsonargparse import ArgumentError, Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
@@ -87,6 +89,7 @@ class RexNetCLI(LightningCLI):
     def run(cls, argv: list[str]) -> None:
         """Parse ``argv`` (the run's name first) and run it."""
         _quieten()
+        atexit.register(_leave_process_group)
         command = argv[0]
         if command == "fit":  # nobody reads on: no reason to lose a training
             sys.stdout, sys.stderr = process.unfailing(sys.stdout), process.unfailing(sys.stderr)
@@ -554,3 +557,12 @@ def _quieten() -> None:
         ".*isinstance\\(treespec, LeafSpec\\).*",
     ):
         warnings.filterwarnings("ignore", message=message)
+
+
+def _leave_process_group() -> None:
+    """End the threads of a distributed run before Python ends, as Lightning has NCCL do but not Gloo.
+
+    One that lets go of its last tensor while Python goes down asks it for its lock, and aborts the process.
+    """
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
