@@ -240,7 +240,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         for name in needed[stage]:
             if name not in splits or len(splits[name]) == 0:
                 raise UserError(_missing_split(name, self.record.root))
-            if name in self._datasets and name != "train":
+            if name != "train" and name in self._datasets and self._datasets[name].transform == evaluate:
                 continue
             samples = self._without_bad(splits[name])
             if name == "train":
@@ -277,7 +277,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         dataset = self._datasets[name]
         if self.cache not in ("auto", "ram") or name not in ("train", "val") or dataset.images is not None:
             return
-        count, size = len(dataset), dataset.transform.min_size
+        count, size = len(dataset), dataset.min_size
         held = sum(data.images_bytes for data in self._datasets.values())
         free = process.free_memory() / (4 if self.cache == "auto" else 2)
         limit = free if self._cache_bytes is None else self._cache_bytes - held
@@ -292,11 +292,14 @@ class ImageFolderDataModule(pl.LightningDataModule):
     def _pays_and_fits(self, dataset: ImageDataset, limit: float) -> bool:
         """Say whether a fit asks for all images more than once, and a sample of them is small enough."""
         trainer = self.trainer
-        if trainer is None or trainer.state.fn != "fit" or trainer.max_epochs == 1 or trainer.limit_train_batches != 1:
+        if trainer is None or trainer.state.fn != "fit" or trainer.max_epochs == 1:
+            return False
+        limit_batches = trainer.limit_train_batches
+        if isinstance(limit_batches, int) or limit_batches < 1:
             return False
         count = len(dataset)
         paths = [dataset.samples.path(i) for i in range(0, count, max(1, count // 64))]
-        images = decode_all(paths, dataset.transform.min_size, limit)
+        images = decode_all(paths, dataset.min_size, limit)
         return all(image is not None for image in images) and bool(
             np.mean([image.nbytes for image in images if image is not None]) * count <= limit
         )
@@ -356,9 +359,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if trainer is None:
             raise RuntimeError("compute_features needs a trainer")
         if evaluate:
-            decoded, least = dataset.images, dataset.transform.min_size
+            decoded, least = dataset.images, dataset.min_size
             dataset = self._dataset(dataset.samples, EvalTransform(self._recipe()[0]))
-            dataset.images = decoded if least >= dataset.transform.min_size else None
+            if least >= dataset.min_size:  # decoded as for training, cached or not: a cache changes no result
+                dataset.images, dataset.min_size = decoded, least
         strategy, workers, on_gpu = trainer.strategy, *self._workers()
         found: Tensor | None = None
         for view in range(views):

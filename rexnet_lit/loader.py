@@ -1,6 +1,6 @@
 """Batches: in which order, read by whom.
 
-What a batch holds depends on (seed, epoch, index) alone: not on workers, not on when it was asked for. The sampler
+What a batch holds depends on seed, epoch and position alone: not on workers, not on when it was asked for. The sampler
 hands out whole batches as `Batch` keys; the dataset turns a key into tensors.
 """
 
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
 import os
 import signal
@@ -51,6 +52,8 @@ class Batch:
 
     epoch: int
     indices: NDArray[np.int64]
+    draws: NDArray[np.int64]
+    """How often each has been drawn before in this epoch."""
 
 
 def training_order(targets: NDArray[np.int64], sampler: SamplerName, seed: int, epoch: int) -> NDArray[np.int64]:
@@ -108,23 +111,37 @@ class BatchSampler(DistributedSampler[Batch]):
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """Return the indices of this process's batches in ``epoch``."""
+        return self._share(self._images(epoch))
+
+    def _images(self, epoch: int) -> NDArray[np.int64]:
+        return np.arange(self._size) if self._order is None else self._order(epoch)
+
+    def _share(self, values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Cut what there is of each of an epoch's images, (N,), into batches; return this process's."""
         if self._order is not None:
-            chunks = np.array_split(self._order(epoch), self._steps * self.num_replicas)
+            chunks = np.array_split(values, self._steps * self.num_replicas)
         else:
-            chunks = [
-                np.arange(start, min(start + self._batch_size, self._size))
-                for start in range(0, self._size, self._batch_size)
-            ]
+            chunks = [values[start : start + self._batch_size] for start in range(0, self._size, self._batch_size)]
         return chunks[self.rank :: self.num_replicas]
 
     def __iter__(self) -> Iterator[Batch]:
         epoch, done = self._position() if self._position else (self.epoch, 0)
-        return (Batch(epoch, indices) for indices in self.batches(epoch)[done:])
+        images = self._images(epoch)
+        shares = zip(self._share(images), self._share(_draws_before(images)), strict=True)
+        return (Batch(epoch, *share) for share in itertools.islice(shares, done, None))
 
     def __len__(self) -> int:
         if self._order is not None:
             return self._steps
         return len(range(self.rank * self._batch_size, self._size, self._batch_size * self.num_replicas))
+
+
+def _draws_before(images: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each of ``images``, (N,), how often it stands before its place."""
+    order = np.argsort(images, kind="stable")
+    found = np.empty_like(images)
+    found[order] = np.arange(len(images)) - np.searchsorted(images[order], images[order])
+    return found
 
 
 def training_position(trainer: pl.Trainer) -> tuple[int, int]:
@@ -179,13 +196,13 @@ class Loader(DataLoader[Any]):
             except RuntimeError as error:
                 # Torch looks whether its workers live when this much time is up; asked again, it waits on.
                 waited += self.timeout
-                timed_out = "timed out" in str(error)
+                if not str(error).startswith("DataLoader "):
+                    raise  # a worker's own, such as a transform's
+                timed_out = str(error).startswith("DataLoader timed out")
                 if timed_out and waited < _PATIENCE:
                     if batches is None:
                         self._iterator = None  # what it has begun cannot be asked for again: start new workers
                     continue
-                if "DataLoader" not in str(error):
-                    raise
                 raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
             done, waited = done + 1, 0.0
             yield batch
@@ -290,6 +307,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         self._read, self.mix = read, mix
         self.images: Sequence[NDArray[np.uint8] | None] | None = None
         """Decoded images by index, None for what is to be read from its file (``data.cache``)."""
+        self.min_size = transform.min_size
+        """Pixels of the shorter side that decoding must keep, as `decode.read` takes it."""
 
     def __len__(self) -> int:
         return len(self.samples)
@@ -311,7 +330,7 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         if image is not None:
             return image
         try:
-            return self._read(self.samples.path(index), self.transform.min_size)
+            return self._read(self.samples.path(index), self.min_size)
         except decode.DecodeError as error:
             if isinstance(self.transform, EvalTransform):
                 raise UserError(
@@ -329,19 +348,19 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         same = np.flatnonzero(self.samples.targets == self.samples.targets[index])
         for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
             try:
-                return self._read(self.samples.path(int(other)), self.transform.min_size)
+                return self._read(self.samples.path(int(other)), self.min_size)
             except decode.DecodeError:
                 continue
         raise UserError(f"{self.samples.path(index)}: no image of its class can be read any longer; restore the files")
 
-    def _load(self, index: int, epoch: int) -> Tensor:
+    def _load(self, index: int, epoch: int, draw: int) -> Tensor:
         image = self.read(index)
         if isinstance(self.transform, EvalTransform):
             return self.transform(image)
-        return self.transform.at(epoch)(image, self._seed(index, epoch))
+        return self.transform.at(epoch)(image, self._seed(index, epoch, draw))
 
-    def _seed(self, index: int, epoch: int) -> int:
-        return int(np.random.SeedSequence((self.seed, epoch, index)).generate_state(1)[0])
+    def _seed(self, index: int, epoch: int, draw: int = 0) -> int:
+        return int(np.random.SeedSequence((self.seed, epoch, index, draw)).generate_state(1)[0])
 
     def augmented(self, index: int, epoch: int) -> NDArray[np.uint8]:
         """Return what the network is shown of a training image in an epoch, (S, S, 3), before normalisation."""
@@ -351,7 +370,8 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
     def __getitem__(self, batch: Batch) -> tuple[Tensor, Tensor]:
         if not isinstance(batch, Batch):  # Lightning puts a sampler of its own in the place of ours
             raise UserError("the trainer's overfit_batches is not supported; use limit_train_batches")
-        images = [self._load(int(i), batch.epoch) for i in batch.indices]
+        drawn = zip(batch.indices.tolist(), batch.draws.tolist(), strict=True)
+        images = [self._load(index, batch.epoch, draw) for index, draw in drawn]
         stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one straight copy
         inputs, targets = stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])
         if self.mix is None:

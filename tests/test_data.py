@@ -1,4 +1,4 @@
-"""Batches: who is in them, in which order, and that nothing but (seed, epoch, index) decides what they hold."""
+"""Batches: who is in them, in which order, and that nothing but seed, epoch and position decides what they hold."""
 
 from __future__ import annotations
 
@@ -139,6 +139,29 @@ def test_the_balanced_sampler_reaches_the_batches(tmp_path, make_shapes):
 # --- augmentation ---------------------------------------------------------------------------------
 
 
+def test_an_image_that_is_drawn_again_is_augmented_anew(tmp_path, make_shapes):
+    root = make_shapes(tmp_path, train=30, val=2, test=0, classes=("common", "rare"))
+    for path in sorted((root / "train" / "rare").iterdir())[1:]:
+        path.unlink()
+    views = []
+    for workers in (0, 2):
+        data = module(root, sampler="balanced", num_workers=workers)
+        data.setup("fit")
+        batches = epoch_of(data.train_dataloader(), 3)
+        views.append(torch.cat([images[targets == 1] for images, targets in batches]))
+    assert torch.equal(*views)
+    assert len(views[0]) > 5  # of one image
+    assert len(torch.unique(views[0].flatten(1), dim=0)) == len(views[0])
+
+
+def test_the_processes_count_draws_together():
+    order = np.array([2, 0, 2, 1, 2, 0, 2, 1])
+    samplers = [BatchSampler(8, 2, lambda epoch: order, rank=rank, world_size=2) for rank in range(2)]
+    keys = [key for pair in zip(*samplers, strict=True) for key in pair]
+    assert np.concatenate([key.indices for key in keys]).tolist() == order.tolist()
+    assert np.concatenate([key.draws for key in keys]).tolist() == [0, 0, 1, 0, 2, 1, 3, 1]
+
+
 @pytest.mark.parametrize("recipe", ["light", "medium", "heavy", "randaugment"])
 def test_a72_no_augmentation_comes_twice(tmp_path, recipe):
     """3 epochs, 2 workers, one and the same picture under every name: all 180 views of it differ.
@@ -240,6 +263,38 @@ def test_the_cache_changes_nothing(shapes):
     assert all(same(found[0], other) for other in found[1:])
 
 
+@pytest.mark.parametrize("cache", ["ram", "disk"])
+def test_the_cache_changes_no_features(tmp_path, cache):
+    """Large JPEGs are decoded at a scale that the recipe decides, which is training's for both."""
+    rng = np.random.default_rng(0)
+    for split in ("train", "val"):
+        for label in ("a", "b"):
+            (tmp_path / split / label).mkdir(parents=True)
+            for i in range(3):
+                picture = Image.fromarray(rng.integers(0, 256, (12, 12, 3), np.uint8)).resize((300, 300))
+                picture.save(tmp_path / split / label / f"{i}.jpg")
+    found = []
+    for kept in ("none", cache):
+        data = module(tmp_path, cache=kept)
+        data.trainer = trainer_like()
+        data.setup("fit")
+        data.train_dataloader()
+        assert (data._datasets["train"].images is not None) == (kept == "ram")
+        found.append(data.compute_features("train", lambda images: images.flatten(1), evaluate=True))
+    assert torch.equal(*found)
+
+
+def test_another_model_s_recipe_makes_the_datasets_anew(shapes):
+    data = module(shapes)
+    data.setup("fit")
+    val = data._datasets["val"]
+    data.setup("fit")
+    assert data._datasets["val"] is val
+    data.image_size, data.eval_recipe = 48, EvalRecipe(image_size=48)
+    data.setup("fit")
+    assert next(iter(data.val_dataloader()))[0].shape[-1] == 48
+
+
 def test_progressive_resizing_is_a_function_of_the_epoch(shapes):
     data = module(shapes, size_schedule=[[0, 32], [2, 48]], batch_size=24, cache="ram")
     data.setup("fit")
@@ -298,19 +353,28 @@ def test_the_cache_reads_no_file_again(tmp_path, make_shapes):
     assert sum(len(y) for _, y in loader) == 24
 
 
+def trainer_like(**change) -> SimpleNamespace:
+    what = {"max_epochs": 2, "limit_train_batches": 1.0, "state": "fit", **change}
+    what["state"] = SimpleNamespace(fn=what["state"])
+    strategy = SimpleNamespace(root_device=torch.device("cpu"), reduce=lambda found, reduce_op: found)
+    return SimpleNamespace(**what, world_size=1, global_rank=0, strategy=strategy)
+
+
 @pytest.mark.parametrize(
     ("change", "kept"),
-    [({}, True), ({"max_epochs": 1}, False), ({"limit_train_batches": 2}, False), ({"state": "test"}, False)],
+    [
+        ({}, True),
+        ({"max_epochs": 1}, False),
+        ({"limit_train_batches": 2}, False),
+        ({"limit_train_batches": 1}, False),
+        ({"state": "test"}, False),
+    ],
 )
 def test_a_fit_of_several_epochs_decodes_once_what_fits(shapes, monkeypatch, change, kept):
     data = module(shapes)
     assert data.cache == "auto"
     data.setup("fit")
-    what = {"max_epochs": 2, "limit_train_batches": 1.0, "state": "fit", **change}
-    strategy = SimpleNamespace(root_device=torch.device("cpu"))
-    data.trainer = SimpleNamespace(
-        **{**what, "state": SimpleNamespace(fn=what["state"])}, world_size=1, global_rank=0, strategy=strategy
-    )
+    data.trainer = trainer_like(**change)
     whole = sum(data._datasets["train"].read(i).nbytes for i in range(24))
     monkeypatch.setattr(process, "free_memory", lambda: 4 * whole - 4)  # a byte too little
     data.train_dataloader()
@@ -348,7 +412,7 @@ def test_a_deleted_training_image_is_stood_in_for_by_the_next_of_its_class(tmp_p
     with pytest.warns(UserWarning, match="stands in"):
         assert np.array_equal(data.read(5), first_of_other)  # after the last comes the first
     with pytest.warns(UserWarning, match="stands in"):
-        images, targets = data[Batch(0, np.array([0, 5]))]
+        images, targets = data[Batch(0, np.array([0, 5]), np.zeros(2, int))]
     assert images.shape == (2, 3, 32, 32)
     assert targets.tolist() == [0, 1]
 
@@ -368,7 +432,7 @@ def test_a_deleted_evaluation_image_stops_the_run(tmp_path):
     data = dataset(tmp_path, train=False)
     (tmp_path / "0.png").unlink()
     with pytest.raises(UserError, match=r"0\.png: can no longer be read .* restore the file"):
-        data[Batch(0, np.array([0, 1]))]
+        data[Batch(0, np.array([0, 1]), np.zeros(2, int))]
 
 
 def test_an_error_in_a_loader_worker_is_one_line_too(tmp_path, make_shapes):
@@ -384,6 +448,20 @@ def test_an_error_in_a_loader_worker_is_one_line_too(tmp_path, make_shapes):
     assert message.startswith(f"{victim}: can no longer be read")
     assert "\n" not in message
     assert "Traceback" not in message
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize("fault", ["shape mismatch in my transform", "read timed out"])
+def test_a_transform_s_own_error_is_its_own(shapes, monkeypatch, workers, fault):
+    data = module(shapes, num_workers=workers)
+    data.setup("fit")
+
+    def fails(self, image):
+        raise RuntimeError(fault)
+
+    monkeypatch.setattr(EvalTransform, "__call__", fails)
+    with pytest.raises(RuntimeError, match=fault):
+        list(data.val_dataloader())
 
 
 # --- setup ----------------------------------------------------------------------------------------
