@@ -516,6 +516,15 @@ def test_draw_hardly_moves_when_files_are_added(tmp_path):
         assert len(set(samples.paths) - set(after.splits[split].paths)) <= 4
 
 
+def test_folds_hardly_move_when_files_are_added(tmp_path):
+    make(tmp_path, *many("a", 100), *many("b", 100))
+    before = [scan(tmp_path, num_folds=5, fold=k) for k in range(5)]
+    make(tmp_path, "a/!first.jpg", "b/another.jpg")
+    for k, folder in enumerate(before):
+        after = scan(tmp_path, num_folds=5, fold=k)
+        assert len(set(folder.splits["val"].paths) - set(after.splits["val"].paths)) <= 4
+
+
 def test_folds_are_disjoint_cover_all_and_leave_test_alone(tmp_path):
     root = make(tmp_path, *many("a", 23), *many("b", 7), *many("c", 2), "d/alone.jpg")
     folds = [scan(root, test_fraction=0.1, num_folds=5, fold=k) for k in range(5)]

@@ -9,7 +9,8 @@ does not shift the others, as it does where each split numbers its own folders.
 A split is drawn by hashing, not by shuffling: within each class the files are ordered by a keyed hash of
 their path, and the first go to test, the next to val. So it is stratified and the same on every machine, and
 it stays when the dataset grows: a file more moves at most one other file per split of its class, where a
-seeded shuffle (scikit-learn's too) draws everything anew, and mixes what was trained on into what is tested.
+seeded shuffle (scikit-learn's too) draws everything anew, and mixes what was trained on into what is tested. Groups
+are divided by scikit-learn nevertheless, which balances classes: they stay only by the split file that a run writes.
 """
 
 from __future__ import annotations
@@ -384,7 +385,7 @@ def _draw_missing(
     if len(found) > 1:
         notes.append("val is drawn from train" if takes_val else "test is drawn from train")
     train = found["train"]
-    drawn = draw_groups(train, groups, shares) if groups else {n: draw(paths, shares) for n, paths in train.items()}
+    drawn = draw_groups(train, groups, shares) if groups else {n: draw(n, paths, shares) for n, paths in train.items()}
     alone = [name for name, paths in train.items() if len(paths) == 1]
     if alone and not groups:
         notes.append(f"{len(alone)} classes have one image, which stays in train: {some(alone)}")

@@ -105,8 +105,8 @@ class Shares:
         return []
 
 
-def draw(paths: PathList, shares: Shares) -> dict[Split, PathList]:
-    """Divide the images of one class.
+def draw(name: str, paths: PathList, shares: Shares) -> dict[Split, PathList]:
+    """Divide the images of the class ``name``.
 
     The files stand in the order of a keyed hash of their paths; the first go to test, the next to val, or the rest is
     cut into folds. A class of two or more images gives val at least one (if its share is not 0) and keeps one in train.
@@ -125,7 +125,8 @@ def draw(paths: PathList, shares: Shares) -> dict[Split, PathList]:
     rest, start = order[test:], 0
     if shares.num_folds and len(rest) > 1:
         # The folds of small classes differ by one image: not always in favour of the first.
-        fold = (shares.fold + digests[0]) % shares.num_folds
+        turn = blake2b(os.fsencode(name), digest_size=8, salt=_SALT).digest()
+        fold = (shares.fold + turn[0]) % shares.num_folds
         bounds = np.linspace(0, len(rest), shares.num_folds + 1).round().astype(int)
         start, val = int(bounds[fold]), int(bounds[fold + 1] - bounds[fold])
     parts = {
@@ -140,6 +141,8 @@ def draw_groups(
     by_class: dict[str, PathList], groups: Mapping[bytes, str], shares: Shares
 ) -> dict[str, dict[Split, PathList]]:
     """Divide all classes so that no group is in two splits, and each split's classes are as alike as that allows.
+
+    An image more may draw all groups anew, unlike `draw`.
 
     Args:
         by_class: The images of each class.
