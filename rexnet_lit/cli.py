@@ -1,8 +1,8 @@
 """The command line: RexNetCLI over LightningCLI for runs, small commands beside it, one place for errors.
 
 ``fit`` takes Lightning's YAML files and ``--key value`` overrides. ``validate``, ``test`` and ``predict`` take a
-model file, which knows all they need; what the command line or a config says beats it. A model file's content never
-reaches the parser.
+model file, which knows all they need; what the command line or a config says beats it. Of a model file nothing but its
+record of the dataset reaches the parser, as defaults.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _check(args: argparse.Namespace) -> int:
     if args.config and not args.report:
         raise UserError("check: --config shows its augmentation in the page; name one: --report FILE.html")
     if args.report:
-        check_output("--report", Path(args.report), ".html", ".htm")
+        check_output("--report", Path(args.report), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
     console = Console(stderr=True)  # stdout may be JSON
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("looking at the images")

@@ -256,6 +256,8 @@ def _output_folder(output: Path, model: Path, kind: str) -> Path:
         if output.exists() and (not output.is_dir() or any(output.iterdir())):
             raise UserError(f"--output: {str(output)!r} exists already; name a new folder")
         return folder
+    if kind == "safetensors" and output.exists():  # which may be the only copy of another model
+        raise UserError(f"--output: {str(output)!r} exists already; name a new file")
     check_output("--output", output, *_ENDINGS[kind])
     return folder
 

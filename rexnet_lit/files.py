@@ -131,16 +131,17 @@ def fresh_path(path: Path) -> Path:
     return fresh
 
 
-def check_output(key: str, path: Path, *endings: str) -> None:
+def check_output(key: str, path: Path, *endings: str, mark: bytes = b"") -> None:
     """See that what a user asks to be written takes nobody's place but that of an earlier output.
 
     Args:
         key: The option that names it, for the error.
         path: The file.
         endings: What its kind of file is called, such as ``.csv``.
+        mark: What stands in the first kilobyte of an earlier output.
 
     Raises:
-        UserError: ``path`` is a folder, or an existing file of another kind.
+        UserError: ``path`` is a folder, or an existing file of another kind or of somebody else.
     """
     if path.is_dir():
         raise UserError(f"{key}: {str(path)!r} is a folder; name a file")
@@ -148,3 +149,7 @@ def check_output(key: str, path: Path, *endings: str) -> None:
         raise UserError(
             f"{key}: {str(path)!r} exists and is no {' or '.join(endings)} file, so it is not overwritten; name another"
         )
+    if mark and path.is_file():
+        with path.open("rb") as file:
+            if mark not in file.read(1024):
+                raise UserError(f"{key}: {str(path)!r} exists and is no earlier output of this command; name another")

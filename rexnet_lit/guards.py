@@ -61,6 +61,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._saved = time.monotonic()
         self._told: signal.Signals | None = None
         self._stop: Stopped | None = None
+        self._over = False
         self._fresh: Path | None = None
         self._validated = -1
         self._handlers: dict[signal.Signals, Any] = {}
@@ -154,6 +155,8 @@ class RunCheckpoint(ModelCheckpoint):
 
         def told(number: int, frame: Any) -> None:
             again, self._told = self._told is not None, signal.Signals(number)
+            if self._over:
+                raise Stopped(number, f"stopped after the last epoch; {self._how_to_go_on(trainer)}")
             if again and trainer.validating:
                 raise Stopped(number, f"stopped during validation; {self._how_to_go_on(trainer)}")
             if trainer.is_global_zero and not again:
@@ -162,9 +165,20 @@ class RunCheckpoint(ModelCheckpoint):
                 with contextlib.suppress(OSError):
                     os.write(1, f"{self._told.name}: saving and stopping after {where}\n".encode())
 
-        before = process.told_to_stop()
+        self._over, before = False, process.told_to_stop()
         self._told = signal.Signals(before) if before else None
         self._handlers = {number: signal.signal(number, told) for number in _SIGNALS}
+
+    def end_training(self, trainer: pl.Trainer) -> None:
+        """Stop now where the last epoch was told to; from here on there is nothing to save first.
+
+        Raises:
+            Stopped: It was.
+        """
+        self._over = True
+        self._stop = self._stop or self._stop_if_told(trainer)
+        if self._stop is not None:
+            raise self._stop
 
     def _stop_if_told(self, trainer: pl.Trainer) -> Stopped | None:
         told = self._told is not None
@@ -234,6 +248,12 @@ class RunCheckpoint(ModelCheckpoint):
         fixed = [name for name in differing if name.startswith(_FIXED) and name in then]
         named = fixed or ([] if self._accept_changes else differing)
         if not named:
+            loop = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+            if loop["current"]["processed"] % trainer.accumulate_grad_batches and not loop["is_last_batch"]:
+                raise UserError(
+                    "ckpt_path: this best.ckpt was saved amid a step of accumulated batches, whose gradients are lost; "
+                    "go on with the last.ckpt beside it, or start a new run from it with model.weights"
+                )
             if content.get(_REWRITTEN):
                 raise UserError(
                     "ckpt_path: this best.ckpt holds what was chosen and calibrated when its run ended, not an epoch's "
@@ -289,6 +309,8 @@ class AtEnd(Callback):
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Do it where model, data and saver are such as we know."""
         saver, data = saver_of(trainer), getattr(trainer, "datamodule", None)
+        if isinstance(saver, RunCheckpoint):
+            saver.end_training(trainer)
         if isinstance(pl_module, RexNetModule) and isinstance(data, ImageFolderDataModule) and saver is not None:
             self.finish(trainer, pl_module, data, saver)
 
@@ -348,9 +370,13 @@ def _conditions(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> d
         "processes": trainer.world_size,
         **{f"trainer.{key}": getattr(trainer, key) for key in keys},
         "trainer.precision": trainer.precision,
+        "trainer.sync_batchnorm": getattr(trainer.strategy, "_layer_sync", None) is not None,
     }
     if isinstance(module, RexNetModule):
         conditions |= {f"model.{key}": value for key, value in module.settings().items()}
+        if module.schedule_settings.name == "plateau":  # what is validated, and when, decides the learning rate
+            validation = ("check_val_every_n_epoch", "val_check_interval", "limit_val_batches")
+            conditions |= {f"trainer.{key}": getattr(trainer, key) for key in validation}
     if isinstance(data, ImageFolderDataModule):
         conditions |= {f"data.{key}": value for key, value in data.settings().items()}
         conditions |= data.fingerprints()
@@ -376,7 +402,8 @@ class FiniteLoss(Callback):
     """
 
     def __init__(self) -> None:
-        self._sum: Tensor | None = None
+        self._unseen: list[tuple[int, int, Tensor]] = []
+        """Epoch, batch and loss of the steps since the last look."""
         self._steps = 0
         self._scale: float | None = None
         self._skipped = 0
@@ -404,7 +431,7 @@ class FiniteLoss(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at the loss; on a GPU, where looking waits for the step, now and then."""
-        self._sum = loss.detach() if self._sum is None else self._sum + loss.detach()
+        self._unseen.append((trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, loss.detach()))
         self._steps += 1
         if loss.device.type == "cpu" or self._steps % 10 == 0:
             self._look(trainer)
@@ -422,13 +449,14 @@ class FiniteLoss(Callback):
             )
 
     def _look(self, trainer: pl.Trainer) -> None:
-        total, self._sum = self._sum, None
-        if total is None or bool(torch.isfinite(total)):
+        seen, self._unseen = self._unseen, []
+        finite = torch.isfinite(torch.stack([loss for *_, loss in seen])).tolist() if seen else []
+        if all(finite):
             return
-        batch = trainer.fit_loop.epoch_loop.batch_idx
+        epoch, batch, loss = seen[finite.index(False)]
         raise UserError(
-            f"the loss is {float(total):g} at epoch {trainer.current_epoch + 1}, batch {batch + 1}"
-            f"{_files(trainer, batch)}; {_REMEDY}; the last checkpoint is from before"
+            f"the loss is {float(loss):g} at epoch {epoch + 1}, batch {batch + 1}"
+            f"{_files(trainer, epoch, batch)}; {_REMEDY}; the last checkpoint is from before"
         )
 
 
@@ -438,12 +466,12 @@ _LEAST_SCALE = 2.0**-10
 """Where torch's scale of the loss, 2^16 at first, shows that no scale will do."""
 
 
-def _files(trainer: pl.Trainer, batch: int) -> str:
+def _files(trainer: pl.Trainer, epoch: int, batch: int) -> str:
     """Return the names of a training batch's images, where they are ours."""
     loader: Any = trainer.train_dataloader
     sampler = getattr(loader, "sampler", None)
     if not isinstance(sampler, BatchSampler):
         return ""
     paths = loader.dataset.samples.paths
-    names = [repr(paths[int(i)]) for i in sampler.batches(trainer.current_epoch)[batch]]
+    names = [repr(paths[int(i)]) for i in sampler.batches(epoch)[batch]]
     return f" (images {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"

@@ -98,6 +98,7 @@ class RexNetModule(pl.LightningModule):
         self.spec = ModelSpec(backbone, names, head, network.eval_recipe(backbone, image_size))
         self.train_size = image_size or network.train_size(backbone)
         self.network = network.build_network(backbone, len(names), head, drop_path_rate=drop_path_rate)
+        self._grad_checkpointing = grad_checkpointing
         if grad_checkpointing:
             cast(Any, self.network).set_grad_checkpointing(True)
         self.loss_settings = settings_of(LossSettings, loss)
@@ -500,7 +501,8 @@ class RexNetModule(pl.LightningModule):
         }
         nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
         start = {} if self.start is None else {"weights": self._start_digest}
-        return {**nested, **start, "ema": self.ema, "drop_path_rate": self._drop_path_rate}
+        more = {"ema": self.ema, "drop_path_rate": self._drop_path_rate, "grad_checkpointing": self._grad_checkpointing}
+        return {**nested, **start, **more}
 
 
 _LOSSES = "rexnet_lit_losses"

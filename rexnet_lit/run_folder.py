@@ -7,6 +7,7 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from rexnet_lit import checkpoint
 from rexnet_lit.errors import UserError
@@ -62,10 +63,8 @@ def hold(folder: Path) -> Iterator[None]:
     path = folder / _LOCK
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):  # not for us to say: what the run cannot write, it will say itself
-            file = stack.enter_context(path.open("w", encoding="utf-8"))
             try:
-                if fcntl is not None:
-                    fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                stack.enter_context(_locked(path))
             except BlockingIOError:
                 raise UserError(
                     f"{folder}: another process is training in this run folder; wait for it, stop it, or leave "
@@ -73,6 +72,27 @@ def hold(folder: Path) -> Iterator[None]:
                 ) from None
             stack.callback(path.unlink, missing_ok=True)
         yield
+
+
+def _locked(path: Path) -> TextIO:
+    """Open a file and lock it; not one that its holder has removed in between.
+
+    Raises:
+        BlockingIOError: Another process holds the lock.
+    """
+    while True:
+        file = path.open("w", encoding="utf-8")
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
+                return file
+        except FileNotFoundError:
+            pass
+        except OSError:
+            file.close()
+            raise
+        file.close()
 
 
 def drop_if_empty(folder: Path) -> None:

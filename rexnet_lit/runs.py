@@ -346,7 +346,7 @@ class RexNetCLI(LightningCLI):
         root, version = str(self.folder.parent.parent), run_folder.number(self.folder)
         step = self.resumed["global_step"]
         self.save_config_kwargs["overwrite"] = True
-        boards = [Board(root, version=version, default_hp_metric=False, purge_step=step + 1)] if board else []
+        boards = [Board(root, version=version, default_hp_metric=False, purge_step=step)] if board else []
         return [*boards, MetricsLog(root, version, keep=step)]
 
     def _writer(self) -> TestReport | PredictionWriter:
@@ -354,7 +354,7 @@ class RexNetCLI(LightningCLI):
         if self.subcommand == "predict":
             given = self.datamodule.predict_output
             output = Path(given) if given else fresh_path(root / "predictions.csv")
-            check_output("data.predict_output", output, ".csv")
+            check_output("data.predict_output", output, ".csv", mark=b"path,label_1,prob_1")
             if output.name == "quarantine.csv":
                 raise UserError("data.predict_output: quarantine.csv is the list of unreadable images; name another")
             self.writer: Any = PredictionWriter(output)
@@ -374,7 +374,7 @@ class RexNetCLI(LightningCLI):
         """
         trainer: Trainer = self.trainer
         data, model = self.datamodule, self.model
-        trainer_rules.check_fit(trainer, model)
+        trainer_rules.check_fit(trainer, model, resumes=bool(self.resumed))
         if self.resumed:  # before anything in the run's folder is touched
             model.on_load_checkpoint(self.resumed)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -495,7 +495,8 @@ class RexNetCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the figures."""
         limit, count = self.trainer.limit_val_batches, len(self.datamodule.splits()["val"])
-        self._print_metrics("Validation", count if limit == 1 else f"limit_val_batches {limit} of {count}")
+        every = isinstance(limit, float) and limit == 1  # 1 is one batch, 1.0 all
+        self._print_metrics("Validation", count if every else f"limit_val_batches {limit} of {count}")
 
     def after_test(self) -> None:
         """Print the figures and where the report is."""

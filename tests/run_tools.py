@@ -234,6 +234,8 @@ _TROUBLES = {
     "no screen": _no_screen,
     "ctrl-c": functools.partial(_signalled, signal.SIGINT, "on_train_batch_start"),
     "kill in blend": functools.partial(_signalled, signal.SIGKILL, "solve"),
+    "term in blend": functools.partial(_signalled, signal.SIGTERM, "solve"),
+    "ctrl-c in blend": functools.partial(_signalled, signal.SIGINT, "solve"),
     "nan": _nan,
     "full disk": _full_disk,
     "worker dies": functools.partial(_worker_dies, signal.SIGKILL),

@@ -266,11 +266,16 @@ def test_predict_overwrites_nothing_of_value(tmp_path, capsys):
     argv = ["predict", "--ckpt_path", model, "--data.num_workers", 0, "--data.predict_path", tmp_path / "flat"]
     line = fails(capsys, *argv, "--data.predict_output", model)
     assert "model.safetensors' exists and is no .csv file" in line
+    (tmp_path / "mine.csv").write_text("path,label\na.jpg,disc\n")
+    assert "is no earlier output" in fails(capsys, *argv, "--data.predict_output", tmp_path / "mine.csv")
     assert "quarantine.csv is the list" in fails(capsys, *argv, "--data.predict_output", "quarantine.csv")
     assert model.read_bytes() == before
     (tmp_path / "quarantine.csv").write_text("mine")
     assert cli.main([*map(str, argv), "--data.predict_output", str(tmp_path / "p.csv")]) == 0
     assert "all are listed in" in capsys.readouterr().out
+    assert cli.main([*map(str, argv), "--data.predict_output", str(tmp_path / "p.csv")]) == 0  # its own place
+    (tmp_path / "quarantine-2.csv").unlink()
+    capsys.readouterr()
     assert (tmp_path / "quarantine.csv").read_text() == "mine"
     assert [row["path"] for row in rows_of(tmp_path / "quarantine-1.csv")] == ["broken.png"]
 

@@ -256,9 +256,10 @@ def test_a_file_that_disagrees_is_not_kept(model, tmp_path, capsys, fake, wrong)
     assert "differ from the model's" in line
     assert list(output.parent.iterdir()) == []
 
-    output.write_text("an earlier export")
-    fails(capsys, "export", model, "--format", "safetensors", "--output", output)
-    assert output.read_text() == "an earlier export"
+    output.write_text("another model")
+    line = fails(capsys, "export", model, "--format", "safetensors", "--output", output)
+    assert "exists already; name a new file" in line
+    assert output.read_text() == "another model"
 
 
 def test_a_full_disk(model, tmp_path, capsys, fake):

@@ -179,6 +179,30 @@ def test_killed_after_its_last_save_it_still_ships(cwd):
     assert differing(whole, checkpoint.load_model(shipped[0]).state) == []
 
 
+@pytest.mark.parametrize(("trouble", "code"), [("term in blend", 143), ("ctrl-c in blend", 130)])
+def test_told_while_it_blends(cwd, trouble, code):
+    """There is no step to finish any more."""
+    settings = ("--model.strategy.blend", "true", "--trainer.max_epochs", 1)
+    assert fit(cwd, *settings).code == 0
+    done = fit(cwd, *settings, trouble=(trouble, 6))
+    assert done.code == code
+    assert "stopped after the last epoch; go on with: python -m rexnet_lit fit" in done.out
+    done = fit(cwd, *settings, "--ckpt_path", run_folder(cwd, 1) / "checkpoints" / "last.ckpt")
+    assert "Nothing was left to train" in done.out
+    whole, resumed = (checkpoint.load_model(run_folder(cwd, n) / "model.safetensors").state for n in (0, 1))
+    assert differing(whole, resumed) == []
+
+
+def test_told_in_the_last_epoch(whole, cwd):
+    done = fit(cwd, trouble=("term in validation", STEPS))
+    assert done.code == 143
+    assert "stopped by SIGTERM after batch 6 of 6 of epoch 3; go on with" in done.out
+    done = fit(cwd, "--ckpt_path", "last")
+    assert "Nothing was left to train" in done.out
+    assert (run_folder(cwd) / "model.safetensors").is_file()
+    assert differing(weights(cwd), whole()) == []
+
+
 def test_the_best_weights_are_those_that_were_validated(cwd):
     done = fit(cwd, "--trainer.val_check_interval", 4, "--trainer.max_epochs", 2)  # of 6 steps
     assert done.code == 0, done.out
@@ -235,6 +259,10 @@ def test_a_validation_within_an_accumulated_step(whole, cwd):
     settings = ("--trainer.accumulate_grad_batches", 4, "--trainer.val_check_interval", 3)
     assert fit(cwd, *settings, trouble=("kill at batch 3", 3), save_every=-1).code == -signal.SIGKILL
     assert differing(resumed(cwd, *settings), whole(*settings)) == []
+    best = run_folder(cwd) / "checkpoints" / "best.ckpt"
+    refused = fit(cwd, *settings, "--ckpt_path", best)
+    if checkpoint.read_ckpt(str(best))["global_step"] % 2:  # of 2 an epoch
+        failed(refused, "was saved amid a step of accumulated batches", "last.ckpt beside it")
 
 
 def test_a_copied_checkpoint_ships_what_its_new_run_finds(cwd):
@@ -462,6 +490,7 @@ CHANGES = (
     [
         ([part for option, value, _ in CHANGES for part in (option, value)], [words for *_, words in CHANGES]),
         (("--config", CONFIGS / "hardware" / "ddp_sim.yaml"), ["processes (1 then, 2 now)"]),
+        (("--model.grad_checkpointing", "true"), ["model.grad_checkpointing (False then, True now)"]),
         # The checkpoint's own would be used, whatever is said.
         (
             (
@@ -483,7 +512,7 @@ CHANGES = (
         (("--model.backbone", "rexnet_130"), ["model.backbone is rexnet_100, this run's is rexnet_130"]),
         (("--model.head", "mlp"), ["model.head.name is linear, this run's is mlp"]),
     ],
-    ids=("settings", "processes", "optimizer", "backbone", "head"),
+    ids=("settings", "processes", "memory", "optimizer", "backbone", "head"),
 )
 def test_a_resume_refuses_what_would_be_another_run(run, settings, expected):
     before = contents(run_folder(run))
@@ -510,6 +539,30 @@ def test_nobody_resumes_a_run_that_is_still_running(run):
         failed(fit(run, "--ckpt_path", "last"), "version_0: another process is training in this run folder")
         assert contents(run_folder(run)) == before
     assert fit(run, "--ckpt_path", "last", "--trainer.max_epochs", 2).code == 0
+
+
+def test_a_lock_that_was_removed_is_none(tmp_path):
+    """Its holder had it until after another opened it."""
+    lock = tmp_path / ".lock"
+    with run_folders.hold(tmp_path):
+        orphan = lock.open("w")
+    with run_folders.hold(tmp_path):
+        assert not os.path.samestat(os.fstat(orphan.fileno()), lock.stat())
+    orphan.close()
+    opened = []
+
+    class Removed(type(tmp_path)):
+        def open(self, *args, **kwargs):
+            file = super().open(*args, **kwargs)
+            if not opened:
+                lock.unlink()  # by the holder that was
+            opened.append(file)
+            return file
+
+    file = run_folders._locked(Removed(lock))
+    assert len(opened) == 2
+    assert os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    file.close()
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
@@ -725,6 +778,29 @@ def test_a71_steps_that_overflow_are_counted_and_too_many_end_the_run(capsys):
     trainer.precision_plugin.scaler.scale = 2.0**-10
     with pytest.raises(UserError, match=r"26 steps were skipped until epoch 5, batch 7; .* bf16-mixed"):
         guard.on_train_batch_end(trainer, None, None, None, 6)
+
+
+def test_the_loss_that_is_no_number_is_named_though_looked_at_later():
+    """On a GPU the guard looks at ten losses at once."""
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=0))
+    trainer = SimpleNamespace(current_epoch=1, fit_loop=loop, train_dataloader=None)
+    guard, losses = FiniteLoss(), [1.0, 1.0, 1.0, float("nan"), *([1.0] * 6)]
+    with pytest.raises(UserError, match="the loss is nan at epoch 2, batch 4;"):  # noqa: PT012
+        for batch, loss in enumerate(losses):
+            loop.epoch_loop.batch_idx = batch
+            guard.on_before_backward(trainer, None, OnGpu(loss))
+
+
+class OnGpu:
+    """A loss that claims to be on a GPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def __init__(self, value):
+        self.value = value
+
+    def detach(self):
+        return torch.tensor(self.value)
 
 
 def two_processes(cwd, overlay, *settings):
