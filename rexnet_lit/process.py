@@ -133,9 +133,13 @@ def unfailing(stream: TextIO) -> TextIO:
 
 def cpu_count() -> int:
     """Return how many CPUs this process may use, which containers and ``taskset`` make fewer than there are."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    for folder in _control_groups("cpu"):
+        limit = _numbers(folder / "cpu.max")
+        limit = limit or _numbers(folder / "cpu.cfs_quota_us") + _numbers(folder / "cpu.cfs_period_us")
+        if len(limit) == 2 and min(limit) > 0:
+            cpus = min(cpus, max(1, limit[0] // limit[1]))
+    return cpus
 
 
 def auto_num_workers(gpus: int) -> int:
@@ -152,12 +156,59 @@ def auto_num_workers(gpus: int) -> int:
 
 
 def free_memory() -> int:
-    """Return the bytes of memory that could be had without swapping; an estimate where Linux does not say."""
+    """Return the bytes of memory that this process could have without swapping, in a container those of its limit.
+
+    An estimate where Linux does not say.
+    """
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
     except (OSError, StopIteration, ValueError, UnicodeDecodeError):
         return 4 * 2**30
+    for folder in _control_groups("memory"):
+        limit = _numbers(folder / "memory.max") or _numbers(folder / "memory.limit_in_bytes")
+        used = _numbers(folder / "memory.current") or _numbers(folder / "memory.usage_in_bytes")
+        if limit and used:
+            free = min(free, max(0, limit[0] - used[0] + _idle_file_pages(folder)))
+    return free
+
+
+_CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+
+
+def _control_groups(controller: str) -> Iterator[Path]:
+    """Yield the folders of the control groups that limit this process: its own, and those that it lies in.
+
+    Source: the kernel's cgroup-v1 and cgroup-v2 documentation.
+    """
+    try:
+        lines = _OWN_CGROUP.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError):
+        return
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if controllers and controller not in controllers.split(","):
+            continue
+        root = _CGROUPS / controller if controllers else _CGROUPS
+        own = root / path.strip("/")
+        yield from (folder for folder in (own, *own.parents) if folder == root or root in folder.parents)
+
+
+def _numbers(file: Path) -> tuple[int, ...]:
+    """Return the whole numbers that a kernel's file holds, none where it holds anything else."""
+    try:
+        return tuple(int(word) for word in file.read_text("ascii").split())
+    except (OSError, ValueError):
+        return ()
+
+
+def _idle_file_pages(folder: Path) -> int:
+    """Return the bytes of a control group that the kernel would give back: files that it has read and keeps."""
+    try:
+        stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
+        return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
+    except (OSError, ValueError):
+        return 0
 
 
 def cache_folder() -> Path:

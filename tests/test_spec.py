@@ -151,6 +151,36 @@ def test_auto_num_workers(monkeypatch, cpus, gpus, workers):
     assert process.auto_num_workers(gpus) == workers
 
 
+def write(folder, **files):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (folder / name.replace("__", ".")).write_text(text)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_a_container_s_limits(monkeypatch, tmp_path, version):
+    monkeypatch.setattr(process, "_CGROUPS", tmp_path)
+    monkeypatch.setattr(process, "_OWN_CGROUP", tmp_path / "own")
+    monkeypatch.setattr(process.os, "sched_getaffinity", lambda pid: set(range(8)))
+    free = process.free_memory()
+    assert process.cpu_count() == 8  # there is no such file
+    if version == 2:
+        (tmp_path / "own").write_text("0::/jobs/mine\n")
+        write(
+            tmp_path / "jobs", memory__max=f"{2**30}\n", memory__current=f"{2**29}\n", memory__stat="inactive_file 4096"
+        )
+        write(tmp_path / "jobs" / "mine", memory__max="max\n", cpu__max="250000 100000\n")
+        write(tmp_path, cpu__max="max 100000\n")
+    else:
+        (tmp_path / "own").write_text("5:cpu,cpuacct:/mine\n4:memory:/mine\n1:name=systemd:/\n")
+        use = {"memory__limit_in_bytes": f"{2**30}\n", "memory__usage_in_bytes": f"{2**29}\n"}
+        write(tmp_path / "memory" / "mine", **use, memory__stat="cache 9\ntotal_inactive_file 4096\n")
+        write(tmp_path / "cpu", cpu__cfs_quota_us="-1\n", cpu__cfs_period_us="100000\n")
+        write(tmp_path / "cpu" / "mine", cpu__cfs_quota_us="250000\n", cpu__cfs_period_us="100000\n")
+    assert process.free_memory() == min(free, 2**29 + 4096)
+    assert process.cpu_count() == 2
+
+
 # --- sample ---------------------------------------------------------------------------------------
 
 
