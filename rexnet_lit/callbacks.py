@@ -232,11 +232,14 @@ class _Collector(Callback):
     """Gathers a per-image result over batches and processes, in the order of the images."""
 
     def __init__(self) -> None:
+        self._batches: list[NDArray[np.int64]] = []
         self._indices: list[NDArray[np.int64]] = []
         self._rows: list[NDArray[np.float32]] = []
 
     def _add(self, loader: Any, batch_idx: int, rows: Tensor) -> None:
-        self._indices.append(loader.sampler.batches(0)[batch_idx])
+        if batch_idx == 0:
+            self._batches, self._indices, self._rows = loader.sampler.batches(0), [], []
+        self._indices.append(self._batches[batch_idx])
         self._rows.append(rows.cpu().numpy())
 
     def _gather(self, trainer: pl.Trainer) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -2,10 +2,10 @@
 
 Two kinds of file hold a model. ``.safetensors`` is for sharing: weights, and the `ModelSpec` as JSON in the file's
 metadata. ``.ckpt`` is Lightning's, for resuming: it is read with ``weights_only=True``, which refuses everything
-but tensors and plain values, and there is no way to ask for less. Nothing in a file ever reaches an import or a
-parser. A SHA-256 (in the metadata; at the end of a ``.ckpt``, as the zip archive's comment) shows damage, which would
-be loaded in silence. Files are written beside their target, flushed to the disk and renamed, so that an interruption
-leaves the previous one.
+but tensors and plain values, and there is no way to ask for less. Nothing in a file ever reaches an import. A SHA-256
+(in the metadata; at the end of a ``.ckpt``, as the zip archive's comment) shows damage, which would be loaded in
+silence. Files are written beside their target, flushed to the disk and renamed, so that an interruption leaves the
+previous one.
 """
 
 from __future__ import annotations
