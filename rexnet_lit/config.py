@@ -209,6 +209,7 @@ _PLAINLY = (
     (r"Expected a (\S.*?)\. Got value: (.*)$", r"expected \1, got \2"),
     (r"Literal\[(.*?)\]", r"one of \1"),
     (r"^argument data\.\w+ --> model\.(\w+): .*", r"model.\1 is taken from the data: leave it out"),
+    (r"(unrecognized arguments: --\S+(?: (?!--)\S+)*).*", r"\1"),  # others after it are named by themselves
     (r"^Subcommand '\w+' does not accept option", "no setting is called"),
 )
 """What the parser says, and how a user would say it."""

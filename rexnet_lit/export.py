@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from rexnet_lit import checkpoint, hub
 from rexnet_lit.errors import UserError
-from rexnet_lit.files import check_output
+from rexnet_lit.files import check_output, check_writable
 from rexnet_lit.folder import list_images
 from rexnet_lit.predictor import Classifier, load
 
@@ -250,6 +250,7 @@ def _output_folder(output: Path, model: Path, kind: str) -> Path:
     folder = output.absolute().parent
     if not folder.is_dir():
         raise UserError(f"--output: there is no folder {str(folder)!r}; make it first")
+    check_writable("--output", output)
     if output.exists() and model.exists() and output.samefile(model):
         raise UserError(f"--output: {str(output)!r} is the model itself; name another file")
     if kind not in _ENDINGS:

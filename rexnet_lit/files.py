@@ -13,7 +13,16 @@ from typing import IO
 
 from rexnet_lit.errors import UserError, visible
 
-__all__ = ["absolute", "atomic_write", "check_output", "fresh_path", "second_name", "write_csv", "write_file"]
+__all__ = [
+    "absolute",
+    "atomic_write",
+    "check_output",
+    "check_writable",
+    "fresh_path",
+    "second_name",
+    "write_csv",
+    "write_file",
+]
 
 # Tab and carriage return as `visible` shows them; the last four are the full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\\t", "\\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
@@ -153,3 +162,18 @@ def check_output(key: str, path: Path, *endings: str, mark: bytes = b"") -> None
         with path.open("rb") as file:
             if mark not in file.read(1024):
                 raise UserError(f"{key}: {str(path)!r} exists and is no earlier output of this command; name another")
+
+
+def check_writable(key: str, path: Path) -> None:
+    """See that a file can be written, before the work for it is done.
+
+    Args:
+        key: The option that names its place, for the error.
+        path: The file; missing folders would be made.
+
+    Raises:
+        UserError: The nearest folder that exists is not this user's to write to.
+    """
+    folder = next((f for f in path.absolute().parents if f.exists()), path.absolute().parent)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise UserError(f"{key}: {str(folder)!r} cannot be written; change its permissions, or choose another place")

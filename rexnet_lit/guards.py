@@ -81,9 +81,7 @@ class RunCheckpoint(ModelCheckpoint):
         due = self._told is not None or (not validates and time.monotonic() - self._saved > self._every)
         if trainer.strategy.reduce_boolean_decision(due, all=False):
             self._save_last(trainer)
-            stop = self._stop_if_told(trainer)
-            if stop is not None:
-                raise stop
+            self._stop = self._stop_if_told(trainer)
 
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Within an epoch, save the best weights, and the last ones when it is time; at its end that is done anyway."""
@@ -106,10 +104,12 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
         self._stop = self._stop_if_told(trainer)
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Stop where the epoch before has ended so: its figures are logged now."""
+    def _stop_here(self, *args: Any, **kwargs: Any) -> None:
+        """Stop where a step or an epoch has ended so: its figures are logged now."""
         if self._stop is not None:
             raise self._stop
+
+    on_train_batch_start = on_train_epoch_start = on_validation_start = _stop_here
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Where nothing was ever validated, the last weights are the best that there are."""
@@ -167,6 +167,7 @@ class RunCheckpoint(ModelCheckpoint):
 
         self._over, before = False, process.told_to_stop()
         self._told = signal.Signals(before) if before else None
+        trainer._signal_connector.received_sigterm = False  # Lightning would end the run before this step is logged
         self._handlers = {number: signal.signal(number, told) for number in _SIGNALS}
 
     def end_training(self, trainer: pl.Trainer) -> None:
@@ -445,7 +446,7 @@ class FiniteLoss(Callback):
         if bad:
             raise UserError(
                 f"{len(bad)} tensors of the model are no numbers any more (such as {bad[0]}) in epoch "
-                f"{trainer.current_epoch + 1}; {_REMEDY}; the last checkpoint is from before"
+                f"{trainer.current_epoch + 1}; {_REMEDY}; {_what_is_saved(trainer)}"
             )
 
     def _look(self, trainer: pl.Trainer) -> None:
@@ -456,7 +457,7 @@ class FiniteLoss(Callback):
         epoch, batch, loss = seen[finite.index(False)]
         raise UserError(
             f"the loss is {float(loss):g} at epoch {epoch + 1}, batch {batch + 1}"
-            f"{_files(trainer, epoch, batch)}; {_REMEDY}; the last checkpoint is from before"
+            f"{_files(trainer, epoch, batch)}; {_REMEDY}; {_what_is_saved(trainer)}"
         )
 
 
@@ -464,6 +465,11 @@ _REMEDY = "set a smaller model.optimizer.lr or a longer model.schedule.warmup_ep
 
 _LEAST_SCALE = 2.0**-10
 """Where torch's scale of the loss, 2^16 at first, shows that no scale will do."""
+
+
+def _what_is_saved(trainer: pl.Trainer) -> str:
+    saver = saver_of(trainer)
+    return "the last checkpoint is from before" if saver and saver.last_model_path else "nothing was saved yet"
 
 
 def _files(trainer: pl.Trainer, epoch: int, batch: int) -> str:

@@ -106,7 +106,8 @@ class RexNetModule(pl.LightningModule):
         self._plateau: Plateau | None = None
         self.started = False
         """Whether training has begun: all of a checkpoint is restored then."""
-        self._scratch = weights is None and not pretrained
+        self.scratch = weights is None and not pretrained
+        """Whether the weights are random at first; of a resumed run, whether they were."""
         if self._solved and head.name != "linear":
             raise UserError(f"model.strategy.solver: logistic solves a linear head; model.head.name is {head.name}")
         if weights is not None:
@@ -122,7 +123,7 @@ class RexNetModule(pl.LightningModule):
         """Whether better weights than the best epoch's are looked for at the end."""
         self.start: dict[str, Tensor] | None = None
         """The weights it starts from, where they are to be blended with the end's."""
-        if self.blends and head.name == "linear" and not self._scratch:
+        if self.blends and head.name == "linear" and not self.scratch:
             self.start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
             body = {name: tensor for name, tensor in self.start.items() if not name.startswith("head.fc.")}
             self._start_digest = checkpoint.digest(body)[:12]  # its head is solved anew
@@ -410,7 +411,7 @@ class RexNetModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped every optimiser step."""
-        lr = self.optimizer_settings.full_lr(self._scratch, self.images_per_step)
+        lr = self.optimizer_settings.full_lr(self.scratch, self.images_per_step)
         optimizer = strategies.build_optimizer(self.network, self.optimizer_settings, lr)
         per_epoch, total = self._steps()
         settings = self.schedule_settings

@@ -11,6 +11,7 @@ from typing import TextIO
 
 from rexnet_lit import checkpoint
 from rexnet_lit.errors import UserError
+from rexnet_lit.files import check_writable
 
 try:
     import fcntl
@@ -38,6 +39,7 @@ def number(folder: Path) -> int:
 def claim(root: Path) -> Path:
     """Make a new run folder below ``root``; of runs that start at once, each gets its own."""
     runs = root / "lightning_logs"
+    check_writable("trainer.default_root_dir", runs / "version_0")
     found = runs.iterdir() if runs.is_dir() else ()
     taken = [number(folder) for folder in found if re.fullmatch(r"version_\d+", folder.name)]
     free = max(taken, default=-1) + 1

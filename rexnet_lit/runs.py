@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +42,8 @@ from rexnet_lit.callbacks import (
 from rexnet_lit.config import expand, load_yaml, named_key, one_line, read_configs, without
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, visible
-from rexnet_lit.files import absolute, check_output, fresh_path
+from rexnet_lit.files import absolute, check_output, check_writable, fresh_path
+from rexnet_lit.folder import lists_images_of
 from rexnet_lit.guards import FiniteLoss, RunCheckpoint, StopWhenTold
 from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.losses import LossSettings
@@ -110,6 +111,7 @@ class RexNetCLI(LightningCLI):
             },
             parser_kwargs={
                 "exit_on_error": False,
+                "prog": "rexnet-lit",
                 **{name: {"exit_on_error": False} for name in cls.subcommands()},
             },
             auto_configure_optimizers=False,
@@ -176,7 +178,7 @@ class RexNetCLI(LightningCLI):
     def _draw(self, args: list[str], home: Path | None) -> dict[str, Any]:
         """Return the settings by which a run of a model file finds the splits that the model's run has drawn.
 
-        Not where the user names another folder, or other settings of the draw: a fit's config says the same ones.
+        Not where the user names a folder of other images, or other settings of the draw: a fit's config says the same.
         """
         command, record = args[0], dataclasses.asdict(self.file.data)
         data = self.config[command]["data"]
@@ -184,8 +186,10 @@ class RexNetCLI(LightningCLI):
         said = [key for key in _DRAW if any(without(text, f"data.{key}") is not text for text in texts)]
         other = [key for key in said if (absolute(data[key]) if key == "split_file" else data[key]) != record[key]]
         draw: dict[str, Any] = {}
-        if data["root"] is not None and absolute(data["root"]) != record["root"]:
-            draw = {"split_file": None, "num_folds": 0, "fold": 0}
+        written = home / "split.csv" if home is not None and (home / "split.csv").is_file() else record["split_file"]
+        if data["root"] is not None and not _same_folder(data["root"], record["root"]):
+            moved = written and not other and lists_images_of(written, data["root"])  # the same images elsewhere
+            draw = {"split_file": str(written) if moved else None, "num_folds": 0, "fold": 0}
         elif other:
             draw = {"split_file": None, **({"num_folds": 0, "fold": 0} if "val_fraction" in other else {})}
         elif home is not None and (home / "split.csv").is_file():
@@ -255,7 +259,7 @@ class RexNetCLI(LightningCLI):
             if not self.config["fit"]["data"]["root"]:
                 raise UserError("data.root is not set; say which folder of images: --data.root DIR")
             try:
-                with trainer_rules.told_plainly():
+                with trainer_rules.told_plainly(), self._without_start():
                     super().instantiate_classes()
             except UserError as error:
                 raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
@@ -280,6 +284,24 @@ class RexNetCLI(LightningCLI):
         with trainer_rules.told_plainly():
             self.config_init = self.parser.instantiate_classes(self.config)
         self.trainer = self.instantiate_trainer()
+
+    @contextlib.contextmanager
+    def _without_start(self) -> Iterator[None]:
+        """Have a resumed run read its checkpoint alone: the weights that it once started from may be gone.
+
+        Unless they are to be blended with the last ones.
+        """
+        model = self.config["fit"]["model"]
+        if not self.resumed or model["strategy"]["blend"]:
+            yield
+            return
+        weights, pretrained = model["weights"], model["pretrained"]
+        model["weights"], model["pretrained"] = None, False
+        try:
+            yield
+            self.model.scratch = weights is None and not pretrained
+        finally:
+            model["weights"], model["pretrained"] = weights, pretrained
 
     def _wrong_settings(self) -> list[str]:
         """Say what is wrong with each group of a fit's settings, whatever else is."""
@@ -357,11 +379,13 @@ class RexNetCLI(LightningCLI):
             check_output("data.predict_output", output, ".csv", mark=b"path,label_1,prob_1")
             if output.name == "quarantine.csv":
                 raise UserError("data.predict_output: quarantine.csv is the list of unreadable images; name another")
+            check_writable("data.predict_output", output)
             self.writer: Any = PredictionWriter(output)
         else:
             home = run_folder.of(self.file.path)
             inside = home is not None and root.absolute() in home.parents
             self.writer = TestReport(home if inside and home else root)
+            check_writable("trainer.default_root_dir", self.writer.folder / "report")
         return self.writer  # type: ignore[no-any-return]
 
     # Running
@@ -390,8 +414,12 @@ class RexNetCLI(LightningCLI):
             f"{data.num_classes} classes; images: {counts}",
             flush=True,
         )
-        for note in data.folder.notes if data.folder else ():
-            print(f"note: {note}", flush=True)  # noqa: T201
+        if data.folder:
+            ignored = [f"{data.folder.clutter} files and folders are no images, and ignored"] * (
+                data.folder.clutter > 0
+            )
+            for note in (*data.folder.notes, *ignored):
+                print(f"note: {note}", flush=True)  # noqa: T201
         if self.config["fit"]["find_lr"]:
             self._find_lr()
         self._take_folder()
@@ -404,6 +432,7 @@ class RexNetCLI(LightningCLI):
             for logger in ours:
                 logger._version = run_folder.number(self.folder)
         if self.folder is not None:
+            check_writable("trainer.default_root_dir", self.folder / "checkpoints" / "last.ckpt")
             self._held.enter_context(run_folder.hold(self.folder))
 
     def _set_seed(self) -> None:
@@ -534,6 +563,10 @@ class RexNetCLI(LightningCLI):
         for note in self.datamodule.predict_notes:
             print(f"note: {note}")  # noqa: T201
         self._say_bad(self.writer.quarantined)
+
+
+def _same_folder(path: str, other: str | None) -> bool:
+    return other is not None and os.path.realpath(path) == os.path.realpath(other)
 
 
 def _read_yaml(command: str, leave_out: Iterable[str] = ()) -> None:

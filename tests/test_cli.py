@@ -610,6 +610,19 @@ def _quick(root, *argv):
     return cli.main([str(a) for a in (*QUICK, "--data.root", root, *settings, *argv)])
 
 
+def test_a_split_file_s_dataset_that_has_moved(tmp_path, capsys):
+    write_dataset(tmp_path, data=6)
+    names = sorted(str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*.png"))
+    rows = [f"{name},{'val' if i % 3 == 0 else 'train'}\n" for i, name in enumerate(names)]
+    (tmp_path / "mine.csv").write_text("path,split\n" + "".join(rows))
+    assert _quick("data", "--data.split_file", "mine.csv") == 0
+    capsys.readouterr()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    validate = ["validate", "--ckpt_path", "runs/lightning_logs/version_0/model.safetensors", "--data.num_workers", "0"]
+    assert cli.main([*validate, "--data.root", "moved"]) == 0
+    assert "Validation: 6 images" in capsys.readouterr().out
+
+
 def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
     write_dataset(tmp_path, data=9)
     assert _quick("data", "--data.num_folds", 3, "--data.fold", 2) == 0
@@ -624,6 +637,14 @@ def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
     write_pictures(tmp_path / "data" / "bars", "bars", 6, start=50)  # a set that has grown
     assert cli.main([*validate, "--config", "runs/lightning_logs/version_0/config.yaml"]) == 0
     assert "Validation: 9 images" in capsys.readouterr().out
+    (tmp_path / "link").symlink_to("data")
+    shutil.copytree("data", tmp_path / "moved")
+    for same in ("link", "other/../data", "moved"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        assert cli.main([*validate, "--data.root", same]) == 0
+        out = capsys.readouterr().out
+        assert "Validation: 9 images" in out
+        assert re.search(r"loss +(\S+)", out)[1] == loss, same
     assert cli.main([*validate, "--data.root", str(write_dataset(tmp_path / "other", train=2, val=4))]) == 0
     assert "Validation: 12 images" in capsys.readouterr().out
 

@@ -24,7 +24,7 @@ from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 from rexnet_lit import checkpoint
 from rexnet_lit import run_folder as run_folders
 from rexnet_lit.errors import UserError
-from rexnet_lit.files import second_name
+from rexnet_lit.files import check_writable, second_name
 from rexnet_lit.guards import FiniteLoss
 
 STEPS = 18  # of a run here: 3 epochs of 6
@@ -307,6 +307,43 @@ def test_the_history_is_kept_and_not_doubled(cwd):
     assert [int(row["epoch"]) for row in rows if row["train/loss"]] == [0, 1, 2]
 
 
+def test_no_step_is_missing_of_a_run_that_was_told_to_stop(whole_run, cwd):
+    settings = ("--trainer.log_every_n_steps", 1)
+    assert fit(cwd, *settings, trouble=("term", 8)).code == 143
+    resumed(cwd, *settings)
+    rows, wanted = (rows_of(run_folder(where) / "metrics.csv") for where in (cwd, whole_run(*settings)))
+    assert [row["train/loss_step"] for row in rows] == [row["train/loss_step"] for row in wanted]
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+
+
+def test_a_resume_needs_no_starting_weights(cwd):
+    start = cwd / "start.safetensors"
+    module = model_of(class_names=("circle", "cross", "square"))
+    checkpoint.save_model(start, module.spec, module.network.state_dict())
+    settings = ("--model.weights", start, "--model.optimizer.lr", "null")
+    assert fit(cwd, *settings).code == 0
+    assert fit(cwd, *settings, trouble=("kill", 14)).code == -signal.SIGKILL
+    start.unlink()
+    last = run_folder(cwd, 1) / "checkpoints" / "last.ckpt"
+    done = fit(cwd, *settings, "--ckpt_path", last)
+    assert done.code == 0, done.out
+    assert differing(weights(cwd, 0), weights(cwd, 1)) == []
+    config = yaml.safe_load((run_folder(cwd, 1) / "config.yaml").read_text())
+    assert config["model"]["weights"] == str(start)
+    failed(fit(cwd, *settings), "model.weights: there is no file")
+
+
+def test_a_run_folder_that_cannot_be_written(run, monkeypatch):
+    folder = run_folder(run)
+    seen = []
+    monkeypatch.setattr(os, "access", lambda path, mode: seen.append(Path(path)) or False)
+    with pytest.raises(UserError, match=r"trainer.default_root_dir: '.*version_0/checkpoints' cannot be written"):
+        check_writable("trainer.default_root_dir", folder / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=r"trainer.default_root_dir: '.*lightning_logs' cannot be written; change"):
+        run_folders.claim(folder.parent.parent)
+    assert seen == [folder / "checkpoints", folder.parent]
+
+
 # --- told to stop ---------------------------------------------------------------------------------
 
 
@@ -410,11 +447,12 @@ def failed(done, *expected):
 
 def test_a_loss_that_is_no_number(whole, cwd):
     done = fit(cwd, trouble=("nan", 8))
-    line = failed(done, "the loss is nan at epoch 2, batch 3 (images '", "model.optimizer.lr")
+    line = failed(done, "the loss is nan at epoch 2, batch 3 (images '", "model.optimizer.lr", "is from before")
     named = re.findall(r"'(\S+?/\S+?\.(?:png|jpg))'", line)
     assert len(named) == 4
     assert all((cwd / "data" / name).is_file() for name in named)
     assert differing(resumed(cwd), whole()) == []  # from the last good epoch
+    failed(fit(cwd, trouble=("nan", 2)), "the loss is nan at epoch 1, batch 3", "nothing was saved yet")
 
 
 def test_a_full_disk(whole, cwd):
@@ -783,7 +821,7 @@ def test_a71_steps_that_overflow_are_counted_and_too_many_end_the_run(capsys):
 def test_the_loss_that_is_no_number_is_named_though_looked_at_later():
     """On a GPU the guard looks at ten losses at once."""
     loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=0))
-    trainer = SimpleNamespace(current_epoch=1, fit_loop=loop, train_dataloader=None)
+    trainer = SimpleNamespace(current_epoch=1, fit_loop=loop, train_dataloader=None, checkpoint_callbacks=[])
     guard, losses = FiniteLoss(), [1.0, 1.0, 1.0, float("nan"), *([1.0] * 6)]
     with pytest.raises(UserError, match="the loss is nan at epoch 2, batch 4;"):  # noqa: PT012
         for batch, loss in enumerate(losses):

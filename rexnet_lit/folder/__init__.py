@@ -9,7 +9,7 @@ from rexnet_lit.folder.scanner import (
     survey,
     write_split,
 )
-from rexnet_lit.folder.splits import Split, some
+from rexnet_lit.folder.splits import Split, lists_images_of, some
 from rexnet_lit.folder.walk import PathList
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Split",
     "fingerprint",
     "list_images",
+    "lists_images_of",
     "scan",
     "some",
     "survey",

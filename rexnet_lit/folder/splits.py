@@ -249,6 +249,13 @@ def read_split_file(walk: Walk, file: Path, problems: list[str], groups: dict[by
     }
 
 
+def lists_images_of(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> bool:
+    """Say whether all images of a split file are below ``root``."""
+    walk = Walk(os.fsencode(root))
+    problems: list[str] = []
+    return bool(read_split_file(walk, Path(file), problems, {})) and not problems
+
+
 def _rows(
     walk: Walk, reader: csv.DictReader[str], faults: dict[str, list[str]]
 ) -> Iterator[tuple[bytes, str, Split, str]]:
