@@ -27,6 +27,7 @@ from rexnet_lit.loader import (
     ImageDataset,
     Loader,
     SamplerName,
+    all_batches,
     build_loader,
     training_order,
     training_position,
@@ -294,8 +295,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         trainer = self.trainer
         if trainer is None or trainer.state.fn != "fit" or trainer.max_epochs == 1:
             return False
-        limit_batches = trainer.limit_train_batches
-        if isinstance(limit_batches, int) or limit_batches < 1:
+        if not all_batches(trainer.limit_train_batches):
             return False
         count = len(dataset)
         paths = [dataset.samples.path(i) for i in range(0, count, max(1, count // 64))]

@@ -106,8 +106,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _stop_here(self, *args: Any, **kwargs: Any) -> None:
         """Stop where a step or an epoch has ended so: its figures are logged now."""
-        if self._stop is not None:
-            raise self._stop
+        stop, self._stop = self._stop, None  # the trainer may fit again
+        if stop is not None:
+            raise stop
 
     on_train_batch_start = on_train_epoch_start = on_validation_start = _stop_here
 
@@ -165,7 +166,8 @@ class RunCheckpoint(ModelCheckpoint):
                 with contextlib.suppress(OSError):
                     os.write(1, f"{self._told.name}: saving and stopping after {where}\n".encode())
 
-        self._over, before = False, process.told_to_stop()
+        self._over = False
+        before = process.told_to_stop()
         self._told = signal.Signals(before) if before else None
         trainer._signal_connector.received_sigterm = False  # Lightning would end the run before this step is logged
         self._handlers = {number: signal.signal(number, told) for number in _SIGNALS}
@@ -178,8 +180,7 @@ class RunCheckpoint(ModelCheckpoint):
         """
         self._over = True
         self._stop = self._stop or self._stop_if_told(trainer)
-        if self._stop is not None:
-            raise self._stop
+        self._stop_here()
 
     def _stop_if_told(self, trainer: pl.Trainer) -> Stopped | None:
         told = self._told is not None
@@ -249,16 +250,15 @@ class RunCheckpoint(ModelCheckpoint):
         fixed = [name for name in differing if name.startswith(_FIXED) and name in then]
         named = fixed or ([] if self._accept_changes else differing)
         if not named:
-            loop = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-            if loop["current"]["processed"] % trainer.accumulate_grad_batches and not loop["is_last_batch"]:
-                raise UserError(
-                    "ckpt_path: this best.ckpt was saved amid a step of accumulated batches, whose gradients are lost; "
-                    "go on with the last.ckpt beside it, or start a new run from it with model.weights"
-                )
+            batches, why = content["loops"]["fit_loop"]["epoch_loop.batch_progress"], ""
             if content.get(_REWRITTEN):
+                why = "holds what was chosen and calibrated when its run ended, not an epoch's weights"
+            elif batches["current"]["processed"] % trainer.accumulate_grad_batches and not batches["is_last_batch"]:
+                why = "was saved amid a step of accumulated batches, whose gradients are lost"
+            if why:
                 raise UserError(
-                    "ckpt_path: this best.ckpt holds what was chosen and calibrated when its run ended, not an epoch's "
-                    "weights; go on with the last.ckpt beside it, or start a new run from it with model.weights"
+                    f"ckpt_path: this best.ckpt {why}; go on with the last.ckpt beside it, or start a new run from it "
+                    "with model.weights"
                 )
             return
         changed = [f"{name} ({then.get(name, _ABSENT)} then, {now[name]} now)" for name in named[:8]]

@@ -37,6 +37,7 @@ __all__ = [
     "ImageDataset",
     "Loader",
     "SamplerName",
+    "all_batches",
     "build_loader",
     "draw_weights",
     "training_order",
@@ -142,6 +143,11 @@ def _draws_before(images: NDArray[np.int64]) -> NDArray[np.int64]:
     found = np.empty_like(images)
     found[order] = np.arange(len(images)) - np.searchsorted(images[order], images[order])
     return found
+
+
+def all_batches(limit: int | float) -> bool:
+    """Say whether a trainer's ``limit_*_batches`` leaves none out: 1.0 does not, and 1 leaves all but one."""
+    return isinstance(limit, float) and limit == 1
 
 
 def training_position(trainer: pl.Trainer) -> tuple[int, int]:

@@ -45,6 +45,7 @@ from rexnet_lit.errors import UserError, visible
 from rexnet_lit.files import absolute, check_output, check_writable, fresh_path
 from rexnet_lit.folder import lists_images_of
 from rexnet_lit.guards import FiniteLoss, RunCheckpoint, StopWhenTold
+from rexnet_lit.loader import all_batches
 from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.losses import LossSettings
 from rexnet_lit.module import RexNetModule
@@ -186,14 +187,15 @@ class RexNetCLI(LightningCLI):
         said = [key for key in _DRAW if any(without(text, f"data.{key}") is not text for text in texts)]
         other = [key for key in said if (absolute(data[key]) if key == "split_file" else data[key]) != record[key]]
         draw: dict[str, Any] = {}
-        written = home / "split.csv" if home is not None and (home / "split.csv").is_file() else record["split_file"]
+        drawn = str(home / "split.csv") if home is not None and (home / "split.csv").is_file() else None
         if data["root"] is not None and not _same_folder(data["root"], record["root"]):
+            written = drawn or record["split_file"]
             moved = written and not other and lists_images_of(written, data["root"])  # the same images elsewhere
-            draw = {"split_file": str(written) if moved else None, "num_folds": 0, "fold": 0}
+            draw = {"split_file": written if moved else None, "num_folds": 0, "fold": 0}
         elif other:
             draw = {"split_file": None, **({"num_folds": 0, "fold": 0} if "val_fraction" in other else {})}
-        elif home is not None and (home / "split.csv").is_file():
-            draw = {"split_file": str(home / "split.csv"), "num_folds": 0, "fold": 0}
+        elif drawn:
+            draw = {"split_file": drawn, "num_folds": 0, "fold": 0}
         return {key: value for key, value in draw.items() if key not in other}
 
     def _prepare_fit(self, config: Namespace) -> None:
@@ -398,7 +400,8 @@ class RexNetCLI(LightningCLI):
         """
         trainer: Trainer = self.trainer
         data, model = self.datamodule, self.model
-        trainer_rules.check_fit(trainer, model, resumes=bool(self.resumed))
+        trainer_rules.check_fit(trainer, model)
+        trainer_rules.take_over_slurm(trainer, resumes=bool(self.resumed))
         if self.resumed:  # before anything in the run's folder is touched
             model.on_load_checkpoint(self.resumed)
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
@@ -414,12 +417,10 @@ class RexNetCLI(LightningCLI):
             f"{data.num_classes} classes; images: {counts}",
             flush=True,
         )
-        if data.folder:
-            ignored = [f"{data.folder.clutter} files and folders are no images, and ignored"] * (
-                data.folder.clutter > 0
-            )
-            for note in (*data.folder.notes, *ignored):
-                print(f"note: {note}", flush=True)  # noqa: T201
+        for note in data.folder.notes if data.folder else ():
+            print(f"note: {note}", flush=True)  # noqa: T201
+        if data.folder and data.folder.clutter:
+            print(f"note: {data.folder.clutter} files and folders are no images, and ignored", flush=True)  # noqa: T201
         if self.config["fit"]["find_lr"]:
             self._find_lr()
         self._take_folder()
@@ -524,8 +525,7 @@ class RexNetCLI(LightningCLI):
     def after_validate(self) -> None:
         """Print the figures."""
         limit, count = self.trainer.limit_val_batches, len(self.datamodule.splits()["val"])
-        every = isinstance(limit, float) and limit == 1  # 1 is one batch, 1.0 all
-        self._print_metrics("Validation", count if every else f"limit_val_batches {limit} of {count}")
+        self._print_metrics("Validation", count if all_batches(limit) else f"limit_val_batches {limit} of {count}")
 
     def after_test(self) -> None:
         """Print the figures and where the report is."""

@@ -42,6 +42,7 @@ __all__ = [
     "check_made",
     "check_settings",
     "raised_by_lightning",
+    "take_over_slurm",
     "told_plainly",
 ]
 
@@ -91,18 +92,26 @@ def check_made(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
         raise UserError("trainer.sync_batchnorm is for GPUs; set it to false")
     if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
         raise UserError("trainer.plugins: AsyncCheckpointIO is not supported: a file must be whole before it counts")
+
+
+def take_over_slurm(trainer: pl.Trainer, *, resumes: bool) -> None:
+    """Have Lightning requeue no SLURM job: it saves a file of its own then, which a new run begins from in silence.
+
+    Raises:
+        UserError: There is such a file.
+    """
     cluster = trainer._accelerator_connector.cluster_environment
     if isinstance(cluster, SLURMEnvironment):
-        cluster.auto_requeue = False  # its own checkpoint, which a new run would begin from in silence
-
-
-def check_fit(trainer: pl.Trainer, model: RexNetModule, *, resumes: bool) -> None:
-    """Refuse a training of nothing, one that would begin elsewhere, and whoever waits for what nobody logs."""
-    if 0 in (trainer.max_epochs, trainer.max_steps) or trainer.limit_train_batches == 0:
-        raise UserError("trainer: max_epochs, max_steps or limit_train_batches is 0: nothing would be trained")
+        cluster.auto_requeue = False
     requeued = trainer._checkpoint_connector._hpc_resume_path
     if requeued is not None and SLURMEnvironment.detect() and not resumes:
         raise UserError(f"{requeued}: under SLURM Lightning would go on with it; move it, or set --ckpt_path to it")
+
+
+def check_fit(trainer: pl.Trainer, model: RexNetModule) -> None:
+    """Refuse a training of nothing, and whoever waits for a figure that nobody logs."""
+    if 0 in (trainer.max_epochs, trainer.max_steps) or trainer.limit_train_batches == 0:
+        raise UserError("trainer: max_epochs, max_steps or limit_train_batches is 0: nothing would be trained")
     logged = ["train/loss", "train/loss_step"]
     if trainer.limit_val_batches != 0:
         logged += map(str, model.val_metrics.keys())

@@ -722,6 +722,16 @@ def test_callbacks_that_our_settings_replace(pictures, capsys, tmp_path, callbac
     assert line == f"trainer.callbacks: {callback} is not supported; {instead}"
 
 
+def test_slurm_s_requeueing_begins_no_run(pictures, tmp_path, monkeypatch, capsys):
+    for key, value in {"NTASKS": 1, "JOB_NAME": "fit", "JOB_ID": 7, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "hpc_ckpt_3.ckpt").touch()
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--trainer.accelerator", "cpu")
+    assert "hpc_ckpt_3.ckpt: under SLURM Lightning would go on with it; move it" in line
+    assert not (tmp_path / "runs" / "lightning_logs").exists()
+
+
 def test_two_processes_measure_what_one_does(tmp_path, capsys):
     """21 images in batches of 8 on two processes, gloo: no image is padded in, none is lost."""
     root = write_dataset(tmp_path / "data", train=2, val=7)
