@@ -5,7 +5,6 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
-import io
 import logging
 import os
 import sys
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import jsonargparse
-import numpy as np
 import torch.distributed
 import yaml
 from jsonargparse import ArgumentError, Namespace
@@ -24,7 +22,6 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import LearningRateMonitor, ProgressBar, RichProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import Logger
-from lightning.pytorch.tuner.tuning import Tuner
 from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit import checkpoint, process, run_folder, trainer_rules
@@ -43,11 +40,13 @@ from rexnet_lit.config import expand, load_yaml, named_key, one_line, read_confi
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError, visible
 from rexnet_lit.files import absolute, check_output, check_writable, fresh_path
+from rexnet_lit.finite_loss import FiniteLoss
 from rexnet_lit.folder import lists_images_of
-from rexnet_lit.guards import FiniteLoss, RunCheckpoint, StopWhenTold
+from rexnet_lit.guards import RunCheckpoint, StopWhenTold
 from rexnet_lit.loader import all_batches
 from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.losses import LossSettings
+from rexnet_lit.lr_finder import find_lr
 from rexnet_lit.module import RexNetModule
 from rexnet_lit.schedules import ScheduleSettings
 from rexnet_lit.spec import HeadSpec
@@ -422,7 +421,8 @@ class RexNetCLI(LightningCLI):
         if data.folder and data.folder.clutter:
             print(f"note: {data.folder.clutter} files and folders are no images, and ignored", flush=True)  # noqa: T201
         if self.config["fit"]["find_lr"]:
-            self._find_lr()
+            find_lr(trainer, model, data)
+            raise SystemExit(0)
         self._take_folder()
 
     def _take_folder(self) -> None:
@@ -462,40 +462,6 @@ class RexNetCLI(LightningCLI):
             self._held.close()
             if self.folder is not None:
                 run_folder.drop_if_empty(self.folder)
-
-    def _find_lr(self) -> None:
-        """Raise the learning rate over some steps until the loss explodes (Smith 2017); show it, and end."""
-        trainer: Trainer = self.trainer
-        if trainer.world_size > 1:
-            raise UserError("find_lr runs in one process; set trainer.devices to 1")
-        trainer.loggers, trainer.callbacks = [], []  # type: ignore[attr-defined]  # a run's, which would begin its folder
-        logging.disable(logging.INFO)
-        with warnings.catch_warnings(), contextlib.ExitStack() as quiet:
-            warnings.simplefilter("ignore")  # Lightning's, about its own callback
-            if not sys.stderr.isatty():  # its progress bar
-                quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
-            found = Tuner(trainer).lr_find(self.model, datamodule=self.datamodule, min_lr=1e-6, update_attr=False)
-        logging.disable(logging.NOTSET)
-        # Without the first steps, which are chance, and the last, which ended it.
-        seen = np.array([found.results[key][10:-1] for key in ("lr", "loss")] if found is not None else [[], []])
-        rates, losses = seen[:, np.isfinite(seen[1])]
-        if found is None or len(rates) < 2:
-            raise UserError("find_lr: too few steps to see anything; set a smaller data.batch_size or more max_epochs")
-        # By the logarithm of the rate, unlike Lightning's suggestion, which small rates win.
-        steepest = int(np.gradient(losses, np.log(rates)).argmin())
-        path = fresh_path(Path(trainer.default_root_dir) / "lr_finder.png")
-        figure = found.plot()
-        assert figure is not None  # noqa: S101 (for the type checker: it is without an axes of ours)
-        figure.axes[0].plot(rates[steepest], losses[steepest], "o", markersize=10, color="red")
-        figure.savefig(path, dpi=120)
-        optimizer = self.model.optimizer_settings
-        per_step = self.model.images_per_step
-        best = (
-            rates[steepest] * optimizer.full_lr(scratch=False) / optimizer.full_lr(scratch=False, batch_size=per_step)
-        )
-        note = " (all layers learned at one rate: without layer_decay)" if optimizer.layer_decay != 1 else ""
-        print(f"the loss falls fastest{note}, see {path}, at --model.optimizer.lr {best:.1g}")  # noqa: T201
-        raise SystemExit(0)
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         kwargs = super()._prepare_subcommand_kwargs(subcommand)

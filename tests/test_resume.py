@@ -25,7 +25,8 @@ from rexnet_lit import checkpoint
 from rexnet_lit import run_folder as run_folders
 from rexnet_lit.errors import Stopped, UserError
 from rexnet_lit.files import check_writable, second_name
-from rexnet_lit.guards import FiniteLoss, RunCheckpoint
+from rexnet_lit.finite_loss import FiniteLoss
+from rexnet_lit.guards import RunCheckpoint
 
 STEPS = 18  # of a run here: 3 epochs of 6
 
