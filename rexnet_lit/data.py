@@ -18,20 +18,12 @@ from torch.utils.data import DataLoader
 
 from rexnet_lit import decode, process, quarantine
 from rexnet_lit.cache import DiskCache, decode_all
+from rexnet_lit.datasets import FeatureDataset, ImageDataset
 from rexnet_lit.errors import UserError
 from rexnet_lit.files import absolute
 from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan, some
-from rexnet_lit.loader import (
-    BatchSampler,
-    FeatureDataset,
-    ImageDataset,
-    Loader,
-    SamplerName,
-    all_batches,
-    build_loader,
-    training_order,
-    training_position,
-)
+from rexnet_lit.loader import Loader, build_loader
+from rexnet_lit.sampler import BatchSampler, SamplerName, all_batches, training_order, training_position
 from rexnet_lit.spec import MAX_IMAGE_SIZE, DataRecord, EvalRecipe, settings_of
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, ProgressiveTransform, TrainTransform, build_mix
 

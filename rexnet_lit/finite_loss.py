@@ -17,7 +17,7 @@ from torch import Tensor
 
 from rexnet_lit.errors import UserError
 from rexnet_lit.guards import saver_of
-from rexnet_lit.loader import BatchSampler
+from rexnet_lit.sampler import BatchSampler
 
 __all__ = ["FiniteLoss"]
 

@@ -22,9 +22,9 @@ from torchmetrics import MeanMetric
 from rexnet_lit import checkpoint, checkpoint_io, network, probe, process, strategies, sync_batchnorm
 from rexnet_lit.data import ImageFolderDataModule, run_seed
 from rexnet_lit.errors import UserError, visible
-from rexnet_lit.loader import draw_weights
 from rexnet_lit.losses import LossSettings, build_loss
 from rexnet_lit.metrics import build_metrics
+from rexnet_lit.sampler import draw_weights
 from rexnet_lit.schedules import Plateau, ScheduleSettings, lr_factor
 from rexnet_lit.spec import DataRecord, HeadSpec, ModelSpec, settings_of
 from rexnet_lit.strategies import OptimizerSettings, StrategySettings

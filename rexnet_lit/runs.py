@@ -43,11 +43,11 @@ from rexnet_lit.files import absolute, check_output, check_writable, fresh_path
 from rexnet_lit.finite_loss import FiniteLoss
 from rexnet_lit.folder import lists_images_of
 from rexnet_lit.guards import RunCheckpoint, StopWhenTold
-from rexnet_lit.loader import all_batches
 from rexnet_lit.loggers import Board, MetricsLog
 from rexnet_lit.losses import LossSettings
 from rexnet_lit.lr_finder import find_lr
 from rexnet_lit.module import RexNetModule
+from rexnet_lit.sampler import all_batches
 from rexnet_lit.schedules import ScheduleSettings
 from rexnet_lit.spec import HeadSpec
 from rexnet_lit.strategies import OptimizerSettings, StrategySettings

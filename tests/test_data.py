@@ -16,9 +16,10 @@ from test_decode import SAMPLES, mutate
 from rexnet_lit import process
 from rexnet_lit.cli import user_message
 from rexnet_lit.data import ImageFolderDataModule
+from rexnet_lit.datasets import ImageDataset
 from rexnet_lit.errors import UserError
 from rexnet_lit.folder import PathList, Samples
-from rexnet_lit.loader import Batch, BatchSampler, ImageDataset, training_order
+from rexnet_lit.sampler import Batch, BatchSampler, training_order
 from rexnet_lit.spec import EvalRecipe
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform
 

@@ -28,7 +28,7 @@ LAYERS = (
         "strategies",
         "probe",
     ),  # L1
-    ("loader", "data", "checkpoint", "checkpoint_io", "sync_batchnorm"),  # L2
+    ("sampler", "datasets", "loader", "data", "checkpoint", "checkpoint_io", "sync_batchnorm"),  # L2
     ("doctor", "module", "report", "predictor", "hub", "export"),  # L3
     (
         "config",

@@ -12,8 +12,8 @@ from module_tools import data_of, equal, model_of, state_of, trainer_of
 from sklearn.linear_model import LogisticRegression
 
 from rexnet_lit import probe
+from rexnet_lit.datasets import FeatureDataset, ImageDataset
 from rexnet_lit.errors import UserError
-from rexnet_lit.loader import FeatureDataset, ImageDataset
 from rexnet_lit.spec import HeadSpec
 from rexnet_lit.strategies import StrategySettings
 from rexnet_lit.transforms import AugmentSettings
