@@ -101,7 +101,10 @@ class Calibrate(AtEnd):
             return
         was, self.metrics = (pl_module.measure(found, targets) for found in (logits, logits / temperature))
         changes = (f"{name} {was[f'val/{name}']:.3f} -> {self.metrics[f'val/{name}']:.3f}" for name in ("loss", "ece"))
-        rank_zero_only(print)(f"Calibrated: logits divided by {temperature:.2f}; val {', '.join(changes)}.", flush=True)
+        told = f"logits divided by {temperature:.2f}; val {', '.join(changes)}"
+        if self.metrics["val/loss"] > was["val/loss"]:
+            told += f": {len(targets)} validation images are too few to be so sure"
+        rank_zero_only(print)(f"Calibrated: {told}.", flush=True)
         if trainer.is_global_zero and temperature != 1:
             last = [name for name, part in net.named_modules() if isinstance(part, nn.Linear)][-1]
             scaled = {f"network.{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")}

@@ -73,7 +73,7 @@ def test_the_last_layer_is_divided(head, layer, shapes, tmp_path, capsys):
     assert float(ratios.std()) < 1e-5
     out = capsys.readouterr().out
     assert f"logits divided by {float(ratios.mean()):.2f};" in out
-    now = re.search(r"ece \S+ -> (\S+)\.", out)[1]
+    now = re.search(r"ece \S+ -> (\d\.\d+)", out)[1]
     summary = out.partition("Fit finished")[2]
     assert float(re.search(r"val/ece +(\S+)", summary)[1]) == pytest.approx(float(now), abs=6e-4)
     shipped = checkpoint.load_model(next(tmp_path.rglob("model.safetensors"))).state
@@ -89,6 +89,14 @@ def test_half_precision(shapes, tmp_path, capsys):
     _, best, last = fit(tmp_path, shapes, "bf16-true", strategy={"blend": True})
     assert "Calibrated: logits divided by" in capsys.readouterr().out
     assert not torch.equal(best["head.fc.weight"], last["head.fc.weight"])
+
+
+@pytest.mark.parametrize(("sure", "told"), [(0.1, False), (20.0, True)])
+def test_a_loss_that_rises_is_explained(sure, told, shapes, tmp_path, capsys, monkeypatch):
+    right = sure * torch.eye(3).repeat_interleave(4, dim=0)
+    monkeypatch.setattr("rexnet_lit.module.RexNetModule.logits", lambda self, features: right)
+    fit(tmp_path, shapes)
+    assert ("12 validation images are too few to be so sure" in capsys.readouterr().out) is told
 
 
 def test_weights_that_know_nothing_are_left_alone(shapes, tmp_path, capsys, monkeypatch):
