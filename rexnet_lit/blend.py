@@ -5,8 +5,8 @@ choose from; it must be better than the last one by two standard errors of the d
 backbone's features of the undisturbed training images is often better than one that has learned beside it, after few
 epochs from scratch by far. And fine-tuning on few images also unlearns: on the straight line between the given weights
 and the fine-tuned ones there is often a better backbone than either; it must be better by one standard error. The
-validation loss chooses: top-1 is too coarse, and the plain loss prefers whoever is better calibrated, so each
-candidate's logits are divided by the temperature that suits them best.
+validation loss chooses: top-1 is too coarse. Where `model.calibrate` will divide the logits by the temperature that
+suits them best, each candidate's are divided so, or the loss would prefer whoever is better calibrated already.
 
 Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
 al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020 (the head anew); Guo et al., "On
@@ -51,7 +51,7 @@ class Blend(AtEnd):
 
     def __init__(self) -> None:
         self.kept = ""
-        """What was better than the best epoch, if anything was."""
+        """What ships instead of the best epoch, if anything does."""
         self.metrics: dict[str, Tensor] = {}
         """The validation metrics of what ships, where anything was compared."""
 
@@ -78,16 +78,19 @@ class Blend(AtEnd):
         candidates = self._candidates(pl_module, data, best, last, line)
         targets = torch.from_numpy(data.splits()["val"].targets)
         weights = torch.from_numpy(pl_module.class_weights()).float()
+        calibrates = pl_module.calibrate and pl_module.spec.head.name != "cosine"
         logits, top1, losses, each = {}, {}, {}, {}
         for name, (state, features) in candidates.items():
             net.load_state_dict(state)
             found = logits[name] = pl_module.logits(features)
             top1[name] = float((found.argmax(1) == targets).float().mean())
-            temperature, losses[name] = fit_temperature(found, targets, weights)
+            temperature, loss = fit_temperature(found, targets, weights) if calibrates else (1.0, None)
             each[name] = functional.cross_entropy(found / temperature, targets, reduction="none") * weights[targets]
+            losses[name] = float(each[name].sum() / weights[targets].sum()) if loss is None else loss
         net.load_state_dict(before)
         pl_module.train(training)
 
+        lowest = min(losses, key=lambda name: losses[name])
         rivals = {"the best epoch": ("the last epoch", 2)}
         rivals |= {_name(share): (_name(1.0), 1) for share in line if share < 1}
         for name, (than, errors) in rivals.items():
@@ -98,9 +101,10 @@ class Blend(AtEnd):
         self.metrics = pl_module.measure(logits[chosen], targets)
         told = [name for name in ("the best epoch", _name(0.0), "the last epoch") if name in top1]
         shown = ", ".join(f"{top1[name]:.3f} for {name}" for name in told)
-        rank_zero_only(print)(
-            f"Blend: val top-1 {shown}; kept, for its loss: {chosen} ({top1[chosen]:.3f}).", flush=True
-        )
+        kept = f"kept, for its loss: {chosen} ({top1[chosen]:.3f})"
+        if chosen != lowest:
+            kept = f"kept: {chosen} ({top1[chosen]:.3f}), for the lower loss of {lowest} may be luck"
+        rank_zero_only(print)(f"Blend: val top-1 {shown}; {kept}.", flush=True)
         if chosen == "the best epoch":
             return
         self.kept = chosen

@@ -29,7 +29,7 @@ from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
 from rexnet_lit.files import fresh_path
 from rexnet_lit.folder import write_split
-from rexnet_lit.guards import saver_of
+from rexnet_lit.guards import ended_early, saver_of
 from rexnet_lit.loggers import Board
 from rexnet_lit.module import RexNetModule
 
@@ -203,6 +203,8 @@ class EpochLine(Callback):
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Say which epoch was best, where the files are, and what to type next."""
         saver = saver_of(trainer)
+        if saver is None and not getattr(trainer, "fast_dev_run", False):
+            rank_zero_only(print)("Fit finished. Nothing was saved: trainer.enable_checkpointing is false.", flush=True)
         saved = (saver.best_model_path or saver.last_model_path) if saver is not None else ""
         model = Path(saved).parent.parent / "model.safetensors"
         if not trainer.is_global_zero or not saved or not model.is_file():
@@ -214,11 +216,13 @@ class EpochLine(Callback):
         shown = {} if kept else self._best  # the training loss is of other weights
         for end in ends:
             shown = {**shown, **end.metrics}
-        title = "Fit finished, without a validation"
-        if self._best_epoch >= 0:
-            title = f"Fit finished. Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
+        what = ", without a validation"
+        if kept or self._best_epoch >= 0:
+            best = f"Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
+            what = ". " + (f"Instead of the best epoch: {kept}" if kept else best)
+        reason = ended_early(trainer)
         print_rows(
-            f"Fit finished. Better than the best epoch: {kept}" if kept else title,
+            f"Fit finished{reason and ' by '}{reason}{what}",
             [
                 *((name, f"{value:.4f}") for name, value in figures(shown).items()),
                 ("run folder", str(model.parent)),

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -209,8 +209,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave a resumed run stopped where it had stopped early."""
-        early = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
-        if any(c.stopped_epoch or c.stopping_reason_message for c in early):
+        if ended_early(trainer) == "EarlyStopping":
             trainer.should_stop = True
             rank_zero_only(print)(
                 "note: EarlyStopping has told this run to end; remove it from trainer.callbacks to go on"
@@ -330,6 +329,16 @@ def saver_of(trainer: pl.Trainer) -> ModelCheckpoint | None:
     """Return what keeps a run's best and last weights: ours, whatever a user has added."""
     savers = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return next((saver for saver in savers if isinstance(saver, RunCheckpoint)), savers[0] if savers else None)
+
+
+def ended_early(trainer: pl.Trainer) -> str:
+    """Return what has told a fit to end before all its epochs, if anything has."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, EarlyStopping) and (callback.stopped_epoch or callback.stopping_reason_message):
+            return "EarlyStopping"
+        if isinstance(callback, Timer) and (callback.time_remaining() or 0) < 0:
+            return "trainer.max_time"
+    return ""
 
 
 @contextlib.contextmanager

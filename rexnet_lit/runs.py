@@ -341,7 +341,8 @@ class RexNetCLI(LightningCLI):
             callbacks += [EpochLine(lines=not terminal), FiniteLoss()]
             if settings["logger"] in (None, True, False):  # metrics.csv is the run's record, and its folder the run's
                 settings["logger"] = self._loggers(settings["default_root_dir"] or ".", settings["logger"] is not False)
-            callbacks.append(LearningRateMonitor("step"))
+            if not any(isinstance(callback, LearningRateMonitor) for callback in given):
+                callbacks.append(LearningRateMonitor("step"))
             if settings["enable_checkpointing"] is not False:
                 callbacks.append(RunCheckpoint(accept_changes=self.config["fit"]["accept_changes"]))
         else:

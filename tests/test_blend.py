@@ -40,7 +40,7 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     )
     start, end, kept, chosen = found.groups()
     assert float(chosen) > float(end) < float(start)
-    summary = out.partition("Better than the best epoch: ")[2]
+    summary = out.partition("Instead of the best epoch: ")[2]
     assert summary.startswith(kept)
     assert float(re.search(r"val/top1 +(\S+)", summary)[1]) == pytest.approx(float(chosen), abs=5e-4)
     ends = {"the given weights": 0, "the last epoch with a solved head": 100}
@@ -75,6 +75,34 @@ def test_from_scratch_a_solved_head_may_be_better_than_the_learned_one(tmp_path,
         "head.fc.weight",
         "head.fc.bias",
     }
+
+
+def test_a_best_epoch_that_may_be_luck_is_told(tmp_path, shapes, capsys, monkeypatch):
+    """Its loss is a little lower, by one image of twelve; logits that nobody will divide are compared as they are."""
+    right = torch.eye(3).repeat_interleave(4, dim=0)
+    found = iter([3 * right, 3 * torch.cat([right[:-1], right[:1]])])  # of the best epoch, then of the last
+    monkeypatch.setattr("rexnet_lit.module.RexNetModule.logits", lambda self, features: next(found))
+    saver = RunCheckpoint()
+    saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)  # so that the best is not the last
+    fit(tmp_path, shapes, saver, epochs=6, head="cosine")
+    out = capsys.readouterr().out
+    assert "kept: the last epoch (0.917), for the lower loss of the best epoch may be luck." in out
+    assert "Fit finished. Instead of the best epoch: the last epoch\n" in out
+
+
+def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys, monkeypatch):
+    """Divided by its best temperature, a model that is far too sure of itself would be as good as the other."""
+    right = torch.eye(3).repeat_interleave(4, dim=0)
+    some = torch.cat([right[:7], right.roll(4, dims=0)[7:]])  # seven of twelve
+    logits = {"the best epoch": 0.5 * some, "the last epoch": 50 * some}
+    for calibrate in (False, True):
+        found = iter(logits.values())
+        monkeypatch.setattr("rexnet_lit.module.RexNetModule.logits", lambda self, features, found=found: next(found))
+        saver = RunCheckpoint()
+        saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)
+        fit(tmp_path / str(calibrate), shapes, saver, epochs=6, head="mlp", calibrate=calibrate)
+        kept = re.search("kept.*: (.*) \\(", capsys.readouterr().out)[1]
+        assert kept == ("the last epoch" if calibrate else "the best epoch")
 
 
 def test_one_epoch_of_another_head_is_compared_with_nothing(tmp_path, shapes, capsys):

@@ -671,6 +671,20 @@ def test_a_fits_config_suits_the_other_runs(tmp_path, capsys):
         )
 
 
+def test_a_run_that_time_ends_or_that_saves_nothing_says_so(tmp_path, capsys):
+    """And a learning-rate monitor of the user's takes the place of ours, or each row would be there twice."""
+    write_dataset(tmp_path / "data", train=8, val=2)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("trainer: {callbacks: [{class_path: LearningRateMonitor, init_args: {logging_interval: step}}]}")
+    every = ("--config", mine, "--trainer.log_every_n_steps", 1, "--trainer.max_epochs", 1000)
+    assert _quick("data", *every, "--trainer.max_time", "00:00:00:02") == 0
+    assert "Fit finished by trainer.max_time" in capsys.readouterr().out
+    rates = [row for row in rows_of("runs/lightning_logs/version_0/metrics.csv") if row["lr-AdamW/pg1"]]
+    assert len(rates) == len({row["step"] for row in rates}) > 0
+    assert _quick("data", "--trainer.enable_checkpointing", "false") == 0
+    assert "Fit finished. Nothing was saved: trainer.enable_checkpointing is false.\n" in capsys.readouterr().out
+
+
 def test_what_cannot_be_made_for_the_trainer_is_one_line(pictures, capsys, tmp_path):
     config = tmp_path / "wrong.yaml"
     for text, expected in (

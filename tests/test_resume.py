@@ -230,7 +230,9 @@ def test_a_run_that_stopped_early_stays_so(cwd):
         "{monitor: val/top1, mode: max, patience: 1, min_delta: 1.0}}]}"
     )
     settings = ("--config", early, "--trainer.max_epochs", 8)
-    assert fit(cwd, *settings).code == 0
+    done = fit(cwd, *settings)
+    assert done.code == 0
+    assert "Fit finished by EarlyStopping. Best epoch: " in done.out
     before = weights(cwd)
     (run_folder(cwd) / "model.safetensors").unlink()
     done = fit(cwd, *settings, "--ckpt_path", "last")
