@@ -208,6 +208,13 @@ _PLAINLY = (
     (r"typing\.", ""),
     (r"Expected a (\S.*?)\. Got value: (.*)$", r"expected \1, got \2"),
     (r"Literal\[(.*?)\]", r"one of \1"),
+    (
+        r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] "
+        r"Errors:(?: - Expected an? (?:(?! - ).)*)+ Given value type: \w+ Given value: (.*)$",
+        r"expected \1, got \2",
+    ),
+    (r"\bNoneType\b", "null"),
+    (r"- Expected a path but \S+ either not accessible or invalid - ", ""),  # it may be no file's name at all
     (r"^argument data\.\w+ --> model\.(\w+): .*", r"model.\1 is taken from the data: leave it out"),
     (r"(unrecognized arguments: --\S+(?: (?!--)\S+)*).*", r"\1"),  # others after it are named by themselves
     (r"^Subcommand '\w+' does not accept option", "no setting is called"),
