@@ -218,7 +218,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         evaluate = EvalTransform(self._recipe()[0])
         if stage == "predict":
             if self.predict_samples is None:
-                raise UserError("data.predict_path is not set; name an image or a folder: --data.predict_path PATH")
+                return  # a trainer that is given a loader asks all the same
             good = self._without_bad(self.predict_samples, limit=False)
             self._datasets["predict"] = ImageDataset(good, evaluate, 0)
             return
@@ -435,7 +435,13 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of the unlabelled images, in order; the targets are -1."""
+        """Batches of the unlabelled images, in order; the targets are -1.
+
+        Raises:
+            UserError: There are none.
+        """
+        if self.predict_samples is None:
+            raise UserError("data.predict_path is not set; name an image or a folder: --data.predict_path PATH")
         return self._loader("predict")
 
 
@@ -488,5 +494,6 @@ def _unlabelled(path: str) -> tuple[Samples, tuple[str, ...]]:
 
 
 def _missing_split(name: str, root: str | None) -> str:
-    remedy = f"add a {name} folder with a folder per class, or set data.{name}_fraction above 0"
+    setting = "fit with" if name == "test" else "set"  # what a fit has not set aside, it was trained on
+    remedy = f"add a {name} folder with a folder per class, or {setting} data.{name}_fraction above 0"
     return f"{root}: there is no {name} split; {remedy if name != 'train' else 'add a train folder'}"

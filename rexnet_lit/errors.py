@@ -33,8 +33,11 @@ class UserError(Exception):
         super().__init__(visible(" ".join(message.split())))
 
 
-class Stopped(Exception):  # noqa: N818 (no error)
-    """The process was told to stop, and has saved what there was; it exits with 128 + the signal's number."""
+class Stopped(BaseException):
+    """The process was told to stop, and has saved what there was; it exits with 128 + the signal's number.
+
+    No `Exception`: a signal may come while a file is read, and is not what is wrong with it.
+    """
 
     def __init__(self, signal: int, message: str) -> None:
         super().__init__(message)

@@ -374,6 +374,10 @@ class RexNetModule(pl.LightningModule):
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         return loss
 
+    def on_validation_epoch_start(self) -> None:
+        """Begin anew: outside a fit Lightning leaves inference tensors, which a fit cannot go on with."""
+        self.val_metrics.reset()
+
     def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
         """Count images (B, 3, H, W) and targets (B,) in the validation metrics."""
         images, targets = batch

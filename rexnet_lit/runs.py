@@ -281,6 +281,13 @@ class RexNetCLI(LightningCLI):
             recipe = dataclasses.replace(self.model.spec.eval_recipe, image_size=size)
             self.model.spec = dataclasses.replace(self.model.spec, eval_recipe=recipe)
         self.datamodule = ImageFolderDataModule(**settings, class_names=self.model.spec.class_names)
+        folder = self.datamodule.folder
+        if folder is not None and folder.drawn and self.datamodule.record != self.file.data:
+            rank_zero_only(print)(
+                f"warning: the splits of {settings['root']} are drawn now, not as the model's run has drawn them: "
+                "images that it was trained on may be among these",
+                flush=True,
+            )
         self.config[self.subcommand]["trainer"]["logger"] = False
         with trainer_rules.told_plainly():
             self.config_init = self.parser.instantiate_classes(self.config)

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from rexnet_lit import checkpoint
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import Stopped, UserError
 from rexnet_lit.predictor import load
 from rexnet_lit.spec import FORMAT_VERSION, DataRecord, EvalRecipe, HeadSpec, ModelSpec
 
@@ -71,6 +71,17 @@ def test_ckpt_round_trip(tmp_path):
     assert (model.spec, model.data) == (SPEC, RECORD)
     assert_state(model.state)  # the network's alone, without Lightning's prefix
     assert checkpoint.read_ckpt(str(path))["epoch"] == 3
+
+
+def test_a_signal_while_a_file_is_read_is_not_damage(tmp_path, monkeypatch):
+    def told(*args, **kwargs):
+        raise Stopped(15, "told")
+
+    file = tmp_path / "model.ckpt"
+    checkpoint.write_ckpt(content(), file)
+    monkeypatch.setattr(torch, "load", told)
+    with pytest.raises(Stopped):
+        checkpoint.load_model(file)
 
 
 def test_starting_weights_of_each_kind(tmp_path):

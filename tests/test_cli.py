@@ -651,6 +651,24 @@ def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
     assert "Validation: 12 images" in capsys.readouterr().out
 
 
+def test_splits_that_are_not_the_run_s_are_told(tmp_path, capsys):
+    """Its training images may be in them."""
+    write_dataset(tmp_path, data=8)
+    assert _quick("data") == 0
+    model = Path("runs/lightning_logs/version_0/model.safetensors")
+    shutil.copy(model, "alone.safetensors")
+    told = {
+        ("validate", "--ckpt_path", str(model)): False,
+        ("validate", "--ckpt_path", str(model), "--data.val_fraction", "0.5"): True,
+        ("test", "--ckpt_path", str(model), "--data.test_fraction", "0.5"): True,
+        ("validate", "--ckpt_path", "alone.safetensors", "--data.root", "data"): True,
+    }
+    capsys.readouterr()
+    for command, warned in told.items():
+        assert cli.main(list(command)) == 0
+        assert ("images that it was trained on may be among these" in capsys.readouterr().out) is warned, command
+
+
 def test_a_fits_config_suits_the_other_runs(tmp_path, capsys):
     """With all that is for training alone, and what is made from a class."""
     write_dataset(tmp_path / "data", train=4, val=2, test=2)

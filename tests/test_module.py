@@ -469,3 +469,16 @@ def test_views_are_not_blended(shapes, tmp_path):
 def test_features_come_in_the_networks_precision(shapes, tmp_path, precision):
     module = model_of(strategy={"name": "linear_probe", "solver": "logistic"})
     trainer_of(tmp_path, precision=precision).fit(module, data_of(shapes))
+
+
+def test_looks_before_between_and_after_fits(tmp_path, shapes):
+    """A notebook's order: a baseline, a fit, another look, predictions for a loader at hand, more training."""
+    module, data, trainer = model_of(), data_of(shapes), trainer_of(tmp_path, max_epochs=1)
+    trainer.validate(module, datamodule=data, verbose=False)
+    trainer.fit(module, datamodule=data)
+    trainer.validate(module, datamodule=data, verbose=False)
+    found = trainer.predict(module, dataloaders=data.val_dataloader())
+    assert sum(len(probabilities) for probabilities in found) == 12
+    trainer_of(tmp_path, max_epochs=1).fit(module, datamodule=data)
+    with pytest.raises(UserError, match="predict_path is not set"):
+        trainer_of(tmp_path).predict(module, datamodule=data)
