@@ -558,8 +558,13 @@ def test_predict_needs_no_labels_and_lists_what_it_cannot_read(tmp_path):
 @pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
 def test_without_a_folder_each_stage_names_its_key(stage):
     data = ImageFolderDataModule(image_size=32)
-    with pytest.raises(UserError, match=r"data.predict_path" if stage == "predict" else r"data.root is not set"):
+    if stage == "predict":  # a trainer that is given a loader sets it up all the same
         data.setup(stage)
+        with pytest.raises(UserError, match=r"data.predict_path is not set"):
+            data.predict_dataloader()
+    else:
+        with pytest.raises(UserError, match=r"data.root is not set"):
+            data.setup(stage)
 
 
 def test_a_batch_of_one_is_refused(shapes):
