@@ -78,15 +78,15 @@ class Blend(AtEnd):
         candidates = self._candidates(pl_module, data, best, last, line)
         targets = torch.from_numpy(data.splits()["val"].targets)
         weights = torch.from_numpy(pl_module.class_weights()).float()
-        calibrates = pl_module.calibrate and pl_module.spec.head.name != "cosine"
         logits, top1, losses, each = {}, {}, {}, {}
         for name, (state, features) in candidates.items():
             net.load_state_dict(state)
             found = logits[name] = pl_module.logits(features)
             top1[name] = float((found.argmax(1) == targets).float().mean())
-            temperature, loss = fit_temperature(found, targets, weights) if calibrates else (1.0, None)
+            temperature, losses[name] = 1.0, float(functional.cross_entropy(found, targets, weights))
+            if pl_module.calibrates:
+                temperature, losses[name] = fit_temperature(found, targets, weights)
             each[name] = functional.cross_entropy(found / temperature, targets, reduction="none") * weights[targets]
-            losses[name] = float(each[name].sum() / weights[targets].sum()) if loss is None else loss
         net.load_state_dict(before)
         pl_module.train(training)
 

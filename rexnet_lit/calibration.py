@@ -78,7 +78,7 @@ class Calibrate(AtEnd):
         if not saver.best_model_path:
             rank_zero_only(print)("Not calibrated: no validated weights were saved.")
             return
-        if pl_module.spec.head.name == "cosine":
+        if not pl_module.calibrates:
             rank_zero_only(print)("Not calibrated: a cosine head has a temperature of its own.")
             return
         path, net = Path(saver.best_model_path), pl_module.network

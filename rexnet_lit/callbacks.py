@@ -16,7 +16,7 @@ from typing import Any
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_only
 from numpy.typing import NDArray
 from torch import Tensor
@@ -29,7 +29,7 @@ from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.errors import UserError
 from rexnet_lit.files import fresh_path
 from rexnet_lit.folder import write_split
-from rexnet_lit.guards import ended_early, saver_of
+from rexnet_lit.guards import saver_of, stopped_early
 from rexnet_lit.loggers import Board
 from rexnet_lit.module import RexNetModule
 
@@ -216,13 +216,20 @@ class EpochLine(Callback):
         shown = {} if kept else self._best  # the training loss is of other weights
         for end in ends:
             shown = {**shown, **end.metrics}
-        what = ", without a validation"
-        if kept or self._best_epoch >= 0:
-            best = f"Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
-            what = ". " + (f"Instead of the best epoch: {kept}" if kept else best)
-        reason = ended_early(trainer)
+        timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+        title = "Fit finished"
+        if stopped_early(trainer):
+            title += " by EarlyStopping"
+        elif any((timer.time_remaining() or 0) < 0 for timer in timers):
+            title += " by trainer.max_time"
+        if kept:
+            title += f". Instead of the best epoch: {kept}"
+        elif self._best_epoch >= 0:
+            title += f". Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
+        else:
+            title += ", without a validation"
         print_rows(
-            f"Fit finished{reason and ' by '}{reason}{what}",
+            title,
             [
                 *((name, f"{value:.4f}") for name, value in figures(shown).items()),
                 ("run folder", str(model.parent)),

@@ -494,6 +494,9 @@ def _unlabelled(path: str) -> tuple[Samples, tuple[str, ...]]:
 
 
 def _missing_split(name: str, root: str | None) -> str:
-    setting = "fit with" if name == "test" else "set"  # what a fit has not set aside, it was trained on
-    remedy = f"add a {name} folder with a folder per class, or {setting} data.{name}_fraction above 0"
-    return f"{root}: there is no {name} split; {remedy if name != 'train' else 'add a train folder'}"
+    remedies = {
+        "train": "",
+        "val": " with a folder per class, or set data.val_fraction above 0",
+        "test": " with a folder per class, or fit with data.test_fraction above 0",  # what is not set aside is trained on
+    }
+    return f"{root}: there is no {name} split; add a {name} folder{remedies[name]}"

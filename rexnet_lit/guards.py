@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
-from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint, Timer
+from lightning.pytorch.callbacks import Callback, EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
@@ -29,7 +29,7 @@ from rexnet_lit.errors import Stopped, UserError
 from rexnet_lit.files import second_name
 from rexnet_lit.module import RexNetModule
 
-__all__ = ["AtEnd", "RunCheckpoint", "StopWhenTold", "rewrite", "saver_of"]
+__all__ = ["AtEnd", "RunCheckpoint", "StopWhenTold", "rewrite", "saver_of", "stopped_early"]
 
 _SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
@@ -209,7 +209,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Leave a resumed run stopped where it had stopped early."""
-        if ended_early(trainer) == "EarlyStopping":
+        if stopped_early(trainer):
             trainer.should_stop = True
             rank_zero_only(print)(
                 "note: EarlyStopping has told this run to end; remove it from trainer.callbacks to go on"
@@ -331,14 +331,10 @@ def saver_of(trainer: pl.Trainer) -> ModelCheckpoint | None:
     return next((saver for saver in savers if isinstance(saver, RunCheckpoint)), savers[0] if savers else None)
 
 
-def ended_early(trainer: pl.Trainer) -> str:
-    """Return what has told a fit to end before all its epochs, if anything has."""
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
-        if isinstance(callback, EarlyStopping) and (callback.stopped_epoch or callback.stopping_reason_message):
-            return "EarlyStopping"
-        if isinstance(callback, Timer) and (callback.time_remaining() or 0) < 0:
-            return "trainer.max_time"
-    return ""
+def stopped_early(trainer: pl.Trainer) -> bool:
+    """Say whether EarlyStopping has told the run to end."""
+    early = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
+    return any(c.stopped_epoch or c.stopping_reason_message for c in early)
 
 
 @contextlib.contextmanager

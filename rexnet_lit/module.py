@@ -429,6 +429,11 @@ class RexNetModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
     @property
+    def calibrates(self) -> bool:
+        """Whether the logits that ship are divided by a temperature: a cosine head has one of its own."""
+        return self.calibrate and self.spec.head.name != "cosine"
+
+    @property
     def images_per_step(self) -> int | None:
         """Images of an optimiser step, over all processes; None with a data module that names no batch size."""
         size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)

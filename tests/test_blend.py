@@ -31,6 +31,13 @@ def fit(folder, shapes, saver=None, epochs=1, **settings):
     return module, best, last
 
 
+def saver_of_the_worst():
+    """Keep, as the best epoch, the one with the lowest top-1: another than the last."""
+    saver = RunCheckpoint()
+    saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)
+    return saver
+
+
 def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     # A rate that ruins the network: the start, with a solved head, is better than the end.
     module, best, last = fit(tmp_path, shapes, weights=weights, optimizer={"lr": 5.0})
@@ -54,8 +61,7 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
 
 
 def test_from_scratch_the_last_epoch_may_be_better_than_the_best(tmp_path, shapes, capsys):
-    saver = RunCheckpoint()
-    saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)  # so that the best is none
+    saver = saver_of_the_worst()
     _, best, last = fit(tmp_path, shapes, saver, epochs=12, head="mlp", optimizer={"lr": 0.004})
     assert "kept, for its loss: the last epoch" in capsys.readouterr().out
     assert float(saver.best_model_score) < 1
@@ -82,9 +88,7 @@ def test_a_best_epoch_that_may_be_luck_is_told(tmp_path, shapes, capsys, monkeyp
     right = torch.eye(3).repeat_interleave(4, dim=0)
     found = iter([3 * right, 3 * torch.cat([right[:-1], right[:1]])])  # of the best epoch, then of the last
     monkeypatch.setattr("rexnet_lit.module.RexNetModule.logits", lambda self, features: next(found))
-    saver = RunCheckpoint()
-    saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)  # so that the best is not the last
-    fit(tmp_path, shapes, saver, epochs=6, head="cosine")
+    fit(tmp_path, shapes, saver_of_the_worst(), epochs=6, head="cosine")
     out = capsys.readouterr().out
     assert "kept: the last epoch (0.917), for the lower loss of the best epoch may be luck." in out
     assert "Fit finished. Instead of the best epoch: the last epoch\n" in out
@@ -98,9 +102,7 @@ def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys
     for calibrate in (False, True):
         found = iter(logits.values())
         monkeypatch.setattr("rexnet_lit.module.RexNetModule.logits", lambda self, features, found=found: next(found))
-        saver = RunCheckpoint()
-        saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)
-        fit(tmp_path / str(calibrate), shapes, saver, epochs=6, head="mlp", calibrate=calibrate)
+        fit(tmp_path / str(calibrate), shapes, saver_of_the_worst(), epochs=6, head="mlp", calibrate=calibrate)
         kept = re.search("kept.*: (.*) \\(", capsys.readouterr().out)[1]
         assert kept == ("the last epoch" if calibrate else "the best epoch")
 

@@ -555,16 +555,17 @@ def test_predict_needs_no_labels_and_lists_what_it_cannot_read(tmp_path):
     assert [row.path for row in data.bad_files] == ["broken.jpg"]  # one of four, and yet no error
 
 
-@pytest.mark.parametrize("stage", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("stage", ["fit", "validate", "test"])
 def test_without_a_folder_each_stage_names_its_key(stage):
+    with pytest.raises(UserError, match=r"data.root is not set"):
+        ImageFolderDataModule(image_size=32).setup(stage)
+
+
+def test_without_a_path_predictions_name_their_key():
     data = ImageFolderDataModule(image_size=32)
-    if stage == "predict":  # a trainer that is given a loader sets it up all the same
-        data.setup(stage)
-        with pytest.raises(UserError, match=r"data.predict_path is not set"):
-            data.predict_dataloader()
-    else:
-        with pytest.raises(UserError, match=r"data.root is not set"):
-            data.setup(stage)
+    data.setup("predict")  # a trainer that is given a loader does so all the same
+    with pytest.raises(UserError, match=r"data.predict_path is not set"):
+        data.predict_dataloader()
 
 
 def test_a_batch_of_one_is_refused(shapes):
