@@ -497,6 +497,7 @@ def _missing_split(name: str, root: str | None) -> str:
     remedies = {
         "train": "",
         "val": " with a folder per class, or set data.val_fraction above 0",
-        "test": " with a folder per class, or fit with data.test_fraction above 0",  # what is not set aside is trained on
+        # Not in a run of the model: what its fit has not set aside, it was trained on.
+        "test": " with a folder per class, or fit with data.test_fraction above 0",
     }
     return f"{root}: there is no {name} split; add a {name} folder{remedies[name]}"
