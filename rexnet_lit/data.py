@@ -24,7 +24,7 @@ from rexnet_lit.files import absolute
 from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan, some
 from rexnet_lit.loader import Loader, build_loader
 from rexnet_lit.sampler import BatchSampler, SamplerName, all_batches, training_order, training_position
-from rexnet_lit.spec import MAX_IMAGE_SIZE, DataRecord, EvalRecipe, settings_of
+from rexnet_lit.spec import MAX_BAD_FRACTION, MAX_IMAGE_SIZE, DataRecord, EvalRecipe, settings_of
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, ProgressiveTransform, TrainTransform, build_mix
 
 __all__ = ["ImageFolderDataModule", "run_seed"]
@@ -89,7 +89,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         sampler: SamplerName = "shuffle",
         cache: Literal["auto", "none", "ram", "disk"] = "auto",
         cache_gb: float | None = None,
-        max_bad_fraction: float = quarantine.MAX_BAD_FRACTION,
+        max_bad_fraction: float = MAX_BAD_FRACTION,
         predict_path: str | None = None,
         predict_output: str | None = None,
         *,
@@ -110,13 +110,14 @@ class ImageFolderDataModule(pl.LightningDataModule):
             num_folds,
             fold,
             group_pattern,
+            max_bad_fraction,
         )
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.size_schedule = size_schedule
         self.augment, self.sampler, self.cache = settings_of(AugmentSettings, augment), sampler, cache
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
         self._disk: DiskCache | None = None
-        self.max_bad_fraction, self.predict_output = max_bad_fraction, predict_output
+        self.predict_output = predict_output
         self.predict_samples: Samples | None = None
         self.predict_notes: tuple[str, ...] = ()
         if predict_path is not None:
@@ -315,10 +316,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         bad = quarantine.find_bad(samples)
         found = [quarantine.BadFile(samples.paths[i], reason) for i, reason in bad]
         self.bad_files += [row for row in found if row not in self.bad_files]
-        if limit and len(bad) > self.max_bad_fraction * len(samples):
+        if limit and len(bad) > self.record.max_bad_fraction * len(samples):
             raise UserError(
                 f"{samples.root}: {len(bad)} of {len(samples)} images cannot be read (such as {found[0].path!r}: "
-                f"{found[0].reason}), more than data.max_bad_fraction {self.max_bad_fraction}; "
+                f"{found[0].reason}), more than data.max_bad_fraction {self.record.max_bad_fraction}; "
                 "`python -m rexnet_lit check` lists them"
             )
         if len(bad) == len(samples):

@@ -27,7 +27,6 @@ from rexnet_lit.folder import Samples
 from rexnet_lit.process import cache_folder, cpu_count
 
 __all__ = [
-    "MAX_BAD_FRACTION",
     "BadFile",
     "Looks",
     "find_bad",
@@ -35,9 +34,6 @@ __all__ = [
     "repeated",
     "write_quarantine",
 ]
-
-MAX_BAD_FRACTION = 0.05
-"""Above this share of unreadable files something else is wrong than a few files."""
 
 _CHUNK = 32  # files per task: enough to make a task's cost small, few enough for a progress bar
 

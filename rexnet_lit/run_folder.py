@@ -98,8 +98,12 @@ def _locked(path: Path) -> TextIO:
 
 
 def drop_if_empty(folder: Path) -> None:
-    """Remove a claimed folder of a run that has written nothing."""
+    """Remove a claimed folder of a run that has written nothing, but for TensorBoard's file, which comes first."""
     with contextlib.suppress(OSError):
+        files = list(folder.iterdir())
+        if all(file.name.startswith("events.out.tfevents.") for file in files):
+            for file in files:
+                file.unlink()
         folder.rmdir()
         folder.parent.rmdir()
 

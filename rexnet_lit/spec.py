@@ -13,13 +13,25 @@ from typing import Any, Literal, TypeVar, get_args
 
 from rexnet_lit.errors import UserError
 
-__all__ = ["FORMAT_VERSION", "MAX_IMAGE_SIZE", "DataRecord", "EvalRecipe", "HeadSpec", "Interpolation", "ModelSpec"]
+__all__ = [
+    "FORMAT_VERSION",
+    "MAX_BAD_FRACTION",
+    "MAX_IMAGE_SIZE",
+    "DataRecord",
+    "EvalRecipe",
+    "HeadSpec",
+    "Interpolation",
+    "ModelSpec",
+]
 
 FORMAT_VERSION = 1
 """Raised when a file written today could not be read right by yesterday's code."""
 
 MAX_IMAGE_SIZE = 4096
 """Pixels a side: above what any memory trains on."""
+
+MAX_BAD_FRACTION = 0.05
+"""Above this share of unreadable files something else is wrong than a few files."""
 
 _MAX_CLASSES = 200_000  # of a model file: more would fill the memory with a head
 
@@ -187,9 +199,11 @@ class DataRecord:
     num_folds: int = 0
     fold: int = 0
     group_pattern: str | None = None
+    max_bad_fraction: float = dataclasses.field(default=MAX_BAD_FRACTION, compare=False)
+    """Not compared: it does not say who is in which split."""
 
     def __post_init__(self) -> None:
         texts = [self.class_order, *(t for t in (self.root, self.split_file, self.group_pattern) if t is not None)]
-        numbers = (self.val_fraction, self.test_fraction, self.num_folds, self.fold)
+        numbers = (self.val_fraction, self.test_fraction, self.num_folds, self.fold, self.max_bad_fraction)
         if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
             raise TypeError(f"not the record of a dataset: {self}")

@@ -625,6 +625,18 @@ def test_a_split_file_s_dataset_that_has_moved(tmp_path, capsys):
     assert "Validation: 6 images" in capsys.readouterr().out
 
 
+def test_a_model_s_run_bears_the_broken_images_that_its_fit_has_borne(tmp_path, capsys):
+    write_dataset(tmp_path / "data", train=4, val=4)
+    for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[:2]:
+        path.write_bytes(b"broken")
+    assert _quick("data") == 2
+    assert _quick("data", "--data.max_bad_fraction", 0.5) == 0
+    validate = ["validate", "--ckpt_path", "runs/lightning_logs/version_0/model.safetensors", "--data.num_workers", "0"]
+    assert cli.main(validate) == 0
+    assert cli.main([*validate, "--data.max_bad_fraction", "0.1"]) == 2
+    assert "more than data.max_bad_fraction 0.1" in capsys.readouterr().err
+
+
 def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
     write_dataset(tmp_path, data=9)
     assert _quick("data", "--data.num_folds", 3, "--data.fold", 2) == 0

@@ -22,7 +22,8 @@ from rexnet_lit.doctor.checkup import Checkup, Finding, render
 from rexnet_lit.doctor.duplicates import groups_of_equals, near_groups, perceptual_hash, thumbnail
 from rexnet_lit.folder import ImageFolder, Split, some, survey
 from rexnet_lit.process import cpu_count
-from rexnet_lit.quarantine import MAX_BAD_FRACTION, BadFile
+from rexnet_lit.quarantine import BadFile
+from rexnet_lit.spec import MAX_BAD_FRACTION
 
 __all__ = ["Checkup", "Finding", "check", "render"]
 
