@@ -159,7 +159,7 @@ def read_configs(argv: list[str], command: str) -> dict[str, Any]:
     """Return what each config file on a command line says, by its path.
 
     Raises:
-        UserError: One cannot be read; it is named.
+        UserError: One cannot be read, or holds no settings; it is named.
     """
     found = {}
     for key, following in itertools.pairwise([*argv, ""]):
@@ -170,6 +170,8 @@ def read_configs(argv: list[str], command: str) -> dict[str, Any]:
                 found[path] = load_yaml(Path(path).read_text("utf-8"), command)
             except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
                 raise UserError(f"{path}: {error}") from None
+            if not isinstance(found[path], dict):
+                raise UserError(f"{path}: it holds no settings, such as data: {{root: DIR}}")
     return found
 
 

@@ -233,7 +233,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         splits = self.folder.splits if self.folder else self.splits()
         for name in needed[stage]:
             if name not in splits or len(splits[name]) == 0:
-                raise UserError(_missing_split(name, self.record.root))
+                raise UserError(_missing_split(name, self.record))
             if name != "train" and name in self._datasets and self._datasets[name].transform == evaluate:
                 continue
             samples = self._without_bad(splits[name])
@@ -494,11 +494,16 @@ def _unlabelled(path: str) -> tuple[Samples, tuple[str, ...]]:
     return Samples(root, paths, np.full(len(paths), -1, np.int64)), notes
 
 
-def _missing_split(name: str, root: str | None) -> str:
+def _missing_split(name: str, record: DataRecord) -> str:
+    drawn = (
+        "more images: a class keeps its only one for training"
+        if record.val_fraction
+        else "set data.val_fraction above 0"
+    )
     remedies = {
         "train": "",
-        "val": " with a folder per class, or set data.val_fraction above 0",
+        "val": f" with a folder per class, or {drawn}",
         # Not in a run of the model: what its fit has not set aside, it was trained on.
         "test": " with a folder per class, or fit with data.test_fraction above 0",
     }
-    return f"{root}: there is no {name} split; add a {name} folder{remedies[name]}"
+    return f"{record.root}: there is no {name} split; add a {name} folder{remedies[name]}"

@@ -149,11 +149,13 @@ def test_what_lightning_finds_once_it_has_seen_the_data(pictures, capsys):
         ("model: {head: {temperature: .nan}}", "model.head.temperature is nan"),
         ("model: {schedule: {warmup_epochs: .nan}}", "model.schedule.warmup_epochs is nan"),
         ("model: {schedule: {step_epochs: .inf}}", "model.schedule.step_epochs and"),
+        ("# data: {batch_size: 4}", "mine.yaml: it holds no settings"),
+        ("- data", "mine.yaml: it holds no settings"),
     ],
 )
-def test_numbers_that_are_none_in_a_config(pictures, capsys, text, expected):
-    Path("numbers.yaml").write_text(text)
-    assert expected in fails(capsys, *QUICK, "--config", "numbers.yaml", "--data.root", pictures)
+def test_a_wrong_config(pictures, capsys, text, expected):
+    Path("mine.yaml").write_text(text)
+    assert expected in fails(capsys, *QUICK, "--config", "mine.yaml", "--data.root", pictures)
 
 
 def test_a_wrong_folder(tmp_path, capsys):

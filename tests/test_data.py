@@ -532,6 +532,8 @@ def test_a_missing_split_says_what_to_do(tmp_path, make_shapes):
     assert {name: len(s) for name, s in data.splits().items()} == {"train": 18, "val": 6}
     with pytest.raises(UserError, match=r"there is no test split; .* data.test_fraction above 0"):
         data.setup("test")
+    with pytest.raises(UserError, match=r"there is no val split; .* more images: a class keeps its only one"):
+        module(make_shapes(tmp_path / "one", train=1, val=0, test=0)).setup("fit")
 
 
 def test_class_folders_are_split(tmp_path, make_shapes):
