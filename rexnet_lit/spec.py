@@ -76,7 +76,7 @@ class EvalRecipe:
     @property
     def resize_size(self) -> int:
         """Length in pixels of the shorter side before the centre crop."""
-        return round(self.image_size / self.crop_pct)
+        return math.floor(self.image_size / self.crop_pct)  # as timm rounds
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,12 @@ import json
 import sys
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
 from cli_tools import NAMES, fails, lively_model, picture, write_pictures
+from PIL import Image
 
 import rexnet_lit
 from rexnet_lit import checkpoint, cli, export
@@ -187,6 +189,13 @@ def test_a_hub_folder_is_what_timm_loads(tmp_path, capsys, expected):
     with torch.no_grad():
         got = net((torch.from_numpy(images) - mean) / std).softmax(1).numpy()
     np.testing.assert_allclose(got, probs, atol=1e-5)
+    transform = timm.data.create_transform(**recipe)  # as the card says
+    noise = np.random.default_rng(0).integers(0, 256, (150, 201, 3), np.uint8)
+    photo = Image.fromarray(cv2.GaussianBlur(noise, (9, 9), 3))
+    with torch.no_grad():
+        got = net(transform(photo)[None]).softmax(1).numpy()
+    # One pixel in two hundred is another by one level of 255, and this model has a sharp ear.
+    np.testing.assert_allclose(own.probabilities([photo]), got, atol=0.02)
     card = (tmp_path / "hub" / "README.md").read_text()
     assert "Not measured" in card
     assert "- `a/b`\n- `'c'`\n- `<b>d</b>`" in card
