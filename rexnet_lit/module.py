@@ -254,10 +254,13 @@ class RexNetModule(pl.LightningModule):
             if self._solved:
                 raise UserError("model.strategy.solver: logistic needs an ImageFolderDataModule")
             return
-        if settings.name == "linear_probe" and settings.views and (data.augment.mixup or data.augment.cutmix):
-            raise UserError(
-                "model.strategy.views keeps features of whole images; set data.augment.mixup and cutmix to 0"
-            )
+        if settings.name == "linear_probe" and settings.views:
+            if data.augment.mixup or data.augment.cutmix:
+                raise UserError(
+                    "model.strategy.views keeps features of whole images; set data.augment.mixup and cutmix to 0"
+                )
+            if data.size_schedule:
+                raise UserError("model.strategy.views keeps features of one size; leave data.size_schedule out")
         views = settings.views or int(data.augment.fixed and not data.size_schedule)
         width: int = cast(Any, self.network).head_hidden_size
         needed = 4 * width * max(views, 1) * len(data.splits()["train"])
@@ -372,7 +375,16 @@ class RexNetModule(pl.LightningModule):
         self.log("train/loss_step", loss, prog_bar=True, on_epoch=False)
         self.train_loss.update(loss.detach(), len(targets))
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        return loss
+        return loss * self._share(batch_idx)
+
+    def _share(self, batch_idx: int) -> float:
+        """Return the factor that makes the gradient of accumulated batches their mean.
+
+        Lightning divides by ``accumulate_grad_batches`` in an epoch's last step too, which may have fewer.
+        """
+        every, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
+        rest = 0 if math.isinf(batches) else int(batches) % every
+        return every / rest if rest and batch_idx >= batches - rest else 1.0
 
     def on_validation_epoch_start(self) -> None:
         """Begin anew: outside a fit Lightning leaves inference tensors, which a fit cannot go on with."""
@@ -388,6 +400,7 @@ class RexNetModule(pl.LightningModule):
         self.log_dict(self.val_metrics, prog_bar=True)
         if self._plateau is not None and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._plateau.update(float(self.val_metrics["loss"].compute()))
+            self._plateau.apply(cast(LambdaLR, self.lr_schedulers()))
 
     def measure(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the validation metrics of logits (N, K) and targets (N,), on all processes the same."""
@@ -436,8 +449,12 @@ class RexNetModule(pl.LightningModule):
     @property
     def images_per_step(self) -> int | None:
         """Images of an optimiser step, over all processes; None with a data module that names no batch size."""
-        size = getattr(getattr(self.trainer, "datamodule", None), "batch_size", None)
-        return None if size is None else size * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        data = getattr(self.trainer, "datamodule", None)
+        size: int | None = getattr(data, "batch_size", None)
+        if size is None:
+            return None
+        images = size * self.trainer.accumulate_grad_batches * self.trainer.world_size
+        return min(images, len(data.splits()["train"])) if isinstance(data, ImageFolderDataModule) else images
 
     def _steps(self) -> tuple[int, int]:
         """Return the optimiser steps of an epoch and of the run.

@@ -6,6 +6,8 @@ import dataclasses
 import math
 from typing import Literal, get_args
 
+from torch.optim.lr_scheduler import LambdaLR
+
 from rexnet_lit.errors import UserError
 
 __all__ = ["Plateau", "ScheduleSettings", "lr_factor"]
@@ -76,7 +78,8 @@ def lr_factor(settings: ScheduleSettings, step: int, total_steps: int, steps_per
     if settings.name in ("constant", "plateau"):
         return 1.0
     if settings.name == "step":
-        return float(settings.gamma ** math.floor(step / steps_per_epoch / settings.step_epochs))
+        drops = math.floor(step / (steps_per_epoch * settings.step_epochs) + 1e-9)  # 33 / (10 * 1.1) is below 3
+        return float(settings.gamma**drops)
     done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
     return settings.min_factor + (1 - settings.min_factor) * 0.5 * (1 + math.cos(math.pi * done))
 
@@ -117,6 +120,13 @@ class Plateau:
     def __call__(self, step: int) -> float:
         """Return what the full learning rate is multiplied by, after ``step`` steps."""
         return self.factor * min(1.0, (step + 1) / (self.warmup + 1))
+
+    def apply(self, scheduler: LambdaLR) -> None:
+        """Have the next step take the factor of now, not of the last step's end."""
+        rates = [rate * self(scheduler.last_epoch) for rate in scheduler.base_lrs]
+        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        scheduler._last_lr = rates
 
     def update(self, loss: float) -> None:
         """Take a validation's loss into account."""

@@ -223,9 +223,10 @@ def build_optimizer(network: nn.Module, settings: OptimizerSettings, lr: float |
         parameter.requires_grad_(flag)
     for group in groups:  # timm leaves the scale to its own schedulers
         group["lr"] = lr * group.pop("lr_scale", 1.0)
+    plain = settings.name.lower() == "sgd" and not settings.momentum  # Nesterov's wants some
     try:
         optimizer = optim.create_optimizer_v2(
-            groups, opt=settings.name, lr=lr, weight_decay=0.0, momentum=settings.momentum
+            groups, opt="momentum" if plain else settings.name, lr=lr, weight_decay=0.0, momentum=settings.momentum
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"model.optimizer: {settings.name} refuses its settings: {error}") from None

@@ -233,6 +233,79 @@ def test_the_schedule_is_stepped_every_optimiser_step(tmp_path, shapes, accumula
     assert trainer.global_step == 12 // accumulate
 
 
+def test_plateau_drops_with_the_next_step(tmp_path, shapes):
+    """6 steps an epoch: a loss that only rises drops the rate after the second epoch, and after each one then."""
+
+    class Rising(RexNetModule):
+        def on_validation_epoch_end(self) -> None:
+            self.val_metrics["loss"].compute = lambda: torch.tensor(float(self.current_epoch))  # type: ignore[method-assign]
+            super().on_validation_epoch_end()
+
+    class Used(pl.Callback):
+        def __init__(self) -> None:
+            self.rates: list[float] = []
+
+        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+            self.rates.append(optimizer.param_groups[0]["lr"])
+
+    used = Used()
+    module = model_of(
+        Rising,
+        optimizer=OptimizerSettings("sgd", lr=0.1),
+        schedule=ScheduleSettings("plateau", warmup_epochs=0, gamma=0.5, patience=0),
+        strategy=StrategySettings("linear_probe"),
+    )
+    trainer_of(tmp_path, callbacks=[used], max_epochs=3).fit(module, data_of(shapes, batch_size=4))
+    assert used.rates == pytest.approx([0.1] * 12 + [0.05] * 6)
+
+
+def test_the_gradient_of_accumulated_batches_is_their_mean(tmp_path, shapes):
+    """6 batches in steps of 4: the second step has 2, and Lightning divides by 4."""
+
+    class Gradients(pl.Callback):
+        def __init__(self) -> None:
+            self.batches: list[Any] = []
+            self.steps: list[tuple[float, int]] = []
+
+        def on_train_batch_start(self, trainer, module, batch, batch_idx) -> None:
+            self.batches.append(batch)
+
+        def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
+            bias = module.network.head.fc.bias
+            with torch.enable_grad():
+                loss = sum(module.loss(module(images), targets) for images, targets in self.batches)
+                (wanted,) = torch.autograd.grad(loss / len(self.batches), bias)
+            self.steps.append((float((bias.grad - wanted).abs().max() / wanted.abs().max()), len(self.batches)))
+            self.batches = []
+
+    seen = Gradients()
+    head = HeadSpec(dropout=0.0)
+    module = model_of(head=head, strategy=StrategySettings("linear_probe"), optimizer=OptimizerSettings("sgd", lr=0.1))
+    trainer = trainer_of(tmp_path, callbacks=[seen], accumulate_grad_batches=4, limit_val_batches=0, max_epochs=1)
+    trainer.fit(module, data_of(shapes, batch_size=4))
+    assert [count for _, count in seen.steps] == [4, 2]
+    assert max(difference for difference, _ in seen.steps) < 1e-4
+
+
+@pytest.mark.parametrize(("batch_size", "accumulate", "images"), [(4, 1, 4), (4, 3, 12), (100, 1, 24), (4, 8, 24)])
+def test_a_step_has_no_more_images_than_there_are(tmp_path, shapes, batch_size, accumulate, images):
+    optimizer = OptimizerSettings("sgd", lr=0.1, base_batch_size=24)
+    module = model_of(
+        optimizer=optimizer,
+        strategy=StrategySettings("linear_probe"),
+        schedule=ScheduleSettings("constant", warmup_epochs=0),
+    )
+    trainer = trainer_of(tmp_path, accumulate_grad_batches=accumulate, limit_val_batches=0, max_epochs=1)
+    trainer.fit(module, data_of(shapes, batch_size=batch_size))
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(0.1 * images / 24)
+
+
+def test_views_are_of_one_size(tmp_path, shapes):
+    module = model_of(strategy=StrategySettings("linear_probe", views=2))
+    with pytest.raises(UserError, match=r"leave data\.size_schedule out"):
+        trainer_of(tmp_path).fit(module, data_of(shapes, size_schedule=[(0, 32), (1, 48)]))
+
+
 def test_frozen_parts_stay_in_eval_mode():
     module = model_of(strategy="linear_probe")
     module.train()

@@ -49,6 +49,15 @@ def test_step(step, factor):
     assert lr_factor(settings, step, 100, 10) == pytest.approx(factor)
 
 
+@pytest.mark.parametrize("step_epochs", [0.1, 0.3, 0.7, 1.1, 2.3])
+def test_step_at_fractions_of_an_epoch(step_epochs):
+    """A drop comes with its very step, whatever the division of fractions leaves."""
+    settings = ScheduleSettings("step", warmup_epochs=0, step_epochs=step_epochs, gamma=0.5)
+    between = round(10 * step_epochs)
+    for step in range(100):
+        assert lr_factor(settings, step, 100, 10) == 0.5 ** (step // between)
+
+
 def test_step_after_a_warmup_counts_epochs_from_the_run_s_start():
     settings = ScheduleSettings("step", warmup_epochs=0.5, step_epochs=2, gamma=0.5)
     assert [lr_factor(settings, s, 100, 10) for s in (0, 4, 5, 19, 20, 40)] == pytest.approx(

@@ -187,6 +187,11 @@ def test_the_rate_follows_the_batch_size_by_timm_s_rule(name, batch, rate):
     assert settings.full_lr(True) == 0.1  # where nobody knows the batch size
 
 
+def test_sgd_without_momentum_is_plain(network):
+    optimizer = build_optimizer(network, OptimizerSettings("sgd", momentum=0))
+    assert {(group["momentum"], group["nesterov"]) for group in optimizer.param_groups} == {(0, False)}
+
+
 @pytest.mark.parametrize(("name", "given", "scratch"), [("sgd", 0.05, 0.1), ("adamw", 0.0015, 0.004)])
 def test_the_default_rate_depends_on_the_start(name, given, scratch, shapes, tmp_path):
     assert OptimizerSettings(name).full_lr(False) == given
