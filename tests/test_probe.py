@@ -96,6 +96,23 @@ def test_solve_is_scikit_learn_s_regression():
         assert (logits[:, classes] < logits[:, :classes].max(1)).all()  # nobody is of the class without images
 
 
+def test_solve_converges_at_weak_regularisations():
+    """More features than images, of which many tell the class: the best strength is the weakest."""
+    rng = np.random.default_rng(0)
+    targets = np.arange(120) % 5
+    features = (
+        rng.normal(size=(120, 300)).astype(np.float32) + 0.6 * rng.normal(size=(5, 300)).astype(np.float32)[targets]
+    )
+    half = features[:60], targets[:60], features[60:], targets[60:]
+    head = probe.solve(*half, np.ones(5))
+    assert head.strength >= 1
+    mean, spread = half[0].mean(0), half[0].std(0)
+    exact = LogisticRegression(C=head.strength, tol=1e-10, max_iter=10_000).fit((half[0] - mean) / spread, half[1])
+    wanted = exact.decision_function((half[2] - mean) / spread)
+    logits = half[2] @ head.weight.T + head.bias
+    np.testing.assert_allclose(logits - logits.mean(1, keepdims=True), wanted, atol=0.02)
+
+
 def test_the_solved_probe_needs_one_epoch_and_changes_nothing_else(shapes, tmp_path, capsys):
     module, trainer = probed(shapes, tmp_path, 7, strategy=StrategySettings("linear_probe", solver="logistic"))
     assert trainer.current_epoch == 1
