@@ -184,12 +184,8 @@ class RexNetModule(pl.LightningModule):
                 self._keeps_none(f"{path} has another kind of head")
         where = f"model.weights: {path}"
         kept = network.load_weights(self.network, state, where, keep_head=same_classes, rows=rows)
-        classes = state["head.fc.weight"].shape[0] if "head.fc.weight" in state else "another kind of"
-        said = (
-            "its head too"
-            if kept
-            else f"its head ({classes} classes) is replaced by a new one ({len(self.spec.class_names)})"
-        )
+        old = f"{len(state['head.fc.weight'])} classes" if "head.fc.weight" in state else "of another kind"
+        said = "its head too" if kept else f"its head ({old}) is replaced by a new one ({len(self.spec.class_names)})"
         rank_zero_only(print)(f"Starting from {path}: {said}.")
 
     def setup(self, stage: str) -> None:
