@@ -384,6 +384,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return process.auto_num_workers(gpus) if self.num_workers is None else self.num_workers, gpus > 0
 
     def _sampler(self, name: str) -> BatchSampler:
+        if name not in self._datasets:
+            stage = {"train": "fit", "val": "validate"}.get(name, name)
+            raise UserError(f"the {name} images are not ready: call setup({stage!r}) first")
         dataset, trainer = self._datasets[name], self.trainer
         rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
         if name != "train":

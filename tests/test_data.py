@@ -536,6 +536,17 @@ def test_a_missing_split_says_what_to_do(tmp_path, make_shapes):
         module(make_shapes(tmp_path / "one", train=1, val=0, test=0)).setup("fit")
 
 
+def test_a_loader_before_setup_says_so(tmp_path, make_shapes):
+    data = module(make_shapes(tmp_path))
+    for load, stage in (
+        (data.train_dataloader, "fit"),
+        (data.val_dataloader, "validate"),
+        (data.test_dataloader, "test"),
+    ):
+        with pytest.raises(UserError, match=rf"call setup\('{stage}'\) first"):
+            load()
+
+
 def test_class_folders_are_split(tmp_path, make_shapes):
     root = make_shapes(tmp_path, train=10, val=0, test=0, flat=True)
     data = module(root, val_fraction=0.2, test_fraction=0.1)
