@@ -498,15 +498,11 @@ def _unlabelled(path: str) -> tuple[Samples, tuple[str, ...]]:
 
 
 def _missing_split(name: str, record: DataRecord) -> str:
-    drawn = (
-        "more images: a class keeps its only one for training"
-        if record.val_fraction
-        else "set data.val_fraction above 0"
-    )
-    remedies = {
-        "train": "",
-        "val": f" with a folder per class, or {drawn}",
-        # Not in a run of the model: what its fit has not set aside, it was trained on.
-        "test": " with a folder per class, or fit with data.test_fraction above 0",
-    }
-    return f"{record.root}: there is no {name} split; add a {name} folder{remedies[name]}"
+    remedy = f"add a {name} folder"
+    if name == "test":  # not in a run of the model: what its fit has not set aside, it was trained on
+        remedy += " with a folder per class, or fit with data.test_fraction above 0"
+    elif name == "val" and record.val_fraction == 0:
+        remedy += " with a folder per class, or set data.val_fraction above 0"
+    elif name == "val":
+        remedy += " with a folder per class, or more images: a class keeps its only one for training"
+    return f"{record.root}: there is no {name} split; {remedy}"

@@ -99,10 +99,7 @@ def _normalise(image: NDArray[np.uint8], recipe: EvalRecipe) -> Tensor:
 
 
 def _resize(image: NDArray[np.uint8], height: int, width: int, interpolation: str) -> NDArray[np.uint8]:
-    """Return ``image`` (H, W, 3) in another size, without aliasing, as Pillow does to a level of brightness.
-
-    torch takes a third of the time of OpenCV's area averaging, the only one of its filters that does not alias.
-    """
+    """Return ``image`` (H, W, 3) in another size, without aliasing, as Pillow does to two levels of 255."""
     if image.shape[:2] == (height, width):
         return image
     planes = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
@@ -116,8 +113,8 @@ def _resize(image: NDArray[np.uint8], height: int, width: int, interpolation: st
 class EvalTransform:
     """The eval recipe, timm's: resized until the shorter side fits, the centre square cut out, normalised.
 
-    Of a longer image than three times its height only the middle is resized: a strip of 1,000,000 x 10 pixels needs no
-    memory.
+    Of an image more than three times as long as wide only the middle is resized: a strip of 1,000,000 x 10 pixels
+    needs no memory.
     """
 
     recipe: EvalRecipe
