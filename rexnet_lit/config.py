@@ -10,12 +10,22 @@ from typing import Any
 
 import jsonargparse
 import yaml
+from lightning.pytorch import callbacks, loggers
 
 from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.spec import EvalRecipe
 from rexnet_lit.transforms import AugmentSettings
 
-__all__ = ["expand", "load_yaml", "named_key", "one_line", "read_augment", "read_configs", "without"]
+__all__ = [
+    "class_problem",
+    "expand",
+    "load_yaml",
+    "named_key",
+    "one_line",
+    "read_augment",
+    "read_configs",
+    "without",
+]
 
 _yaml_load = jsonargparse.get_loader("yaml")  # before ours takes its place
 # Settings for which a bare name stands for {name: ...}.
@@ -148,11 +158,18 @@ def read_augment(config: str) -> tuple[AugmentSettings, int]:
         UserError: The file cannot be read, or the recipe is wrong.
     """
     try:
-        data = (load_yaml(Path(config).read_text("utf-8"), "fit") or {}).get("data") or {}
+        data = (load_yaml(_text(config), "fit") or {}).get("data") or {}
         size = data.get("image_size") or EvalRecipe().image_size
         return AugmentSettings(**(data.get("augment") or {})), int(size)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         raise UserError(f"--config {config}: {' '.join(str(error).split())}") from None
+
+
+def _text(config: str) -> str:
+    try:
+        return Path(config).read_text("utf-8")
+    except UnicodeDecodeError:
+        raise yaml.YAMLError("it is not text in UTF-8; save it as that") from None
 
 
 def read_configs(argv: list[str], command: str) -> dict[str, Any]:
@@ -167,8 +184,8 @@ def read_configs(argv: list[str], command: str) -> dict[str, Any]:
         path = value if equals else following
         if option in _CONFIG and Path(path).is_file():
             try:
-                found[path] = load_yaml(Path(path).read_text("utf-8"), command)
-            except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+                found[path] = load_yaml(_text(path), command)
+            except (OSError, yaml.YAMLError) as error:
                 raise UserError(f"{path}: {error}") from None
             if not isinstance(found[path], dict):
                 raise UserError(f"{path}: it holds no settings, such as data: {{root: DIR}}")
@@ -224,11 +241,37 @@ _PLAINLY = (
 """What the parser says, and how a user would say it."""
 
 
+_CLASS_PROBLEM = re.compile(
+    r"- (?:Problem with given class_path '(?P<path>.+?)':|Expected a dot import path string: (?P<unknown>\S+)|"
+    r"Import path (?P<other>\S+) does not correspond to)(?P<reason>.*?)(?=\n\s*- |\n\s*Given |\Z)",
+    re.DOTALL,
+)
+
+
+def class_problem(message: str) -> str | None:
+    """Return what the parser has against a class that was named; None where that is not what it complains of."""
+    found = _CLASS_PROBLEM.search(message)
+    if found is None:
+        return None
+    if found["unknown"]:
+        name, known = found["unknown"], [*callbacks.__all__, *loggers.__all__]
+        return f"no class is called {name!r}{did_you_mean(name, known) or '; give its whole path, as package.Class'}"
+    reason = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", " ".join(found["reason"].split()))
+    return f"{found['path']}: {_plainly(reason)}" if found["path"] else f"{found['other']} is not {reason}"
+
+
 def one_line(message: str, known: list[str]) -> str:
     """Return the parser's complaint as one line, with the nearest key where one is not known."""
     key = named_key(message)
+    problem = class_problem(message)
+    if problem is not None:
+        return f"{key}: {problem}"
     hint = did_you_mean(key, known) if key is not None and key not in known else ""
+    return _plainly(message) + hint
+
+
+def _plainly(message: str) -> str:
     text = " ".join(message.split())
     for pattern, plain in _PLAINLY:
         text = re.sub(pattern, plain, text)
-    return text + hint
+    return text

@@ -6,7 +6,6 @@ Lightning itself meets most of it with a traceback once the run is under way, or
 from __future__ import annotations
 
 import contextlib
-import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -31,6 +30,7 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from rexnet_lit.config import class_problem
 from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.guards import RunCheckpoint
 from rexnet_lit.module import RexNetModule
@@ -145,8 +145,7 @@ def told_plainly() -> Iterator[None]:
             cause = cause.__cause__ or cause.__context__ or cause
         said = str(cause)
         if _raised_in(cause, "jsonargparse"):  # of several kinds of value that it has tried, the class's reason counts
-            reasons = re.findall(r"Problem with given class_path (.*?)(?=\n\s*- |\nGiven |\Z)", str(error), re.DOTALL)
-            said = reasons[0] if reasons else str(error).partition("\nGiven ")[0]
+            said = class_problem(str(error)) or str(error).partition("\nGiven ")[0]
         elif not raised_by_lightning(cause):
             raise
         raise UserError(f"trainer: {' '.join(said.split())}") from error

@@ -729,11 +729,22 @@ def test_what_cannot_be_made_for_the_trainer_is_one_line(pictures, capsys, tmp_p
         ),
         ("strategy: {class_path: lightning.pytorch.strategies.DeepSpeedStrategy}", "DeepSpeed"),
         ("logger: WandbLogger", "wandb"),
+        ("callbacks: EarlyStoping", "callbacks: no class is called 'EarlyStoping'; did you mean 'EarlyStopping'"),
+        ("callbacks: [{class_path: mine}]", "no class is called 'mine'; give its whole path, as package.Class"),
+        ("callbacks: [{class_path: my.Own}]", "callbacks: my.Own: No module named 'my'"),
+        ("callbacks: [{class_path: torch.nn.Linear}]", "torch.nn.Linear is not a subclass of Callback"),
+        ("callbacks: EarlyStopping", "EarlyStopping: the following arguments are required: monitor"),
+        ("callbacks: [{class_path: EarlyStopping, init_args: {monitr: a}}]", "Option 'monitr' is not accepted"),
+        ("callbacks: [{class_path: EarlyStopping, init_args: {patience: x}}]", "patience: expected int, got x"),
     ):
         config.write_text(f"trainer: {{{text}}}")
         line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
-        assert line.startswith("trainer")
+        assert line.removeprefix(f"{config}: ").startswith("trainer")
         assert expected in line
+        assert len(line) < 300
+    config.write_text("data: {batch_size: 8}", "utf-16")
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+    assert line == f"{config}: it is not text in UTF-8; save it as that"
 
 
 def test_a_try_out_writes_nothing(pictures, capsys):
