@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal, NoReturn, cast, get_args
 
 import lightning.pytorch as pl
@@ -62,7 +62,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             many as fit. ``disk`` keeps the decoded images in the user's cache folder: from the second epoch
             on, or the second run, nothing is decoded.
         cache_gb: Gigabytes (10^9 bytes) that the cache may fill; half of what is free by default.
-        max_bad_fraction: A run refuses when a larger share of the images cannot be read.
+        max_bad_fraction: A run refuses when a larger share of the folder's images, all splits together, cannot be read.
         predict_path: An image, or a folder of unlabelled images.
         predict_output: CSV that `predict` writes; a new ``predictions.csv`` in ``trainer.default_root_dir`` by default.
 
@@ -220,7 +220,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if stage == "predict":
             if self.predict_samples is None:
                 return  # a trainer that is given a loader asks all the same
-            good = self._without_bad(self.predict_samples, limit=False)
+            good = self._without_bad(self.predict_samples)
             self._datasets["predict"] = ImageDataset(good, evaluate, 0)
             return
         needed: dict[str, tuple[Split, ...]] = {
@@ -231,6 +231,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if stage not in needed:
             raise UserError(f"setup: the stage is {stage!r}; expected one of {', '.join([*needed, 'predict'])}")
         splits = self.folder.splits if self.folder else self.splits()
+        self._check_bad(splits.values())
         for name in needed[stage]:
             if name not in splits or len(splits[name]) == 0:
                 raise UserError(_missing_split(name, self.record))
@@ -311,17 +312,23 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.eval_recipe = recipe
         return recipe, train_size
 
-    def _without_bad(self, samples: Samples, *, limit: bool = True) -> Samples:
+    def _check_bad(self, splits: Collection[Samples]) -> None:
+        """Refuse where too many of the folder's images cannot be read; how they are split is often chance."""
+        found = [(samples.paths[i], reason) for samples in splits for i, reason in quarantine.find_bad(samples)]
+        count = sum(map(len, splits))
+        if len(found) > self.record.max_bad_fraction * count:
+            path, reason = found[0]
+            raise UserError(
+                f"{self.record.root}: {len(found)} of {count} images cannot be read (such as {path!r}: {reason}), more "
+                f"than data.max_bad_fraction {self.record.max_bad_fraction}; `python -m rexnet_lit check` lists them: "
+                "mend or remove them, or set a larger fraction"
+            )
+
+    def _without_bad(self, samples: Samples) -> Samples:
         """Return ``samples`` less the unreadable files, which are remembered for ``quarantine.csv``."""
         bad = quarantine.find_bad(samples)
         found = [quarantine.BadFile(samples.paths[i], reason) for i, reason in bad]
         self.bad_files += [row for row in found if row not in self.bad_files]
-        if limit and len(bad) > self.record.max_bad_fraction * len(samples):
-            raise UserError(
-                f"{samples.root}: {len(bad)} of {len(samples)} images cannot be read (such as {found[0].path!r}: "
-                f"{found[0].reason}), more than data.max_bad_fraction {self.record.max_bad_fraction}; "
-                "`python -m rexnet_lit check` lists them"
-            )
         if len(bad) == len(samples):
             raise UserError(f"{samples.root}: no image can be read (such as {found[0].path!r}: {found[0].reason})")
         keep = np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad])

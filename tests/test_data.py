@@ -501,6 +501,16 @@ def test_too_many_unreadable_files_are_refused(tmp_path, make_shapes, split):
     assert len(data.bad_files) == 2
 
 
+def test_a_broken_image_of_a_small_split_is_borne_by_the_whole_folder(tmp_path, make_shapes):
+    """Where a drawn split's broken images fall is chance: the limit is of all images."""
+    root = make_shapes(tmp_path, test=0)
+    damage(root, "val", 1)  # of 8, and of 32 altogether
+    data = module(root)
+    data.setup("fit")
+    data.setup("validate")
+    assert len(data.bad_files) == 1
+
+
 def test_a_split_of_which_nothing_can_be_read(tmp_path, make_shapes):
     root = make_shapes(tmp_path, test=0, val=1)
     for path in (root / "val").rglob("*.*"):

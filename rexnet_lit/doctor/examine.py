@@ -197,11 +197,10 @@ def _about_bad(folder: ImageFolder, looks: Sequence[_Look]) -> list[Finding]:
         return []
     common = collections.Counter(look.reason for look in bad).most_common(3)
     reasons = ", ".join(f"{count} x {reason}" for reason, count in common)
-    by_split = collections.Counter(look.split for look in bad)
-    too_many = [split for split, count in by_split.items() if count > MAX_BAD_FRACTION * len(folder.splits[split])]
+    too_many = len(bad) > MAX_BAD_FRACTION * len(looks)
     message = f"{len(bad)} of {len(looks)} images are unreadable: {reasons}"
     advice = "replace or delete them; " + (
-        f"training refuses more than {MAX_BAD_FRACTION:.0%} of a split (data.max_bad_fraction): {', '.join(too_many)}"
+        f"training refuses more than {MAX_BAD_FRACTION:.0%} (data.max_bad_fraction)"
         if too_many
         else "training leaves them out"
     )
