@@ -26,7 +26,7 @@ from rexnet_lit import checkpoint, decode, quarantine, report
 from rexnet_lit.blend import Blend
 from rexnet_lit.calibration import Calibrate
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import UserError, counted
 from rexnet_lit.files import fresh_path
 from rexnet_lit.folder import write_split
 from rexnet_lit.guards import saver_of, stopped_early
@@ -69,7 +69,8 @@ class RunFiles(Callback):
         if data.bad_files:
             target = Path(log_dir) / "quarantine.csv"
             quarantine.write_quarantine(data.bad_files, target)
-            print(f"{len(data.bad_files)} image(s) cannot be read and are left out: {target}", flush=True)  # noqa: T201
+            many = counted(len(data.bad_files), "image", "images")
+            print(f"left out as unreadable: {many}, listed in {target}", flush=True)  # noqa: T201
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the best weights, with the model's description, as the file to share; list files lost meanwhile."""
@@ -81,8 +82,8 @@ class RunFiles(Callback):
         if lost:
             target = Path(trainer.log_dir) / "quarantine.csv"
             quarantine.write_quarantine([*data.bad_files, *lost], target)
-            others = "others of their class stood in for them"
-            print(f"{len(lost)} image(s) were lost during the run, {others}: {target}", flush=True)  # noqa: T201
+            many = counted(len(lost), "image was", "images were")
+            print(f"{many} lost during the run, others of the class stood in: {target}", flush=True)  # noqa: T201
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Ship what a run that was killed after its last save has not."""

@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader
 from rexnet_lit import decode, process, quarantine
 from rexnet_lit.cache import DiskCache, decode_all
 from rexnet_lit.datasets import FeatureDataset, ImageDataset
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import UserError, counted
 from rexnet_lit.files import absolute
 from rexnet_lit.folder import ImageFolder, Samples, Split, fingerprint, list_images, scan, some
 from rexnet_lit.loader import Loader, build_loader
@@ -202,7 +202,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         for count, where in ((leaks, "splits: the scores are too good"), (conflicts, "classes: one label is wrong")):
             if count:
                 lists = "`python -m rexnet_lit check` lists them"
-                print(f"warning: {count} images stand with the same content in several {where}; {lists}")  # noqa: T201
+                many = counted(count, "image stands", "images stand")
+                print(f"warning: {many} with the same content in several {where}; {lists}")  # noqa: T201
 
     def lost_files(self) -> list[quarantine.BadFile]:
         """Return the training images that have become unreadable since `setup`."""
@@ -340,8 +341,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         empty = [self.class_names[number] for number in np.flatnonzero(counts == 0)]
         if empty:
             raise UserError(
-                f"{samples.root}: no training image can be read of {len(empty)} classes: {some(empty, 100)}; "
-                "mend the files (`python -m rexnet_lit check` lists them), or remove these folders"
+                f"{samples.root}: no training image can be read of {counted(len(empty), 'class', 'classes')}: "
+                f"{some(empty, 100)}; mend the files (`python -m rexnet_lit check` lists them), or remove these folders"
             )
 
     def compute_features(
@@ -399,13 +400,14 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if name != "train":
             if len(dataset) < world:
                 raise UserError(
-                    f"{dataset.samples.root}: {len(dataset)} {name} image(s) for {world} processes; each needs one: "
+                    f"{dataset.samples.root}: {len(dataset)} of {name} for {world} processes; each needs an image: "
                     "add images, or set fewer trainer.devices"
                 )
             return BatchSampler(len(dataset), self.batch_size, rank=rank, world_size=world)
         if len(dataset) < 2 * world:
             raise UserError(
-                f"{dataset.samples.root}: {len(dataset)} training image(s) for {world} process(es); "
+                f"{dataset.samples.root}: {counted(len(dataset), 'training image', 'training images')} for "
+                f"{counted(world, 'process', 'processes')}; "
                 "each needs at least 2 (BatchNorm cannot train on one): add images"
             )
         targets = dataset.samples.targets

@@ -9,7 +9,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-__all__ = ["Stopped", "UserError", "did_you_mean", "visible"]
+__all__ = ["Stopped", "UserError", "counted", "did_you_mean", "visible"]
 
 # Control characters, line separators, direction overrides (they make a name read as another) and surrogates.
 _INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
@@ -24,6 +24,11 @@ def visible(text: str) -> str:
         return f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else ascii(char)[1:-1]
 
     return _INVISIBLE.sub(escape, text)
+
+
+def counted(number: int, one: str, many: str) -> str:
+    """Return a number with what it counts: ``1 image``, ``2 images``."""
+    return f"{number} {one if number == 1 else many}"
 
 
 class UserError(Exception):

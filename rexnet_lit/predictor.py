@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from rexnet_lit import checkpoint, decode, network
-from rexnet_lit.errors import UserError, did_you_mean
+from rexnet_lit.errors import UserError, counted, did_you_mean
 from rexnet_lit.spec import ModelSpec
 from rexnet_lit.transforms import EvalTransform
 
@@ -61,6 +61,11 @@ class Classifier:
         if self.device.type == "cpu":
             self.network.to(memory_format=torch.channels_last)  # about 1.5 times as fast there
         self._transform = EvalTransform(spec.eval_recipe)
+
+    def __repr__(self) -> str:
+        """Say what it is, for notebooks."""
+        classes, size = counted(self.spec.num_classes, "class", "classes"), self.spec.eval_recipe.image_size
+        return f"Classifier({self.spec.backbone}, {classes}, {size} x {size} pixels, {self.device})"
 
     @property
     def class_names(self) -> tuple[str, ...]:

@@ -38,7 +38,7 @@ from rexnet_lit.callbacks import (
 )
 from rexnet_lit.config import expand, load_yaml, named_key, one_line, read_configs, without
 from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.errors import UserError, visible
+from rexnet_lit.errors import UserError, counted, visible
 from rexnet_lit.files import absolute, check_output, check_writable, fresh_path
 from rexnet_lit.finite_loss import FiniteLoss
 from rexnet_lit.folder import lists_images_of
@@ -427,7 +427,8 @@ class RexNetCLI(LightningCLI):
         for note in data.folder.notes if data.folder else ():
             print(f"note: {note}", flush=True)  # noqa: T201
         if data.folder and data.folder.clutter:
-            print(f"note: {data.folder.clutter} files and folders are no images, and ignored", flush=True)  # noqa: T201
+            many = counted(data.folder.clutter, "file or folder is no image", "files and folders are no images")
+            print(f"note: {many}, and ignored", flush=True)  # noqa: T201
         if self.config["fit"]["find_lr"]:
             find_lr(trainer, model, data)
             raise SystemExit(0)
@@ -521,7 +522,7 @@ class RexNetCLI(LightningCLI):
         if bad:
             first = f"{visible(bad[0].path)}: {visible(bad[0].reason)}"
             where = f"; all are listed in {listed}" if listed else ""
-            print(f"{len(bad)} image(s) cannot be read and are left out, such as {first}{where}")  # noqa: T201
+            print(f"left out as unreadable: {counted(len(bad), 'image', 'images')}, first {first}{where}")  # noqa: T201
 
     def after_predict(self) -> None:
         """Print the first predictions and where the rest are."""

@@ -555,7 +555,7 @@ def test_images_that_cannot_be_read_are_said_wherever_they_are_left_out(tmp_path
         (root / split / "disc" / "empty.png").write_bytes(b"")
     model = lively_model(tmp_path / "model.safetensors", size=32)
     argv = ["--ckpt_path", str(model), "--data.root", str(root), "--data.num_workers", "0"]
-    said = "1 image(s) cannot be read and are left out, such as {}/disc/empty.png: empty file"
+    said = "left out as unreadable: 1 image, first {}/disc/empty.png: empty file"
     assert cli.main(["validate", *argv]) == 0
     assert said.format("val") in capsys.readouterr().out
     assert cli.main(["test", *argv]) == 0
@@ -574,7 +574,7 @@ def test_a24_a29_copies_and_images_lost_in_a_run_are_said(tmp_path, capsys, monk
     with pytest.warns(UserWarning, match="can no longer be read"):
         assert cli.main([*map(str, fit), "--data.num_workers", "0", "--data.cache", "none"]) == 0
     out = capsys.readouterr().out
-    assert "1 image(s) were lost during the run, others of their class stood in" in out
+    assert "1 image was lost during the run, others of the class stood in" in out
     for where in ("splits", "classes"):  # A24
         assert f"warning: 2 images stand with the same content in several {where}: " in out
     reason = "No such file or directory"

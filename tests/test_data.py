@@ -523,13 +523,13 @@ def test_a_single_training_image_says_so(tmp_path, make_shapes):
     root = make_shapes(tmp_path, train=1, val=1, test=0, classes=("good", "bad"))
     (root / "train" / "bad" / "train_000.jpg").write_bytes(b"")
     data = module(root, max_bad_fraction=1.0)
-    with pytest.raises(UserError, match=r"no training image can be read of 1 classes: 'bad'; mend the files"):
+    with pytest.raises(UserError, match=r"no training image can be read of 1 class: 'bad'; mend the files"):
         data.setup("fit")
     data = module(make_shapes(tmp_path / "two", train=1, val=1, test=0, classes=("a", "b")))
     data.setup("fit")
     device = torch.device("cpu")
     data.trainer = SimpleNamespace(world_size=2, global_rank=0, strategy=SimpleNamespace(root_device=device))
-    with pytest.raises(UserError, match=r"2 training image\(s\) for 2 process\(es\); each needs at least 2"):
+    with pytest.raises(UserError, match=r"2 training images for 2 processes; each needs at least 2"):
         data.train_dataloader()
 
 

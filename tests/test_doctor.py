@@ -110,7 +110,7 @@ def test_what_training_refuses_is_an_error(healthy, tmp_path):
     for file in (healthy / "train/dog").iterdir():
         file.write_bytes(b"")
     lost = found(check(healthy))["unreadable-class"]
-    assert (lost.severity, lost.message) == ("error", "no training image can be read of 1 classes: 'dog'")
+    assert (lost.severity, lost.message) == ("error", "no training image can be read of 1 class: 'dog'")
     for name in ("a", "b"):
         save(tmp_path / "ones" / name / "1.png", picture(ord(name)))
     empty = found(check(tmp_path / "ones"))["empty-split"]

@@ -242,7 +242,7 @@ def test_splits_by_other_names(tmp_path):
         make(root, *many(f"{train}/a", 3), *many(f"{train}/b", 3), *many(f"{val}/a", 1), *many("Testing/b", 2), "x.jpg")
         folder = scan(root)
         assert {k: len(v) for k, v in folder.splits.items()} == {"train": 6, "val": 1, "test": 2}
-        assert "1 images beside the splits are ignored" in folder.notes
+        assert "1 image beside the splits is ignored" in folder.notes
 
 
 def test_splits_that_are_not_called_so_are_said(tmp_path):
@@ -262,7 +262,7 @@ def test_a22_a23_split_folders_that_are_links(tmp_path):
     make(tmp_path / "out", *many("a", 4), *many("b", 4))
     root = make(tmp_path / "in", *many("val/a", 2), *many("val/b", 2))
     (root / "train").symlink_to(tmp_path / "out")
-    with pytest.raises(UserError, match="1 links lead out of the folder, first 'train'"):
+    with pytest.raises(UserError, match="1 link leads out of the folder, first 'train'"):
         scan(root)
     assert len(scan(root, follow_outside_links=True).splits["train"]) == 8
     (root / "train").unlink()
@@ -293,7 +293,7 @@ def test_unlabelled_test_folder_and_strays_are_said(tmp_path):
     assert "test" not in folder.splits
     text = "\n".join(folder.notes)
     assert "test/ has 7 images without class folders" in text
-    assert "'train': 1 images outside every class folder" in text
+    assert "'train': 1 image outside every class folder" in text
     assert "ignored beside the splits: 'models'" in text
 
 
@@ -365,9 +365,9 @@ def test_a14_a15_clutter_is_ignored_and_counted(tmp_path):
 def test_unsupported_images_are_said(tmp_path):
     make(tmp_path, *many("a", 5), *many("b", 5), "a/1.HEIC", "a/2.heic", "b/x.svg", "b/noextension")
     text = "\n".join(scan(tmp_path).notes)
-    assert "2 .heic files are ignored: convert them to JPEG or PNG" in text
-    assert "1 .svg files" in text
-    assert "1 files without an extension" in text
+    assert "2 .heic files are ignored: convert to JPEG or PNG" in text
+    assert "1 .svg file is" in text
+    assert "1 file without an extension" in text
 
 
 def test_pipes_and_folders_with_image_names(tmp_path):
@@ -423,7 +423,7 @@ def test_a23_a_class_folder_that_is_a_link(tmp_path):
     (tmp_path / "b").symlink_to(".store/b")
     assert np.bincount(np.concatenate([s.targets for s in scan(tmp_path).splits.values()])).tolist() == [3, 4]
     (tmp_path / "c").symlink_to("/etc")
-    with pytest.raises(UserError, match="1 links lead out of the folder, first 'c'"):
+    with pytest.raises(UserError, match="1 link leads out of the folder, first 'c'"):
         scan(tmp_path)
 
 
@@ -434,7 +434,7 @@ def test_links_inside_broken_links_and_a_root_that_is_a_link(tmp_path):
     (tmp_path / "link").symlink_to(root)
     folder = scan(tmp_path / "link")
     assert sum(map(len, folder.splits.values())) == 7
-    assert any("1 broken links are ignored" in note for note in folder.notes)
+    assert any("1 broken link is ignored" in note for note in folder.notes)
     assert folder.splits["train"].path(0).startswith(str(tmp_path / "link"))
 
 
@@ -686,7 +686,7 @@ def test_split_file_cannot_leave_the_root(tmp_path):
     outside = make(tmp_path / "out", "1.jpg")
     root = make(tmp_path / "root", "a/1.jpg", "b/1.jpg")
     file = write(tmp_path / "s.csv", f"path,label\na/1.jpg,a\nb/1.jpg,b\n{outside}/1.jpg,b\n")
-    with pytest.raises(UserError, match="lead out of the folder"):
+    with pytest.raises(UserError, match="1 link leads out of the folder"):
         scan(root, split_file=file)
     assert sum(map(len, scan(root, split_file=file, follow_outside_links=True).splits.values())) == 3
 
@@ -702,9 +702,9 @@ def test_list_images(tmp_path):
     root, paths, notes = list_images(tmp_path)
     assert root == tmp_path
     assert notes == (
-        "1 broken links are ignored, first 'gone.jpg'",
-        "1 links to folders already read are ignored, first 'b/loop'",
-        "1 files without an extension are ignored",
+        "1 broken link is ignored, first 'gone.jpg'",
+        "1 link to a folder already read is ignored, first 'b/loop'",
+        "1 file without an extension is ignored",
     )
     assert list(paths) == ["a.png", "b/2.jpg", "c/d/1.WEBP"]
     assert list_images(tmp_path / "b/2.jpg") == (tmp_path / "b", PathList([b"2.jpg"]), ())

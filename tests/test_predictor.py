@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,10 @@ def test_a_photograph_decoded_to_scale_looks_the_same(name):
         scaled = transform.crop(decode.read(str(file), transform.min_size)).astype(float)
         whole = transform.crop(decode.from_pil(Image.open(file))).astype(float)
         assert np.abs(scaled - whole).mean() < 7, size  # of 255
+
+
+def test_a_notebook_shows_what_it_is(classifier):
+    assert re.fullmatch(r"Classifier\(rexnet_\d+, 3 classes, \d+ x \d+ pixels, cpu\)", repr(classifier))
 
 
 def test_predict(classifier):

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rexnet_lit.errors import counted
 from rexnet_lit.folder.splits import Split
 from rexnet_lit.quarantine import BadFile
 
@@ -77,6 +78,14 @@ class Checkup:
         """Whether there are no errors."""
         return all(finding.severity != "error" for finding in self.findings)
 
+    @property
+    def verdict(self) -> str:
+        """Whether it is fit for training, and how many errors and warnings there are."""
+        severities = [finding.severity for finding in self.findings]
+        errors = counted(severities.count("error"), "error", "errors")
+        warnings = counted(severities.count("warning"), "warning", "warnings")
+        return f"{'fit' if self.ok else 'not fit'} for training: {errors}, {warnings}"
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything but the examples as JSON takes it."""
         rows = dataclasses.asdict(dataclasses.replace(self, examples=()))
@@ -86,7 +95,9 @@ class Checkup:
 
 def render(checkup: Checkup, console: Console) -> None:
     """Print a checkup. Names are shown with control characters escaped, and never as markup."""
-    console.print(_plain(f"{checkup.root}: {len(checkup.class_names)} classes, {_totals(checkup)}"))
+    console.print(
+        _plain(f"{checkup.root}: {counted(len(checkup.class_names), 'class', 'classes')}, {_totals(checkup)}")
+    )
     if checkup.counts:
         console.print(_class_table(checkup))
     formats = ", ".join(f"{count} {name}" for name, count in checkup.formats.items())
@@ -100,11 +111,8 @@ def render(checkup: Checkup, console: Console) -> None:
         )
     for finding in checkup.findings:
         console.print(_finding(finding))
-    errors = sum(finding.severity == "error" for finding in checkup.findings)
-    warnings = sum(finding.severity == "warning" for finding in checkup.findings)
-    verdict = "fit for training" if checkup.ok else "not fit for training"
     style = "bold green" if checkup.ok else "bold red"
-    console.print(Text(f"{verdict}: {errors} errors, {warnings} warnings", style=style))
+    console.print(Text(checkup.verdict, style=style))
 
 
 def _plain(text: str, style: str = "") -> Text:

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from rexnet_lit.decode import DecodeError, ImageInfo, decode, probe, read_bytes
 from rexnet_lit.doctor.checkup import Checkup, Finding, render
 from rexnet_lit.doctor.duplicates import groups_of_equals, near_groups, perceptual_hash, thumbnail
+from rexnet_lit.errors import counted
 from rexnet_lit.folder import ImageFolder, Split, some, survey
 from rexnet_lit.process import cpu_count
 from rexnet_lit.quarantine import BadFile
@@ -157,7 +158,8 @@ def _about_folder(folder: ImageFolder) -> list[Finding]:
         expected = "taken as" in note or "drawn from" in note
         found.append(Finding("info" if expected else "warning", "layout", note))
     if folder.clutter:
-        found.append(Finding("info", "clutter", f"{folder.clutter} files and folders are no images and ignored"))
+        many = counted(folder.clutter, "file or folder is no image", "files and folders are no images")
+        found.append(Finding("info", "clutter", f"{many}, and ignored"))
     return found
 
 
@@ -195,7 +197,7 @@ def _about_bad(folder: ImageFolder, looks: Sequence[_Look]) -> list[Finding]:
     bad = [look for look in looks if look.reason]
     if not bad:
         return []
-    common = collections.Counter(look.reason for look in bad).most_common(3)
+    common = collections.Counter(look.reason for look in bad).most_common(5)
     reasons = ", ".join(f"{count} x {reason}" for reason, count in common)
     too_many = len(bad) > MAX_BAD_FRACTION * len(looks)
     message = f"{len(bad)} of {len(looks)} images are unreadable: {reasons}"
@@ -209,7 +211,8 @@ def _about_bad(folder: ImageFolder, looks: Sequence[_Look]) -> list[Finding]:
     good = {look.target for look in looks if look.split == "train" and not look.reason}
     lost = sorted({look.target for look in bad if look.split == "train"} - good)
     if lost:
-        message = f"no training image can be read of {len(lost)} classes: {some([folder.class_names[k] for k in lost])}"
+        names = some([folder.class_names[k] for k in lost])
+        message = f"no training image can be read of {counted(len(lost), 'class', 'classes')}: {names}"
         found.append(Finding("error", "unreadable-class", message, "mend the files, or remove these folders"))
     return found
 
@@ -241,7 +244,7 @@ def _about_copies(kind: str, what: str, groups: list[list[_Look]]) -> list[Findi
     for severity, code, these, where, advice in cases:
         if these:
             paths = tuple(look.path for group in these for look in group)
-            message = f"{len(paths)} images in {len(these)} groups {what} {where}"
+            message = f"{len(paths)} images in {counted(len(these), 'group', 'groups')} {what} {where}"
             found.append(Finding(severity, f"{kind}-{code}", message, advice, paths))
     return found
 
@@ -260,27 +263,27 @@ def _about_sizes(images: list[_Look]) -> list[Finding]:
             "warning",
             "small",
             small,
-            f"are narrower than {SMALL_SIDE} pixels",
+            f"narrower than {SMALL_SIDE} pixels",
             "look at them: thumbnails or icons?",
         ),
         (
             "info",
             "long",
             long,
-            f"are over {LONG_SHAPE:g} times as long as wide",
+            f"over {LONG_SHAPE:g} times as long as wide",
             "a centre crop shows little of them",
         ),
         (
             "info",
             "odd-size",
             odd,
-            f"are over {ODD_AREA:g} times larger or smaller than the median",
+            f"over {ODD_AREA:g} times larger or smaller than the median",
             "look at them",
         ),
-        ("info", "animated", animated, "have several frames or pages; the first is used", ""),
+        ("info", "animated", animated, "of several frames or pages; the first is used", ""),
     ]
     return [
-        Finding(severity, code, f"{len(paths)} images {what}", advice, tuple(paths))
+        Finding(severity, code, f"{counted(len(paths), 'image', 'images')} {what}", advice, tuple(paths))
         for severity, code, paths, what, advice in cases
         if paths
     ]

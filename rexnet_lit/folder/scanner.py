@@ -28,7 +28,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from rexnet_lit.errors import UserError
+from rexnet_lit.errors import UserError, counted
 from rexnet_lit.files import write_file
 from rexnet_lit.folder.splits import (
     SPLIT_OF_NAME,
@@ -227,7 +227,7 @@ def _read_folders(
             f"there is no train/ folder beside {got}; {_LAYOUT} (if {meant} is meant as a class, rename that folder)"
         )
     if loose:
-        notes.append(f"{loose} images beside the splits are ignored")
+        notes.append(f"{counted(loose, 'image beside the splits is', 'images beside the splits are')} ignored")
     if others:
         walk.clutter += len(others)
         notes.append(f"ignored beside the splits: {some([os.fsdecode(top) for top in others])}")
@@ -277,7 +277,8 @@ def _read_classes(
         got = f"{loose} images directly, no class folders" if loose else "it is empty"
         problems.append(f"{where}{got}; {_LAYOUT}")
     elif loose:
-        notes.append(f"{where}{loose} images outside every class folder are ignored")
+        many = counted(loose, "image outside every class folder is", "images outside every class folder are")
+        notes.append(f"{where}{many} ignored")
     before = len(walk.nested)
     lists = walk.images([base + b"/" + name if base else name for name in names])
     inner: dict[str, set[str]] = {os.fsdecode(name): set() for name in names}
@@ -298,22 +299,33 @@ def _say_walk(walk: Walk, problems: list[str], notes: list[str]) -> None:
     if walk.outside_links:
         first = quoted(walk.outside_links[0])
         problems.append(
-            f"{len(walk.outside_links)} links lead out of the folder, first {first}; "
+            f"{counted(len(walk.outside_links), 'link leads', 'links lead')} out of the folder, first {first}; "
             "copy the files in, or set data.follow_outside_links: true"
         )
     if walk.unreadable:
-        problems.append(f"{len(walk.unreadable)} folders may not or cannot be read: {some(walk.unreadable)}")
+        many = counted(len(walk.unreadable), "folder", "folders")
+        problems.append(f"{many} may not or cannot be read: {some(walk.unreadable)}")
     if walk.nested:
         first = quoted(walk.nested[0])
-        notes.append(f"{len(walk.nested)} nested folders belong to the class above them, first {first}")
+        many = counted(
+            len(walk.nested),
+            "nested folder belongs to the class above it",
+            "nested folders belong to the class above them",
+        )
+        notes.append(f"{many}, first {first}")
     if walk.broken_links:
-        notes.append(f"{len(walk.broken_links)} broken links are ignored, first {quoted(walk.broken_links[0])}")
+        many = counted(len(walk.broken_links), "broken link is", "broken links are")
+        notes.append(f"{many} ignored, first {quoted(walk.broken_links[0])}")
     if walk.repeated_links:
         first = quoted(walk.repeated_links[0])
-        notes.append(f"{len(walk.repeated_links)} links to folders already read are ignored, first {first}")
+        many = counted(
+            len(walk.repeated_links), "link to a folder already read is", "links to folders already read are"
+        )
+        notes.append(f"{many} ignored, first {first}")
     for suffix, count in sorted(walk.unsupported.items()):
-        kind = f"{count} {suffix} files are ignored: convert them to JPEG or PNG"
-        notes.append(kind if suffix else f"{count} files without an extension are ignored")
+        many = f"{counted(count, f'{suffix} file is', f'{suffix} files are')} ignored: convert to JPEG or PNG"
+        bare = f"{counted(count, 'file without an extension is', 'files without an extension are')} ignored"
+        notes.append(many if suffix else bare)
 
 
 def _order(found: Found, class_order: str | os.PathLike[str], problems: list[str]) -> tuple[str, ...]:
@@ -356,9 +368,11 @@ def _check_classes(
                 f"the model's, but not here: {some(absent) or 'none'}"
             )
         elif extra:
-            problems.append(f"{len(extra)} classes are in {split}, but not in train: {some(extra)}")
+            many = counted(len(extra), "class is", "classes are")
+            problems.append(f"{many} in {split}, but not in train: {some(extra)}")
         elif empty and split == "train" and not given:
-            problems.append(f"{len(empty)} class folders hold no images: {some(empty, 100)}")
+            many = counted(len(empty), "class folder holds", "class folders hold")
+            problems.append(f"{many} no images: {some(empty, 100)}")
         elif empty:
             notes.append(f"{len(empty)} of {len(names)} classes have no images in {split}: {some(empty)}")
         for name in extra:
@@ -388,7 +402,8 @@ def _draw_missing(
     drawn = draw_groups(train, groups, shares) if groups else {n: draw(n, paths, shares) for n, paths in train.items()}
     alone = [name for name, paths in train.items() if len(paths) == 1]
     if alone and not groups:
-        notes.append(f"{len(alone)} classes have one image, which stays in train: {some(alone)}")
+        many = counted(len(alone), "class has", "classes have")
+        notes.append(f"{many} one image, which stays in train: {some(alone)}")
     bare = [name for name, parts in drawn.items() if not len(parts["train"]) and len(train[name])]
     if bare:
         problems.append(f"all images of {some(bare)} are of groups that went to val or test; make the groups smaller")
@@ -412,10 +427,11 @@ def _check_groups(found: Found, groups: dict[bytes, str], problems: list[str], n
                     without += 1
     torn = sorted(group for group, splits in where.items() if len(splits) > 1)
     if torn:
-        problems.append(f"{len(torn)} groups are in more than one split: {some(torn)}; move each to one")
-    notes.append(f"{len(where)} groups of images, each in one split")
+        many = counted(len(torn), "group is", "groups are")
+        problems.append(f"{many} in more than one split: {some(torn)}; move each to one")
+    notes.append(f"{counted(len(where), 'group', 'groups')} of images, each in one split")
     if without:
-        notes.append(f"{without} images belong to no group; each counts as its own")
+        notes.append(f"{counted(without, 'image belongs', 'images belong')} to no group; each counts as its own")
 
 
 def _samples(root: Path, by_class: dict[str, PathList], names: tuple[str, ...]) -> Samples:

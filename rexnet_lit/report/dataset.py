@@ -75,11 +75,9 @@ def write_checkup(
                 "pictures": [picture(path) for path in paths[::step][:PICTURES]],
             }
         )
-    errors = sum(finding.severity == "error" for finding in checkup.findings)
-    warnings = sum(finding.severity == "warning" for finding in checkup.findings)
     view = {
         "title": visible(Path(checkup.root).name),
-        "verdict": f"{'Fit' if checkup.ok else 'Not fit'} for training: {errors} errors, {warnings} warnings",
+        "verdict": checkup.verdict.capitalize(),
         "class_count": len(checkup.class_names),
         "totals": [(split, sum(counts.values())) for split, counts in checkup.counts.items()],
         "formats": list(checkup.formats.items()),
