@@ -229,7 +229,7 @@ _PLAINLY = (
     (r"Literal\[(.*?)\]", r"one of \1"),
     (
         r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] "
-        r"Errors:(?: - Expected an? (?:(?! - ).)*)+ Given value type: \w+ Given value: (.*)$",
+        r"Errors:(?: - Expected (?:(?! - ).)*)+ Given value type: \w+ Given value: (.*)$",
         r"expected \1, got \2",
     ),
     (r"\bNoneType\b", "null"),

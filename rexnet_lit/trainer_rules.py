@@ -63,7 +63,12 @@ _INSTEAD: dict[type[Callback], str] = {
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings of the trainer that are out of their range, or not for us."""
-    least = {"accumulate_grad_batches": 1, "check_val_every_n_epoch": 1, "log_every_n_steps": 0}
+    least = {
+        "accumulate_grad_batches": 1,
+        "check_val_every_n_epoch": 1,
+        "gradient_clip_val": 0,
+        "log_every_n_steps": 0,
+    }
     for key, low in least.items():
         value = settings[key]
         if value is not None and value < low:

@@ -80,6 +80,8 @@ def _elsewhere(tmp_path, monkeypatch):
         (("--model.drop_path_rate", "1"), "model.drop_path_rate is 1.0"),
         (("--seed_everything", "-1"), "seed_everything: -1 is not in bounds"),
         (("--trainer.accumulate_grad_batches", "0"), "trainer.accumulate_grad_batches is 0; expected 1 or more"),
+        (("--trainer.gradient_clip_val", "-1"), "trainer.gradient_clip_val is -1; expected 0 or more"),
+        (("--trainer.gradient_clip_val", "big"), "trainer.gradient_clip_val: expected int, float, null, got big"),
         (("--trainer.val_check_interval", "0"), "trainer.val_check_interval is 0"),
         (("--trainer.check_val_every_n_epoch", "0"), "trainer.check_val_every_n_epoch is 0"),
         (("--trainer.barebones", "true"), "trainer.barebones is not supported"),
