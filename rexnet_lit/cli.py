@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rexnet_lit.doctor import Checkup
+    from rexnet_lit.transforms import AugmentSettings
 
 __all__ = ["main"]
 
@@ -49,6 +50,11 @@ def _check(args: argparse.Namespace) -> int:
         raise UserError("check: --config shows its augmentation in the page; name one: --report FILE.html")
     if args.report:
         check_output("--report", Path(args.report), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
+    recipe = None
+    if args.config:
+        from rexnet_lit.config import read_augment
+
+        recipe = read_augment(args.config)
     console = Console(stderr=True)  # stdout may be JSON
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("looking at the images")
@@ -63,7 +69,7 @@ def _check(args: argparse.Namespace) -> int:
         def read(path: str) -> NDArray[np.uint8]:
             return decode.read(Path(args.dir) / path, 160)
 
-        samples = _augmented(checkup, read, args.config) if args.config else []
+        samples = _augmented(checkup, read, *recipe) if recipe else []
         config = Path(args.config).name if args.config else ""
         report.write_checkup(args.report, checkup, read_image=read, augmented=samples, config=config)
         print(f"report: {args.report}", file=sys.stderr)  # noqa: T201 (stdout may be JSON)
@@ -71,14 +77,12 @@ def _check(args: argparse.Namespace) -> int:
 
 
 def _augmented(
-    checkup: Checkup, read: Callable[[str], NDArray[np.uint8]], config: str
+    checkup: Checkup, read: Callable[[str], NDArray[np.uint8]], augment: AugmentSettings, size: int
 ) -> list[tuple[str, str, NDArray[np.uint8]]]:
-    """Return path, caption and picture of four images as they are, and as a config's recipe shows them in training."""
-    from rexnet_lit.config import read_augment
+    """Return path, caption and picture of four images as they are, and as a recipe shows them in training."""
     from rexnet_lit.spec import EvalRecipe
     from rexnet_lit.transforms import TrainTransform
 
-    augment, size = read_augment(config)
     transform = TrainTransform(augment, EvalRecipe(image_size=size), size)
     bad = {row.path for row in checkup.bad}
     paths = [path for split, _, path in checkup.examples if split == "train" and path not in bad]

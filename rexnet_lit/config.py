@@ -162,7 +162,8 @@ def read_augment(config: str) -> tuple[AugmentSettings, int]:
         size = data.get("image_size") or EvalRecipe().image_size
         return AugmentSettings(**(data.get("augment") or {})), int(size)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        raise UserError(f"--config {config}: {' '.join(str(error).split())}") from None
+        said = getattr(error, "strerror", None) or error  # the system's words without the file's name again
+        raise UserError(f"--config {config}: {' '.join(str(said).split())}") from None
 
 
 def _text(config: str) -> str:

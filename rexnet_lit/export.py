@@ -274,6 +274,8 @@ def _photographs(classifier: Classifier) -> NDArray[np.float32]:
 
 def _own_pictures(classifier: Classifier, model: str, images: str | None) -> NDArray[np.float32]:
     """Return views (N, 3, S, S) from 0 to 1 of pictures that are drawn from a folder, always the same ones."""
+    if images is not None and not Path(images).exists():
+        raise UserError(f"--images: there is no folder {images!r}")
     where = images or checkpoint.load_model(model).data.root
     if where is None or not Path(where).exists():
         raise UserError(

@@ -126,6 +126,7 @@ def test_what_int8_refuses(model, pictures, tmp_path, capsys, monkeypatch):
     )
     few = tmp_path / "few"
     write_pictures(few, NAMES[0], 1)
+    assert fails(capsys, *command, "onnx-int8", "--images", "gone") == "--images: there is no folder 'gone'"
     assert "at least 20 pictures, " in fails(capsys, *command, "onnx-int8", "--images", few)
     assert "--images is for onnx-int8" in fails(capsys, *command, "onnx", "--images", few)
     monkeypatch.setattr(export, "LEAST_AGREEMENT", 1.1)

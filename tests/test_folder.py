@@ -318,7 +318,10 @@ def test_class_names_with_test_only(tmp_path):
 
 def test_a32_class_names_that_do_not_fit(tmp_path):
     make(tmp_path, *(f"{split}/{c}/1.jpg" for split in ("train", "val") for c in "abx"))
-    with pytest.raises(UserError, match=r"unknown to the model: 'x'; the model's, but not here: 'c'"):
+    with pytest.raises(
+        UserError,
+        match=r"classes of train, val are not the model's: unknown to it: 'x'; the model's, but not here: 'c'",
+    ):
         scan(tmp_path, class_names=("a", "b", "c"))
     with pytest.raises(UserError, match=r"the model's, but not here: 'c'"):
         scan(tmp_path, class_names=("a", "b", "c", "x"))

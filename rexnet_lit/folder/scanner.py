@@ -358,15 +358,14 @@ def _check_classes(
 ) -> None:
     """Compare each split's classes with the numbering ones, and drop what has no number."""
     known = set(names)
+    strange: dict[str, list[str]] = {}
     for split, by_class in found.items():
         extra = sorted(name for name, paths in by_class.items() if name not in known and (given or len(paths)))
         absent = [name for name in names if name not in by_class]
         empty = [name for name in names if not len(by_class.get(name, ()))]
         if given and (extra or (absent and layout == "split" and split == "train")):
-            problems.append(
-                f"the classes of {split} are not the model's: unknown to the model: {some(extra) or 'none'}; "
-                f"the model's, but not here: {some(absent) or 'none'}"
-            )
+            what = f"unknown to it: {some(extra) or 'none'}; the model's, but not here: {some(absent) or 'none'}"
+            strange.setdefault(what, []).append(split)
         elif extra:
             many = counted(len(extra), "class is", "classes are")
             problems.append(f"{many} in {split}, but not in train: {some(extra)}")
@@ -377,6 +376,8 @@ def _check_classes(
             notes.append(f"{len(empty)} of {len(names)} classes have no images in {split}: {some(empty)}")
         for name in extra:
             del by_class[name]
+    for what, splits in strange.items():
+        problems.append(f"the classes of {', '.join(splits)} are not the model's: {what}")
     if not given and len(names) == 1:
         problems.append(f"one class, {quoted(names[0])}; a classifier needs at least 2; {_LAYOUT}")
 
