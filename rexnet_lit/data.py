@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NoReturn, cast, get_args
 
 import lightning.pytorch as pl
@@ -221,7 +221,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if stage == "predict":
             if self.predict_samples is None:
                 return  # a trainer that is given a loader asks all the same
-            good = self._without_bad(self.predict_samples)
+            good = self._without_bad(self.predict_samples, quarantine.find_bad(self.predict_samples))
             self._datasets["predict"] = ImageDataset(good, evaluate, 0)
             return
         needed: dict[str, tuple[Split, ...]] = {
@@ -232,13 +232,14 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if stage not in needed:
             raise UserError(f"setup: the stage is {stage!r}; expected one of {', '.join([*needed, 'predict'])}")
         splits = self.folder.splits if self.folder else self.splits()
-        self._check_bad(splits.values())
+        bad = {name: quarantine.find_bad(samples) for name, samples in splits.items()}
+        self._check_bad(splits, bad)
         for name in needed[stage]:
             if name not in splits or len(splits[name]) == 0:
                 raise UserError(_missing_split(name, self.record))
             if name != "train" and name in self._datasets and self._datasets[name].transform == evaluate:
                 continue
-            samples = self._without_bad(splits[name])
+            samples = self._without_bad(splits[name], bad[name])
             if name == "train":
                 self._check_classes(samples)
             transform = self.train_transform() if name == "train" else evaluate
@@ -313,10 +314,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.eval_recipe = recipe
         return recipe, train_size
 
-    def _check_bad(self, splits: Collection[Samples]) -> None:
+    def _check_bad(self, splits: Mapping[Split, Samples], bad: Mapping[Split, list[tuple[int, str]]]) -> None:
         """Refuse where too many of the folder's images cannot be read; how they are split is often chance."""
-        found = [(samples.paths[i], reason) for samples in splits for i, reason in quarantine.find_bad(samples)]
-        count = sum(map(len, splits))
+        found = [(splits[name].paths[i], reason) for name, rows in bad.items() for i, reason in rows]
+        count = sum(map(len, splits.values()))
         if len(found) > self.record.max_bad_fraction * count:
             path, reason = found[0]
             raise UserError(
@@ -325,9 +326,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 "mend or remove them, or set a larger fraction"
             )
 
-    def _without_bad(self, samples: Samples) -> Samples:
+    def _without_bad(self, samples: Samples, bad: list[tuple[int, str]]) -> Samples:
         """Return ``samples`` less the unreadable files, which are remembered for ``quarantine.csv``."""
-        bad = quarantine.find_bad(samples)
         found = [quarantine.BadFile(samples.paths[i], reason) for i, reason in bad]
         self.bad_files += [row for row in found if row not in self.bad_files]
         if len(bad) == len(samples):
