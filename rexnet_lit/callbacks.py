@@ -64,7 +64,7 @@ class RunFiles(Callback):
         ):
             return
         Path(log_dir).mkdir(parents=True, exist_ok=True)
-        if data.folder.drawn or data.folder.layout == "file":
+        if data.folder.pooled:
             write_split(data.folder, Path(log_dir) / "split.csv")
         if data.bad_files:
             target = Path(log_dir) / "quarantine.csv"

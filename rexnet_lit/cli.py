@@ -199,8 +199,8 @@ def main(argv: Sequence[str]) -> int:
         argv: The arguments, without the program's name.
 
     Returns:
-        The exit code: 0; 1 for findings of `check` and for our own faults; 2 for a mistake the user can mend; 143
-        and 130 where SIGTERM and Ctrl-C have stopped it.
+        The exit code: 0; 1 for findings of `check` and for our own faults; 2 for a mistake the user can mend; 143,
+        130 and 129 where SIGTERM, Ctrl-C and the end of its terminal have stopped it.
     """
     arguments = [a for a in argv if a != "--debug"]
     debug = len(arguments) < len(argv) or os.environ.get("REXNET_LIT_DEBUG") == "1"

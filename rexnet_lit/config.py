@@ -10,7 +10,6 @@ from typing import Any
 
 import jsonargparse
 import yaml
-from lightning.pytorch import callbacks, loggers
 
 from rexnet_lit.errors import UserError, did_you_mean
 from rexnet_lit.spec import EvalRecipe
@@ -243,20 +242,26 @@ _PLAINLY = (
 
 
 _CLASS_PROBLEM = re.compile(
-    r"- (?:Problem with given class_path '(?P<path>.+?)':|Expected a dot import path string: (?P<unknown>\S+)|"
-    r"Import path (?P<other>\S+) does not correspond to)(?P<reason>.*?)(?=\n\s*- |\n\s*Given |\Z)",
-    re.DOTALL,
+    r"^(?P<indent> *)- (?:Problem with given class_path '(?P<path>.+?)':|"
+    r"Expected a dot import path string: (?P<unknown>\S+)|"
+    r"Import path (?P<other>\S+) does not correspond to)(?P<reason>.*?)(?=\n(?!(?P=indent) )|\Z)",
+    re.DOTALL | re.MULTILINE,
 )
 
 
 def class_problem(message: str) -> str | None:
     """Return what the parser has against a class that was named; None where that is not what it complains of."""
-    found = _CLASS_PROBLEM.search(message)
-    if found is None:
+    problems = list(_CLASS_PROBLEM.finditer(message))
+    if not problems:
         return None
+    found = next((problem for problem in problems if problem["path"]), problems[0])
     if found["unknown"]:
-        name, known = found["unknown"], [*callbacks.__all__, *loggers.__all__]
-        return f"no class is called {name!r}{did_you_mean(name, known) or '; give its whole path, as package.Class'}"
+        from lightning.pytorch import callbacks, loggers  # seconds, which are spent where they help
+
+        hint = did_you_mean(found["unknown"], (loggers if "trainer.logger" in message else callbacks).__all__)
+        if not hint and "Given value type: <class 'str'>" in message:  # it need not have been meant for a class
+            return None
+        return f"no class is called {found['unknown']!r}{hint or '; give its whole path, as package.Class'}"
     reason = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", " ".join(found["reason"].split()))
     return f"{found['path']}: {_plainly(reason)}" if found["path"] else f"{found['other']} is not {reason}"
 

@@ -6,7 +6,7 @@ import dataclasses
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NoReturn, cast, get_args
 
 import lightning.pytorch as pl
@@ -62,7 +62,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             many as fit. ``disk`` keeps the decoded images in the user's cache folder: from the second epoch
             on, or the second run, nothing is decoded.
         cache_gb: Gigabytes (10^9 bytes) that the cache may fill; half of what is free by default.
-        max_bad_fraction: A run refuses when a larger share of the folder's images, all splits together, cannot be read.
+        max_bad_fraction: A run refuses when a larger share of the images cannot be read: of a split that is given; of
+            all images where the splits are drawn.
         predict_path: An image, or a folder of unlabelled images.
         predict_output: CSV that `predict` writes; a new ``predictions.csv`` in ``trainer.default_root_dir`` by default.
 
@@ -221,7 +222,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if stage == "predict":
             if self.predict_samples is None:
                 return  # a trainer that is given a loader asks all the same
-            good = self._without_bad(self.predict_samples, quarantine.find_bad(self.predict_samples))
+            good = self._without_bad(self.predict_samples)
             self._datasets["predict"] = ImageDataset(good, evaluate, 0)
             return
         needed: dict[str, tuple[Split, ...]] = {
@@ -232,14 +233,13 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if stage not in needed:
             raise UserError(f"setup: the stage is {stage!r}; expected one of {', '.join([*needed, 'predict'])}")
         splits = self.folder.splits if self.folder else self.splits()
-        bad = {name: quarantine.find_bad(samples) for name, samples in splits.items()}
-        self._check_bad(splits, bad)
+        self._check_bad(needed[stage])
         for name in needed[stage]:
             if name not in splits or len(splits[name]) == 0:
                 raise UserError(_missing_split(name, self.record))
             if name != "train" and name in self._datasets and self._datasets[name].transform == evaluate:
                 continue
-            samples = self._without_bad(splits[name], bad[name])
+            samples = self._without_bad(splits[name])
             if name == "train":
                 self._check_classes(samples)
             transform = self.train_transform() if name == "train" else evaluate
@@ -314,24 +314,35 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.eval_recipe = recipe
         return recipe, train_size
 
-    def _check_bad(self, splits: Mapping[Split, Samples], bad: Mapping[Split, list[tuple[int, str]]]) -> None:
-        """Refuse where too many of the folder's images cannot be read; how they are split is often chance."""
-        found = [(splits[name].paths[i], reason) for name, rows in bad.items() for i, reason in rows]
-        count = sum(map(len, splits.values()))
-        if len(found) > self.record.max_bad_fraction * count:
-            path, reason = found[0]
+    def _check_bad(self, needed: Sequence[Split]) -> None:
+        """Refuse where too many of the folder's images cannot be read."""
+        folder, limit = self.folder, self.record.max_bad_fraction
+        if folder is None:
+            return
+        looked = [name for name in folder.splits if folder.pooled or name in needed]
+        bad = {name: quarantine.find_bad(folder.splits[name]) for name in looked}
+        names = quarantine.too_many(folder, {name: len(rows) for name, rows in bad.items()}, limit)
+        if names:
+            found = [(folder.splits[name].paths[i], reason) for name in names for i, reason in bad[name]]
+            total, (path, reason) = sum(len(folder.splits[name]) for name in names), found[0]
             raise UserError(
-                f"{self.record.root}: {len(found)} of {count} images cannot be read (such as {path!r}: {reason}), more "
-                f"than data.max_bad_fraction {self.record.max_bad_fraction}; `python -m rexnet_lit check` lists them: "
-                "mend or remove them, or set a larger fraction"
+                f"{self.record.root}: {len(found)} of {total} images of {', '.join(names)} cannot be read (such as "
+                f"{path!r}: {reason}), more than data.max_bad_fraction {limit}; `python -m rexnet_lit check` lists "
+                "them: mend or remove them, or set a larger fraction"
             )
 
-    def _without_bad(self, samples: Samples, bad: list[tuple[int, str]]) -> Samples:
+    def _without_bad(self, samples: Samples) -> Samples:
         """Return ``samples`` less the unreadable files, which are remembered for ``quarantine.csv``."""
+        bad = quarantine.find_bad(samples)
         found = [quarantine.BadFile(samples.paths[i], reason) for i, reason in bad]
         self.bad_files += [row for row in found if row not in self.bad_files]
+        if len(bad) == len(samples) == 1:
+            raise UserError(f"{samples.path(0)}: cannot be read as an image ({found[0].reason}); mend or replace it")
         if len(bad) == len(samples):
-            raise UserError(f"{samples.root}: no image can be read (such as {found[0].path!r}: {found[0].reason})")
+            raise UserError(
+                f"{samples.root}: none of these {len(samples)} images can be read: {some([row.path for row in found])} "
+                f"({found[0].reason}); mend or replace them"
+            )
         keep = np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad])
         return samples.take(keep)
 
@@ -400,7 +411,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if name != "train":
             if len(dataset) < world:
                 raise UserError(
-                    f"{dataset.samples.root}: {len(dataset)} of {name} for {world} processes; each needs an image: "
+                    f"{dataset.samples.root}: {counted(len(dataset), f'{name} image', f'{name} images')} for {world} "
+                    "processes; each needs one: "
                     "add images, or set fewer trainer.devices"
                 )
             return BatchSampler(len(dataset), self.batch_size, rank=rank, world_size=world)

@@ -175,5 +175,7 @@ def check_writable(key: str, path: Path) -> None:
         UserError: The nearest folder that exists is not this user's to write to.
     """
     folder = next((f for f in path.absolute().parents if f.exists()), path.absolute().parent)
+    if not folder.is_dir():
+        raise UserError(f"{key}: {str(folder)!r} is a file, not a folder; choose another place")
     if not os.access(folder, os.W_OK | os.X_OK):
         raise UserError(f"{key}: {str(folder)!r} cannot be written; change its permissions, or choose another place")

@@ -31,14 +31,12 @@ from rexnet_lit.module import RexNetModule
 
 __all__ = ["AtEnd", "RunCheckpoint", "StopWhenTold", "rewrite", "saver_of", "stopped_early"]
 
-_SIGNALS = (signal.SIGTERM, signal.SIGINT)
-
 
 class RunCheckpoint(ModelCheckpoint):
     """Keeps ``best.ckpt`` (highest validation top-1) and ``last.ckpt``.
 
     ``last.ckpt`` is written at the end of each epoch, every ``every`` seconds within one, and when the process is
-    told to stop by SIGTERM or Ctrl-C: then the running step (or validation) is finished first.
+    told to stop by SIGTERM, Ctrl-C or its terminal's end: then the running step (or validation) is finished first.
 
     Args:
         every: Seconds between saves within an epoch.
@@ -167,7 +165,7 @@ class RunCheckpoint(ModelCheckpoint):
         before = process.told_to_stop()
         self._told = signal.Signals(before) if before else None
         trainer._signal_connector.received_sigterm = False  # Lightning would end the run before this step is logged
-        self._handlers = {number: signal.signal(number, told) for number in _SIGNALS}
+        self._handlers = {number: signal.signal(number, told) for number in process.stop_signals()}
 
     def end_training(self, trainer: pl.Trainer) -> None:
         """Stop now where the last epoch was told to; from here on there is nothing to save first.
@@ -244,7 +242,7 @@ class RunCheckpoint(ModelCheckpoint):
         now = json.loads(json.dumps(_conditions(trainer, module, data), default=str))
         differing = [name for name in now if then.get(name, _ABSENT) != now[name]]
         fixed = [name for name in differing if name.startswith(_FIXED) and name in then]
-        named = fixed or ([] if self._accept_changes else differing)
+        named = fixed + [name for name in differing if name not in fixed and not self._accept_changes]
         if not named:
             batches, why = content["loops"]["fit_loop"]["epoch_loop.batch_progress"], ""
             if content.get(_REWRITTEN):

@@ -167,7 +167,8 @@ def _classes(spec: ModelSpec, figures: dict[str, Any]) -> str:
         return "\n".join(f"- {_cell(name)}" for name in spec.class_names)
     lines = ["| Class | Precision | Recall | F1 | Test pictures |", "|---|---|---|---|---|"]
     for name, row in figures["per_class"].items():
-        shares = " | ".join(percent(row[column]) for column in ("precision", "recall", "f1"))
+        columns = ("precision", "recall", "f1")  # of a class without pictures nothing is known
+        shares = " | ".join(percent(row[column]) if row["support"] else "-" for column in columns)
         lines.append(f"| {_cell(name)} | {shares} | {row['support']} |")
     return "\n".join(lines)
 

@@ -129,6 +129,8 @@ def _start_worker(number: int, niceness: int = 0) -> None:
         niceness: How far to stand back behind the training step, where both want the CPU.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "SIGHUP"):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.excepthook = _unless_alone
     if niceness and hasattr(os, "nice"):

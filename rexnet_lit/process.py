@@ -19,6 +19,7 @@ import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any, TextIO
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "free_memory",
     "have_streams",
     "importing",
+    "stop_signals",
     "told_to_stop",
     "tune",
     "unfailing",
@@ -72,17 +74,29 @@ def importing() -> Iterator[None]:
 _told: list[int] = []
 
 
+def stop_signals() -> tuple[signal.Signals, ...]:
+    """Return SIGTERM, Ctrl-C and a terminal that is closed, unless nohup has this process outlive its terminal."""
+    signals = [signal.SIGTERM, signal.SIGINT]
+    if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        signals.append(signal.SIGHUP)
+    return tuple(signals)
+
+
 def answer_signals() -> None:
-    """Have SIGTERM and Ctrl-C end the process as the shell's convention has it, through the clean-up of an exception.
+    """Have `stop_signals` end the process as the shell's convention has it, through the clean-up of an exception.
 
     A training run has its own answer, which saves.
     """
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in stop_signals():
         signal.signal(number, _end)
 
 
-def _end(number: int, frame: object) -> None:
+def _end(number: int, frame: FrameType | None) -> None:
     _told.append(number)
+    while frame is not None:
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            os._exit(128 + number)  # what asks for half a package next may never end; there is nothing to clean up
+        frame = frame.f_back
     sys.exit(128 + number)
 
 

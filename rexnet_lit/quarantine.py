@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 
 from rexnet_lit.decode import RULES, DecodeError, decode, read_bytes
 from rexnet_lit.files import write_csv
-from rexnet_lit.folder import Samples
+from rexnet_lit.folder import ImageFolder, Samples, Split
 from rexnet_lit.process import cache_folder, cpu_count
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "find_bad",
     "look",
     "repeated",
+    "too_many",
     "write_quarantine",
 ]
 
@@ -72,6 +73,21 @@ def find_bad(
 ) -> list[tuple[int, str]]:
     """Do what `look` does, and return the unreadable images alone."""
     return look(samples, workers=workers, cache=cache, progress=progress).bad
+
+
+def too_many(folder: ImageFolder, bad: Mapping[Split, int], limit: float) -> list[Split]:
+    """Return the splits with more unreadable images than a run takes; all where they are of one pool: a draw is chance.
+
+    Args:
+        folder: The dataset.
+        bad: How many of each split are unreadable.
+        limit: The share that is allowed.
+    """
+    total = {name: len(samples) for name, samples in folder.splits.items()}
+    if folder.pooled:
+        over = sum(bad.values()) > limit * sum(total.values())
+        return [*bad] if over else []
+    return [name for name, count in bad.items() if count > limit * total[name]]
 
 
 def look(

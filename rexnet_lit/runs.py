@@ -208,6 +208,8 @@ class RexNetCLI(LightningCLI):
             for line in skipped:
                 rank_zero_only(print)(line, flush=True)
             path = str(found.absolute())
+        elif Path(path).is_dir():
+            raise UserError(f"ckpt_path: {path!r} is a folder; name the run's checkpoints/last.ckpt, or last")
         elif Path(path).suffix == ".safetensors":
             raise UserError(
                 f"ckpt_path: {path} holds weights only, which cannot be resumed; to start a new run from them, "

@@ -71,7 +71,7 @@ def check_settings(settings: Mapping[str, Any]) -> None:
     }
     for key, low in least.items():
         value = settings[key]
-        if value is not None and value < low:
+        if value is not None and not value >= low:
             raise UserError(f"trainer.{key} is {value}; expected {low} or more")
     if settings["val_check_interval"] is not None and settings["val_check_interval"] == 0:
         raise UserError("trainer.val_check_interval is 0; expected a share of an epoch, or a number of batches")

@@ -233,6 +233,7 @@ _TROUBLES = {
     "term in a fork": _told_in_a_fork,
     "no screen": _no_screen,
     "ctrl-c": functools.partial(_signalled, signal.SIGINT, "on_train_batch_start"),
+    "terminal closed": functools.partial(_signalled, signal.SIGHUP, "on_train_batch_start"),
     "kill in blend": functools.partial(_signalled, signal.SIGKILL, "solve"),
     "term in blend": functools.partial(_signalled, signal.SIGTERM, "solve"),
     "ctrl-c in blend": functools.partial(_signalled, signal.SIGINT, "solve"),

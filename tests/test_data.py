@@ -18,7 +18,7 @@ from rexnet_lit.cli import user_message
 from rexnet_lit.data import ImageFolderDataModule
 from rexnet_lit.datasets import ImageDataset
 from rexnet_lit.errors import UserError
-from rexnet_lit.folder import PathList, Samples
+from rexnet_lit.folder import PathList, Samples, write_split
 from rexnet_lit.sampler import Batch, BatchSampler, training_order
 from rexnet_lit.spec import EvalRecipe
 from rexnet_lit.transforms import AugmentSettings, EvalTransform, TrainTransform
@@ -494,28 +494,36 @@ def test_unreadable_files_are_left_out_and_remembered(tmp_path, make_shapes):
 def test_too_many_unreadable_files_are_refused(tmp_path, make_shapes, split):
     root = make_shapes(tmp_path, test=0)
     damage(root, split, 2)
-    with pytest.raises(UserError, match=r"2 of \d+ images cannot be read .*data.max_bad_fraction 0.05.*check"):
+    with pytest.raises(
+        UserError, match=rf"2 of \d+ images of {split} cannot be read .*data.max_bad_fraction 0.05.*check"
+    ):
         module(root).setup("fit")
     data = module(root, max_bad_fraction=0.2)
     data.setup("fit")
     assert len(data.bad_files) == 2
 
 
-def test_a_broken_image_of_a_small_split_is_borne_by_the_whole_folder(tmp_path, make_shapes):
-    """Where a drawn split's broken images fall is chance: the limit is of all images."""
-    root = make_shapes(tmp_path, test=0)
-    damage(root, "val", 1)  # of 8, and of 32 altogether
-    data = module(root)
-    data.setup("fit")
-    data.setup("validate")
-    assert len(data.bad_files) == 1
+def test_where_the_broken_images_of_a_draw_fall_is_chance(tmp_path, make_shapes):
+    """The limit is of all images then, also where the draw is read from a file."""
+    root = make_shapes(tmp_path, train=20, val=0, test=0) / "train"
+    drawn = module(root)
+    where = drawn.splits()["val"]
+    Path(where.path(0)).write_bytes(b"")  # of 12, and of 60 altogether
+    assert 1 / len(where) > 0.05
+    write_split(drawn.folder, tmp_path / "split.csv")
+    for data in (module(root), module(root, split_file=str(tmp_path / "split.csv"))):
+        data.setup("fit")
+        data.setup("validate")
+        assert len(data.bad_files) == 1
+    with pytest.raises(UserError, match=r"1 of 60 images of train, val cannot be read .*, more than"):
+        module(root, max_bad_fraction=0.01).setup("fit")
 
 
 def test_a_split_of_which_nothing_can_be_read(tmp_path, make_shapes):
     root = make_shapes(tmp_path, test=0, val=1)
     for path in (root / "val").rglob("*.*"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match="no image can be read"):
+    with pytest.raises(UserError, match=r"none of these 3 images can be read: 'val/.*mend or replace them"):
         module(root, max_bad_fraction=1.0).setup("fit")
 
 

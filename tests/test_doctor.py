@@ -102,11 +102,14 @@ def test_bad_files_warn_and_many_are_an_error(healthy):
 
 
 def test_what_training_refuses_is_an_error(healthy, tmp_path):
-    for number in range(2):  # of 32
-        (healthy / f"val/cat/{number}.png").write_bytes(b"")
+    (healthy / "val/cat/0.png").write_bytes(b"")  # 1 of 32, but of 8 in val
     unreadable = found(check(healthy))["unreadable"]
     assert unreadable.severity == "error"
-    assert unreadable.advice.endswith("training refuses more than 5% (data.max_bad_fraction)")
+    assert unreadable.advice.endswith("refuses more than 5% (data.max_bad_fraction): val")
+    for file in (healthy / "val").rglob("*.png"):
+        file.write_bytes(b"")
+    nothing = found(check(healthy))["unreadable-split"]
+    assert (nothing.severity, nothing.message) == ("error", "no image can be read of val")
     for file in (healthy / "train/dog").iterdir():
         file.write_bytes(b"")
     lost = found(check(healthy))["unreadable-class"]

@@ -210,6 +210,7 @@ def test_the_card_of_a_hub_folder_has_the_figures_of_these_weights_only(tmp_path
 
     model = lively_model(_run(tmp_path), size=32)
     per_class = {name: {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 4} for name in NAMES}
+    per_class[NAMES[1]] = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
     figures = {"top1": 0.75, "macro_f1": 0.7, "nll": 0.5, "ece": 0.1, "count": 12, "per_class": per_class}
     report = tmp_path / "run" / "report"
     report.mkdir()
@@ -227,6 +228,7 @@ def test_the_card_of_a_hub_folder_has_the_figures_of_these_weights_only(tmp_path
     assert (accuracy.metric_type, accuracy.metric_value, f1.metric_value) == ("accuracy", 0.75, 0.7)
     assert "| Top-1 accuracy | 75.0\u00a0% (46.8\u00a0% to 91.1\u00a0%, a 95 % interval) |" in found.text  # Wilson
     assert f"| `{NAMES[0]}` | 50.0\u00a0% | 100\u00a0% | 66.7\u00a0% | 4 |" in found.text
+    assert f"| `{NAMES[1]}` | - | - | - | 0 |" in found.text  # nothing is known of it
     for number, other in enumerate(("another model's", "")):
         assert "Not measured" in card(other, f"other-{number}").text
 

@@ -21,7 +21,7 @@ import yaml
 from module_tools import model_of
 from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 
-from rexnet_lit import checkpoint
+from rexnet_lit import checkpoint, process
 from rexnet_lit import run_folder as run_folders
 from rexnet_lit.errors import Stopped, UserError
 from rexnet_lit.files import check_writable, second_name
@@ -366,6 +366,7 @@ def test_after_a_stop_the_same_trainer_fits_again():
     [
         (("term", 8), 143, "SIGTERM after batch 3 of 6 of epoch 2"),
         (("ctrl-c", 8), 130, "SIGINT after batch 3 of 6 of epoch 2"),
+        (("terminal closed", 8), 129, "SIGHUP after batch 3 of 6 of epoch 2"),
         # It validates, then saves.
         pytest.param(("term", 11), 143, "SIGTERM after batch 6 of 6 of epoch 2", marks=pytest.mark.slow),
         (("term in validation", 12), 143, "SIGTERM after batch 6 of 6 of epoch 2"),
@@ -390,6 +391,25 @@ def epoch_rows(cwd):
     """What a run's record says of its epochs, the mean loss of one that was interrupted too."""
     rows = [row for row in rows_of(run_folder(cwd) / "metrics.csv") if row["train/loss"] or row["val/loss"]]
     return [{name: value for name, value in row.items() if name != "train/loss_step"} for row in rows]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_told_amid_an_import_it_ends_at_once(tmp_path, number):
+    """numpy looks for what half of it lacks until the stack is full."""
+    lines = ("import os", "try:", f"    os.kill(os.getpid(), {int(number)})", "finally:", "    print('half a package')")
+    (tmp_path / "half.py").write_text("\n".join(lines))
+    code = "from rexnet_lit import process; process.answer_signals(); import half"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+
+
+def test_what_outlives_its_terminal_is_not_told():
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
+    try:
+        assert process.stop_signals() == (signal.SIGTERM, signal.SIGINT)
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+    assert signal.SIGHUP in process.stop_signals()
 
 
 def test_told_where_each_step_is_validated(whole, cwd):
@@ -561,10 +581,19 @@ CHANGES = (
                 "model.ema (0.0 then, 0.9 now)",
             ],
         ),
+        (
+            ("--model.optimizer.lr", 1, "--model.ema", 0.9, "--data.sampler", "balanced", "--model.loss", "focal"),
+            [
+                "model.optimizer.lr (0.004 then, 1.0 now)",
+                "model.ema (0.0 then, 0.9 now)",
+                "data.sampler (shuffle then, balanced now)",
+                "model.loss.name (cross_entropy then, focal now)",
+            ],
+        ),
         (("--model.backbone", "rexnet_130"), ["model.backbone is rexnet_100, this run's is rexnet_130"]),
         (("--model.head", "mlp"), ["model.head.name is linear, this run's is mlp"]),
     ],
-    ids=("settings", "processes", "memory", "optimizer", "backbone", "head"),
+    ids=("settings", "processes", "memory", "optimizer", "both kinds", "backbone", "head"),
 )
 def test_a_resume_refuses_what_would_be_another_run(run, settings, expected):
     before = contents(run_folder(run))

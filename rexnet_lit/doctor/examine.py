@@ -23,7 +23,7 @@ from rexnet_lit.doctor.duplicates import groups_of_equals, near_groups, perceptu
 from rexnet_lit.errors import counted
 from rexnet_lit.folder import ImageFolder, Split, some, survey
 from rexnet_lit.process import cpu_count
-from rexnet_lit.quarantine import BadFile
+from rexnet_lit.quarantine import BadFile, too_many
 from rexnet_lit.spec import MAX_BAD_FRACTION
 
 __all__ = ["Checkup", "Finding", "check", "render"]
@@ -197,17 +197,24 @@ def _about_bad(folder: ImageFolder, looks: Sequence[_Look]) -> list[Finding]:
     bad = [look for look in looks if look.reason]
     if not bad:
         return []
-    common = collections.Counter(look.reason for look in bad).most_common(5)
-    reasons = ", ".join(f"{count} x {reason}" for reason, count in common)
-    too_many = len(bad) > MAX_BAD_FRACTION * len(looks)
+    common = collections.Counter(look.reason for look in bad).most_common()
+    reasons = ", ".join(f"{count} x {reason}" for reason, count in common[:5])
+    if common[5:]:
+        reasons += f", {sum(count for _, count in common[5:])} x other reasons"
+    by_split = {name: sum(look.split == name for look in bad) for name in folder.splits}
+    over = too_many(folder, by_split, MAX_BAD_FRACTION)
+    nothing = [name for name, count in by_split.items() if count == len(folder.splits[name])]
     message = f"{len(bad)} of {len(looks)} images are unreadable: {reasons}"
     advice = "replace or delete them; " + (
-        f"training refuses more than {MAX_BAD_FRACTION:.0%} (data.max_bad_fraction)"
-        if too_many
+        f"training refuses more than {MAX_BAD_FRACTION:.0%} (data.max_bad_fraction): {', '.join(over)}"
+        if over
         else "training leaves them out"
     )
     paths = tuple(look.path for look in bad)
-    found = [Finding("error" if too_many else "warning", "unreadable", message, advice, paths)]
+    found = [Finding("error" if over else "warning", "unreadable", message, advice, paths)]
+    if nothing:
+        message = f"no image can be read of {', '.join(nothing)}"
+        found.append(Finding("error", "unreadable-split", message, "mend the files, or add others"))
     good = {look.target for look in looks if look.split == "train" and not look.reason}
     lost = sorted({look.target for look in bad if look.split == "train"} - good)
     if lost:

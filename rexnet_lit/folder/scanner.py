@@ -111,6 +111,11 @@ class ImageFolder:
     layout: Layout = "flat"
     drawn: bool = False
 
+    @property
+    def pooled(self) -> bool:
+        """Whether the splits are of one pool of images, drawn now or written down in a file."""
+        return self.drawn or self.layout == "file"
+
 
 def scan(
     root: str | os.PathLike[str],
@@ -246,7 +251,9 @@ def _read_folders(
             continue  # said with the other links
         names, loose = walk.folders(folders[0])
         if split == "test" and loose and not names:
-            notes.append(f"test/ has {loose} images without class folders: ignored (they can be predicted)")
+            notes.append(
+                f"test/ has {counted(loose, 'image', 'images')} without class folders: ignored (to be predicted)"
+            )
             continue
         found[split] = _read_classes(walk, folders[0], names, loose, problems, notes)
     return "split", found
@@ -274,7 +281,7 @@ def _read_classes(
     """List the images of each class folder."""
     where = f"{quoted(os.fsdecode(base))}: " if base else ""
     if not names:
-        got = f"{loose} images directly, no class folders" if loose else "it is empty"
+        got = f"{counted(loose, 'image', 'images')} directly, no class folders" if loose else "it is empty"
         problems.append(f"{where}{got}; {_LAYOUT}")
     elif loose:
         many = counted(loose, "image outside every class folder is", "images outside every class folder are")
@@ -338,7 +345,8 @@ def _order(found: Found, class_order: str | os.PathLike[str], problems: list[str
     try:
         listed = Path(class_order).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        problems.append(f"data.class_order {quoted(os.fspath(class_order))} cannot be read ({type(error).__name__})")
+        what = f"data.class_order {quoted(os.fspath(class_order))}"
+        problems.append(f"{what}: expected sorted, natural or a file of names ({type(error).__name__})")
         return tuple(names)
     wanted = tuple(line.strip("\r") for line in listed if line.strip())
     missing, extra = sorted(set(wanted) - set(names)), sorted(set(names) - set(wanted))
