@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 from rexnet_lit import __version__, process
 from rexnet_lit.errors import Stopped, UserError, visible
 from rexnet_lit.files import check_output
+from rexnet_lit.spec import DataRecord
 
 if TYPE_CHECKING:
     import numpy as np
@@ -46,19 +47,19 @@ def _check(args: argparse.Namespace) -> int:
 
     if not args.dir or not Path(args.dir).is_dir():
         raise UserError(f"check: there is no folder {args.dir!r}")
-    if args.config and not args.report:
-        raise UserError("check: --config shows its augmentation in the page; name one: --report FILE.html")
     if args.report:
         check_output("--report", Path(args.report), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
-    recipe = None
+    record, augment, size = DataRecord(), None, 0
     if args.config:
-        from rexnet_lit.config import read_augment
+        from rexnet_lit.config import read_data
 
-        recipe = read_augment(args.config)
+        record, augment, size = read_data(args.config)
     console = Console(stderr=True)  # stdout may be JSON
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("looking at the images")
-        checkup = doctor.check(args.dir, progress=lambda done, total: bar.update(task, completed=done, total=total))
+        checkup = doctor.check(
+            args.dir, record, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
     if args.json:
         print(json.dumps(checkup.to_dict(), indent=2))  # noqa: T201
     else:
@@ -69,7 +70,7 @@ def _check(args: argparse.Namespace) -> int:
         def read(path: str) -> NDArray[np.uint8]:
             return decode.read(Path(args.dir) / path, 160)
 
-        samples = _augmented(checkup, read, *recipe) if recipe else []
+        samples = _augmented(checkup, read, augment, size) if augment else []
         config = Path(args.config).name if args.config else ""
         report.write_checkup(args.report, checkup, read_image=read, augmented=samples, config=config)
         print(f"report: {args.report}", file=sys.stderr)  # noqa: T201 (stdout may be JSON)
@@ -166,7 +167,8 @@ def _parser() -> argparse.ArgumentParser:
     check.add_argument("dir", metavar="DIR", help="holds train/ val/ [test/], or class folders")
     check.add_argument("--json", action="store_true", help="print the findings as JSON")
     check.add_argument("--report", metavar="FILE.html", help="write a page with pictures of every class and all copies")
-    check.add_argument("--config", metavar="FILE.yaml", help="show in it what this config's augmentation makes of them")
+    help_ = "split the folder as this config does, and show in the page what its augmentation makes of the images"
+    check.add_argument("--config", metavar="FILE.yaml", help=help_)
     add("models", _models, "list the ReXNet variants")
     sample = add("sample", _sample, "write the sample dataset, handwritten digits")
     sample.add_argument("dir", metavar="DIR", help="a new folder")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import re
 from collections.abc import Iterable
@@ -12,7 +13,7 @@ import jsonargparse
 import yaml
 
 from rexnet_lit.errors import UserError, did_you_mean
-from rexnet_lit.spec import EvalRecipe
+from rexnet_lit.spec import DataRecord, EvalRecipe
 from rexnet_lit.transforms import AugmentSettings
 
 __all__ = [
@@ -21,8 +22,8 @@ __all__ = [
     "load_yaml",
     "named_key",
     "one_line",
-    "read_augment",
     "read_configs",
+    "read_data",
     "without",
 ]
 
@@ -150,16 +151,18 @@ def _brackets(text: str) -> int:
     return most
 
 
-def read_augment(config: str) -> tuple[AugmentSettings, int]:
-    """Return the training recipe of a config, and the image size in pixels.
+def read_data(config: str) -> tuple[DataRecord, AugmentSettings, int]:
+    """Return what a config says of a dataset, its training recipe, and the image size in pixels.
 
     Raises:
-        UserError: The file cannot be read, or the recipe is wrong.
+        UserError: The file cannot be read, or what it says is wrong.
     """
     try:
         data = (load_yaml(_text(config), "fit") or {}).get("data") or {}
         size = data.get("image_size") or EvalRecipe().image_size
-        return AugmentSettings(**(data.get("augment") or {})), int(size)
+        fields = [field.name for field in dataclasses.fields(DataRecord) if field.name != "root"]
+        record = DataRecord(**{name: data[name] for name in fields if name in data})
+        return record, AugmentSettings(**(data.get("augment") or {})), int(size)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         said = getattr(error, "strerror", None) or error  # the system's words without the file's name again
         raise UserError(f"--config {config}: {' '.join(str(said).split())}") from None

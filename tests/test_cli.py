@@ -898,6 +898,30 @@ def test_check_writes_a_page(pictures, tmp_path, capsys):
     assert all(f"<h2>{name}</h2>" in text for name in NAMES)
 
 
+def test_check_splits_as_a_config_does(tmp_path, capsys):
+    write_dataset(tmp_path, data=10, elsewhere=1)
+    (tmp_path / "data" / "disc" / "more").symlink_to(tmp_path / "elsewhere" / "disc")
+    (tmp_path / "data" / "disc" / "broken.png").touch()
+    argv = ["check", str(tmp_path / "data"), "--json"]
+    assert cli.main(argv) == 1
+    assert "1 link leads out" in capsys.readouterr().out
+    config = tmp_path / "c.yaml"
+    settings = {"follow_outside_links": True, "val_fraction": 0.3, "test_fraction": 0.2, "max_bad_fraction": 0.01}
+    config.write_text(yaml.safe_dump({"data": settings}))
+    assert cli.main([*argv, "--config", str(config)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    counts = {split: sum(by_class.values()) for split, by_class in found["counts"].items()}
+    assert sum(counts.values()) == 32
+    assert counts["val"] > counts["test"] > 0
+    (error,) = (row for row in found["findings"] if row["severity"] == "error")
+    assert error["advice"].endswith("training refuses more than 1% (data.max_bad_fraction): train, val, test")
+    settings["max_bad_fraction"] = 0.1
+    config.write_text(yaml.safe_dump({"data": settings}))
+    assert cli.main([*argv, "--config", str(config)]) == 0
+    config.write_text("data: {val_fraction: 20%}")
+    assert "--config" in fails(capsys, *argv, "--config", config)
+
+
 def test_check_s_page_needs_a_config_that_is_one(pictures, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("data: {augment: {nam: light}}")
     for config, message in (("none.yaml", "No such file"), ("c.yaml", "nam")):

@@ -16,6 +16,7 @@ from rich.console import Console
 
 from rexnet_lit import doctor
 from rexnet_lit.doctor import check, duplicates, render
+from rexnet_lit.spec import DataRecord
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
 
@@ -223,7 +224,7 @@ def test_sizes_and_animations(healthy):
 def test_flat_folder_is_checked_as_it_will_be_split(tmp_path):
     for i in range(20):
         save(tmp_path / ("a" if i % 2 else "b") / f"{i}.png", picture(i))
-    checkup = check(tmp_path, val_fraction=0.3, test_fraction=0.2)
+    checkup = check(tmp_path, DataRecord(val_fraction=0.3, test_fraction=0.2))
     assert checkup.layout == "flat"
     assert {split: sum(c.values()) for split, c in checkup.counts.items()} == {
         "train": 10,

@@ -24,7 +24,7 @@ from rexnet_lit.errors import counted
 from rexnet_lit.folder import ImageFolder, Split, some, survey
 from rexnet_lit.process import cpu_count
 from rexnet_lit.quarantine import BadFile, too_many
-from rexnet_lit.spec import MAX_BAD_FRACTION
+from rexnet_lit.spec import DataRecord
 
 __all__ = ["Checkup", "Finding", "check", "render"]
 
@@ -51,23 +51,24 @@ class _Look:
 
 def check(
     root: str | os.PathLike[str],
+    settings: DataRecord = DataRecord(),  # noqa: B008 (frozen)
     *,
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.0,
     progress: Callable[[int, int], None] | None = None,
 ) -> Checkup:
     """Look at a dataset from all sides.
 
     Args:
         root: Its folder, as `folder.scan` takes it.
-        val_fraction: As for `folder.scan`.
-        test_fraction: As for `folder.scan`.
+        settings: How to split it, and how many unreadable images a training would take.
         progress: Called with the number of images read and their total.
 
     Returns:
         What was found; a dataset that cannot be used is an error among the findings, not an exception.
     """
-    folder, problems = survey(root, val_fraction=val_fraction, test_fraction=test_fraction)
+    said = dataclasses.asdict(settings)
+    said.pop("root")
+    limit = said.pop("max_bad_fraction")
+    folder, problems = survey(root, **said)
     looks = _look_at_all(folder, progress)
     images = [look for look in looks if look.info is not None]
     equal = [[looks[i] for i in group] for group in groups_of_equals(look.digest for look in looks)]
@@ -76,7 +77,7 @@ def check(
     findings += _about_splits(folder, problems)
     findings += _about_folder(folder)
     findings += _about_classes(folder)
-    findings += _about_bad(folder, looks) if folder.splits else []
+    findings += _about_bad(folder, looks, limit) if folder.splits else []
     findings += _about_copies("duplicate", "have the same content", equal)
     findings += _about_copies("near-duplicate", "look the same", alike)
     findings += _about_sizes(images)
@@ -193,7 +194,7 @@ def _about_classes(folder: ImageFolder) -> list[Finding]:
     return found
 
 
-def _about_bad(folder: ImageFolder, looks: Sequence[_Look]) -> list[Finding]:
+def _about_bad(folder: ImageFolder, looks: Sequence[_Look], limit: float) -> list[Finding]:
     bad = [look for look in looks if look.reason]
     if not bad:
         return []
@@ -202,11 +203,11 @@ def _about_bad(folder: ImageFolder, looks: Sequence[_Look]) -> list[Finding]:
     if common[5:]:
         reasons += f", {sum(count for _, count in common[5:])} x other reasons"
     by_split = {name: sum(look.split == name for look in bad) for name in folder.splits}
-    over = too_many(folder, by_split, MAX_BAD_FRACTION)
+    over = too_many(folder, by_split, limit)
     nothing = [name for name, count in by_split.items() if count == len(folder.splits[name])]
     message = f"{len(bad)} of {len(looks)} images are unreadable: {reasons}"
     advice = "replace or delete them; " + (
-        f"training refuses more than {MAX_BAD_FRACTION:.0%} (data.max_bad_fraction): {', '.join(over)}"
+        f"training refuses more than {100 * limit:g}% (data.max_bad_fraction): {', '.join(over)}"
         if over
         else "training leaves them out"
     )
