@@ -265,8 +265,8 @@ def class_problem(message: str) -> str | None:
         if not hint and "Given value type: <class 'str'>" in message:  # it need not have been meant for a class
             return None
         return f"no class is called {found['unknown']!r}{hint or '; give its whole path, as package.Class'}"
-    reason = re.sub(r"Parser key \"([\w.]+)\":", r"\1:", " ".join(found["reason"].split()))
-    return f"{found['path']}: {_plainly(reason)}" if found["path"] else f"{found['other']} is not {reason}"
+    reason = _plainly(found["reason"])
+    return f"{found['path']}: {reason}" if found["path"] else f"{found['other']} is not {reason}"
 
 
 def one_line(message: str, known: list[str]) -> str:

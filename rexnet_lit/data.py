@@ -222,7 +222,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if stage == "predict":
             if self.predict_samples is None:
                 return  # a trainer that is given a loader asks all the same
-            good = self._without_bad(self.predict_samples)
+            good = self._without_bad(self.predict_samples, quarantine.find_bad(self.predict_samples))
             self._datasets["predict"] = ImageDataset(good, evaluate, 0)
             return
         needed: dict[str, tuple[Split, ...]] = {
@@ -233,13 +233,13 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if stage not in needed:
             raise UserError(f"setup: the stage is {stage!r}; expected one of {', '.join([*needed, 'predict'])}")
         splits = self.folder.splits if self.folder else self.splits()
-        self._check_bad(needed[stage])
+        bad = self._find_bad(needed[stage])
         for name in needed[stage]:
             if name not in splits or len(splits[name]) == 0:
                 raise UserError(_missing_split(name, self.record))
             if name != "train" and name in self._datasets and self._datasets[name].transform == evaluate:
                 continue
-            samples = self._without_bad(splits[name])
+            samples = self._without_bad(splits[name], bad[name])
             if name == "train":
                 self._check_classes(samples)
             transform = self.train_transform() if name == "train" else evaluate
@@ -314,11 +314,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.eval_recipe = recipe
         return recipe, train_size
 
-    def _check_bad(self, needed: Sequence[Split]) -> None:
-        """Refuse where too many of the folder's images cannot be read."""
+    def _find_bad(self, needed: Sequence[Split]) -> dict[Split, list[tuple[int, str]]]:
+        """Return index and reason of each split's unreadable images; refuse where they are too many."""
         folder, limit = self.folder, self.record.max_bad_fraction
         if folder is None:
-            return
+            return {}
         looked = [name for name in folder.splits if folder.pooled or name in needed]
         bad = {name: quarantine.find_bad(folder.splits[name]) for name in looked}
         names = quarantine.too_many(folder, {name: len(rows) for name, rows in bad.items()}, limit)
@@ -330,10 +330,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 f"{path!r}: {reason}), more than data.max_bad_fraction {limit}; `python -m rexnet_lit check` lists "
                 "them: mend or remove them, or set a larger fraction"
             )
+        return bad
 
-    def _without_bad(self, samples: Samples) -> Samples:
+    def _without_bad(self, samples: Samples, bad: Sequence[tuple[int, str]]) -> Samples:
         """Return ``samples`` less the unreadable files, which are remembered for ``quarantine.csv``."""
-        bad = quarantine.find_bad(samples)
         found = [quarantine.BadFile(samples.paths[i], reason) for i, reason in bad]
         self.bad_files += [row for row in found if row not in self.bad_files]
         if len(bad) == len(samples) == 1:
@@ -412,15 +412,14 @@ class ImageFolderDataModule(pl.LightningDataModule):
             if len(dataset) < world:
                 raise UserError(
                     f"{dataset.samples.root}: {counted(len(dataset), f'{name} image', f'{name} images')} for {world} "
-                    "processes; each needs one: "
-                    "add images, or set fewer trainer.devices"
+                    "processes; each needs one: add images, or set fewer trainer.devices"
                 )
             return BatchSampler(len(dataset), self.batch_size, rank=rank, world_size=world)
         if len(dataset) < 2 * world:
             raise UserError(
                 f"{dataset.samples.root}: {counted(len(dataset), 'training image', 'training images')} for "
-                f"{counted(world, 'process', 'processes')}; "
-                "each needs at least 2 (BatchNorm cannot train on one): add images"
+                f"{counted(world, 'process', 'processes')}; each needs at least 2 (BatchNorm cannot train on one): "
+                "add images"
             )
         targets = dataset.samples.targets
         position = (lambda: training_position(trainer)) if trainer is not None else None

@@ -70,6 +70,7 @@ def _run(argv: list[str], cwd: str, log: str, trouble: tuple[str, int] | None, s
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(XDG_CACHE_HOME=str(Path(cwd) / "cache"), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     from rexnet_lit import __main__
     from rexnet_lit.guards import RunCheckpoint
 

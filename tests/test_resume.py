@@ -398,7 +398,8 @@ def test_told_amid_an_import_it_ends_at_once(tmp_path, number):
     """numpy looks for what half of it lacks until the stack is full."""
     lines = ("import os", "try:", f"    os.kill(os.getpid(), {int(number)})", "finally:", "    print('half a package')")
     (tmp_path / "half.py").write_text("\n".join(lines))
-    code = "from rexnet_lit import process; process.answer_signals(); import half"
+    default = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # not ignored, as under nohup
+    code = f"{default}; from rexnet_lit import process; process.answer_signals(); import half"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
@@ -407,9 +408,10 @@ def test_what_outlives_its_terminal_is_not_told():
     handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
     try:
         assert process.stop_signals() == (signal.SIGTERM, signal.SIGINT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in process.stop_signals()
     finally:
         signal.signal(signal.SIGHUP, handler)
-    assert signal.SIGHUP in process.stop_signals()
 
 
 def test_told_where_each_step_is_validated(whole, cwd):

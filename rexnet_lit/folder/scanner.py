@@ -330,9 +330,11 @@ def _say_walk(walk: Walk, problems: list[str], notes: list[str]) -> None:
         )
         notes.append(f"{many} ignored, first {first}")
     for suffix, count in sorted(walk.unsupported.items()):
-        many = f"{counted(count, f'{suffix} file is', f'{suffix} files are')} ignored: convert to JPEG or PNG"
-        bare = f"{counted(count, 'file without an extension is', 'files without an extension are')} ignored"
-        notes.append(many if suffix else bare)
+        if suffix:
+            many = counted(count, f"{suffix} file is", f"{suffix} files are")
+            notes.append(f"{many} ignored: convert to JPEG or PNG")
+        else:
+            notes.append(f"{counted(count, 'file without an extension is', 'files without an extension are')} ignored")
 
 
 def _order(found: Found, class_order: str | os.PathLike[str], problems: list[str]) -> tuple[str, ...]:

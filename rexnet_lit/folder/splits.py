@@ -102,8 +102,8 @@ class Shares:
             return [f"data.num_folds is {self.num_folds}; expected 2 or more, or 0 for none"]
         if self.fold and not self.num_folds:
             return [f"data.fold is {self.fold}, and data.num_folds 0; set both, such as data.num_folds 5"]
-        if not 0 <= self.fold < max(self.num_folds, 1):
-            return [f"data.fold is {self.fold}; expected 0 to {max(self.num_folds - 1, 0)}, below data.num_folds"]
+        if self.num_folds and not 0 <= self.fold < self.num_folds:
+            return [f"data.fold is {self.fold}; expected 0 to {self.num_folds - 1}, below data.num_folds"]
         return []
 
 
