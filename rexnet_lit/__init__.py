@@ -9,24 +9,24 @@ from __future__ import annotations
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from rexnet_lit.errors import UserError
-from rexnet_lit.process import tune
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.process import configure_allocator
 
 if TYPE_CHECKING:
-    from rexnet_lit.data import ImageFolderDataModule as ImageFolderDataModule
-    from rexnet_lit.module import RexNetModule as RexNetModule
-    from rexnet_lit.predictor import Classifier as Classifier
-    from rexnet_lit.predictor import load as load
+    from rexnet_lit.data.datamodule import ImageFolderDataModule as ImageFolderDataModule
+    from rexnet_lit.models.predictor import Classifier as Classifier
+    from rexnet_lit.models.predictor import load as load
+    from rexnet_lit.training.module import RexNetModule as RexNetModule
 
-__all__ = ["Classifier", "ImageFolderDataModule", "RexNetModule", "UserError", "load", "tune"]
+__all__ = ["Classifier", "ImageFolderDataModule", "RexNetModule", "UserError", "configure_allocator", "load"]
 __version__ = "0.1.0"
 
 # Imported when asked for: torch and Lightning take seconds, and `python -m rexnet_lit --help` needs neither.
 _WHERE = {
-    "Classifier": "predictor",
-    "ImageFolderDataModule": "data",
-    "RexNetModule": "module",
-    "load": "predictor",
+    "Classifier": "models.predictor",
+    "ImageFolderDataModule": "data.datamodule",
+    "RexNetModule": "training.module",
+    "load": "models.predictor",
 }
 
 

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import sys
 
-from rexnet_lit import process
+from rexnet_lit.utils import process
 
 
 def main() -> int:
     """Run the command line and return its exit code."""
-    process.have_streams()
-    process.answer_signals()
-    process.tune()  # before torch is imported, which happens below
-    from rexnet_lit import cli
+    process.open_missing_streams()
+    process.install_signal_handlers()
+    process.configure_allocator()  # before torch is imported, which happens below
+    from rexnet_lit.cli import main
 
-    return cli.main(sys.argv[1:])
+    return main.main(sys.argv[1:])
 
 
 if __name__ == "__main__":

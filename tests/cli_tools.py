@@ -11,8 +11,10 @@ import numpy as np
 import torch
 from PIL import Image
 
-from rexnet_lit import checkpoint, cli, network
-from rexnet_lit.spec import EvalRecipe, ModelSpec
+from rexnet_lit.cli import main
+from rexnet_lit.data.settings import EvalRecipe
+from rexnet_lit.models import checkpoint, rexnet
+from rexnet_lit.models.spec import ModelSpec
 
 NAMES = ("bars", "disc", "ring")
 TRUE_COLOURS = {"bars": (200, 60, 40), "disc": (40, 160, 60), "ring": (50, 70, 200)}
@@ -50,7 +52,7 @@ def lively_model(path, names=NAMES, size=64, backbone="rexnet_100"):
     An untrained network answers 1/K to everything, so a wrong preprocessing would not show.
     """
     torch.manual_seed(0)
-    net = network.build_network(backbone, len(names)).to(memory_format=torch.channels_last)
+    net = rexnet.build_network(backbone, len(names)).to(memory_format=torch.channels_last)
     views = torch.from_numpy(np.stack([picture(n, s, size) for n in NAMES for s in range(4)]))
     views = ((views / 255 - 0.45) / 0.225).permute(0, 3, 1, 2)
     norms = [module for module in net.modules() if isinstance(module, torch.nn.BatchNorm2d)]
@@ -69,7 +71,7 @@ def lively_model(path, names=NAMES, size=64, backbone="rexnet_100"):
 
 def fails(capsys, *argv):
     """Run a command that a user got wrong; return its one line."""
-    code = cli.main([str(a) for a in argv])
+    code = main.main([str(a) for a in argv])
     out, err = capsys.readouterr()
     assert code == 2, (code, out, err)
     lines = err.splitlines()
@@ -79,7 +81,7 @@ def fails(capsys, *argv):
     return lines[0].removeprefix("rexnet-lit: error: ")
 
 
-def rexnet(*argv, cwd, timeout=300):
+def run_rexnet(*argv, cwd, timeout=300):
     """Run ``python -m rexnet_lit`` in a process of its own, on two threads; return what it printed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "REXNET_LIT", "MASTER_"))}
     environment |= {"XDG_CACHE_HOME": str(Path(cwd) / "cache"), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}

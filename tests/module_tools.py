@@ -8,8 +8,8 @@ from typing import Any
 import lightning.pytorch as pl
 import torch
 
-from rexnet_lit.data import ImageFolderDataModule
-from rexnet_lit.module import RexNetModule
+from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.training.module import RexNetModule
 
 NAMES = ("circle", "cross", "square")
 

@@ -24,7 +24,7 @@ import torch
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _FORKS = multiprocessing.get_context("forkserver")
-_FORKS.set_forkserver_preload(["rexnet_lit.runs", "rexnet_lit.cli", "run_tools"])
+_FORKS.set_forkserver_preload(["rexnet_lit.cli.lightning_cli", "rexnet_lit.cli.main", "run_tools"])
 
 
 class Done(NamedTuple):
@@ -72,7 +72,7 @@ def _run(argv: list[str], cwd: str, log: str, trouble: tuple[str, int] | None, s
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     from rexnet_lit import __main__
-    from rexnet_lit.guards import RunCheckpoint
+    from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 
     RunCheckpoint.__init__ = functools.partialmethod(RunCheckpoint.__init__, every=save_every)  # type: ignore
     if trouble is not None:
@@ -85,7 +85,7 @@ def _run(argv: list[str], cwd: str, log: str, trouble: tuple[str, int] | None, s
 
 def at_step(step: int, what: Any, hook: str = "on_train_batch_start") -> None:
     """Have ``what(module)`` happen in a module's hook, when so many optimiser steps are done."""
-    from rexnet_lit.module import RexNetModule
+    from rexnet_lit.training.module import RexNetModule
 
     before, due = getattr(RexNetModule, hook), [step]
 
@@ -104,7 +104,7 @@ def _signalled(number: signal.Signals, hook: str, step: int) -> None:
 
 def _killed_at_batch_3(step: int) -> None:
     """In the second half of an accumulated step, which no count of steps tells."""
-    from rexnet_lit.module import RexNetModule
+    from rexnet_lit.training.module import RexNetModule
 
     before = RexNetModule.on_train_batch_start
 
@@ -117,7 +117,7 @@ def _killed_at_batch_3(step: int) -> None:
 
 
 def _nan(step: int) -> None:
-    from rexnet_lit.module import RexNetModule
+    from rexnet_lit.training.module import RexNetModule
 
     before = RexNetModule.training_step
 
@@ -177,7 +177,7 @@ def _no_room_for_logs(step: int) -> None:
 
 
 def _worker_hangs(step: int) -> None:
-    from rexnet_lit import loader
+    from rexnet_lit.data import loader
 
     loader._POLL, loader._PATIENCE = 1, 3
     read = loader.ImageDataset.read
@@ -191,15 +191,15 @@ def _worker_hangs(step: int) -> None:
 
 
 def _start_up(number: signal.Signals, step: int) -> None:
-    from rexnet_lit import data
+    from rexnet_lit.data import datamodule
 
-    scan = data.scan
+    scan = datamodule.scan
 
     def told(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), number)
         return scan(*args, **kwargs)
 
-    data.scan = told  # type: ignore[assignment]
+    datamodule.scan = told  # type: ignore[assignment]
 
 
 def _told_in_a_fork(step: int) -> None:
@@ -250,7 +250,7 @@ _TROUBLES = {
 
 def weights(cwd: Path, version: int = 0) -> dict[str, torch.Tensor]:
     """The tensors of a run's last checkpoint: weights, their average, the optimiser's."""
-    from rexnet_lit import checkpoint
+    from rexnet_lit.models import checkpoint
 
     content = checkpoint.read_ckpt(str(run_folder(cwd, version) / "checkpoints" / "last.ckpt"))
     found: dict[str, torch.Tensor] = {}

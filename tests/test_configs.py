@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import yaml
 
-from rexnet_lit import cli, network
+from rexnet_lit.cli import main
+from rexnet_lit.models import variants
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 WHOLE = sorted(CONFIGS.glob("*.yaml"))
@@ -20,7 +21,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.py
 def parse(capsys, *files):
     """What a fit with these configs would use; nothing is made or run."""
     argv = ["fit", *(part for file in files for part in ("--config", str(file))), "--print_config"]
-    assert cli.main(argv) == 0
+    assert main.main(argv) == 0
     out, err = capsys.readouterr()
     assert err == ""
     return yaml.safe_load(out)
@@ -85,14 +86,14 @@ def test_imagenet_is_the_pages_recipe(capsys):
     assert data["augment"]["name"] == "randaugment"
     assert data["augment"]["magnitude"] == 9
     assert data["augment"]["erasing"] == 0.2
-    recipe = network.eval_recipe("rexnet_100", data["image_size"])
+    recipe = variants.eval_recipe("rexnet_100", data["image_size"])
     assert (recipe.crop_pct, recipe.interpolation) == (0.875, "bicubic")
 
 
 def test_sgd_is_nesterovs():
     import torch
 
-    from rexnet_lit.strategies import OptimizerSettings, build_optimizer
+    from rexnet_lit.training.optim import OptimizerSettings, build_optimizer
 
     optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings("sgd", lr=0.5, weight_decay=1e-5))
     assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from rexnet_lit import cli
+from rexnet_lit.cli import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text("utf-8")
@@ -27,7 +27,7 @@ def test_every_command_runs(tmp_path, monkeypatch, capsys):
     for argv in runs:
         # The same command, but a short fit: what it learns is tested elsewhere.
         short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"] if argv[0] == "fit" else []
-        assert cli.main([*argv, *short]) == 0, (argv, capsys.readouterr().err)
+        assert main.main([*argv, *short]) == 0, (argv, capsys.readouterr().err)
     assert (tmp_path / "lightning_logs/version_0/report/report.html").is_file()
     assert (tmp_path / "digits.onnx").is_file()
 
@@ -40,7 +40,7 @@ def test_make_targets_exist():
 
 
 def test_the_settings_exist(capsys):
-    assert cli.main(["fit", "--help"]) == 0
+    assert main.main(["fit", "--help"]) == 0
     help_text = capsys.readouterr().out
     for key in re.findall(r"^\| `((?:data|model)\.\w+)`", README, re.MULTILINE):
         assert f"--{key}" in help_text, key

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from rexnet_lit.errors import visible
 from rexnet_lit.report.metrics import BINS
+from rexnet_lit.utils.errors import printable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -25,17 +25,6 @@ if TYPE_CHECKING:
 
     Image = NDArray[np.uint8]
 
-__all__ = [
-    "data_uri",
-    "draw_calibration",
-    "draw_confusion",
-    "draw_history",
-    "draw_mistakes",
-    "figure_name",
-    "short_name",
-    "thumbnail",
-    "thumbnail_uri",
-]
 
 THUMBNAIL = 160  # pixels of the longer side
 SMALL = 64  # up to here a picture is shown blown up, pixel by pixel
@@ -185,7 +174,7 @@ def draw_history(history: Sequence[Mapping[str, float]], theme: Mapping[str, str
                 "color": palette[index % len(palette)],
                 "linestyle": "--" if key.startswith("train/") else "-",
             }
-            ax.plot(epochs, y, marker="o", markersize=3, label=figure_name(visible(key), index), **line)
+            ax.plot(epochs, y, marker="o", markersize=3, label=figure_name(printable(key), index), **line)
         _style_axes(ax, theme, "epoch", label)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         for text in ax.legend(frameon=False, fontsize=8, labelcolor=theme["text"]).get_texts():

@@ -18,27 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rexnet_lit.errors import UserError, visible
-from rexnet_lit.files import write_csv
+from rexnet_lit.utils.errors import UserError, printable
+from rexnet_lit.utils.files import write_csv
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     Pair = tuple[int, int, int]  # true class, predicted class, count
 
-__all__ = [
-    "Predictions",
-    "calibration",
-    "compute_metrics",
-    "confused_pairs",
-    "confusion",
-    "known_targets",
-    "percent",
-    "shown_names",
-    "top_k_classes",
-    "wilson",
-    "write_predictions",
-]
 
 BINS = 15
 MATRIX_CLASSES = 25  # more cells than 25 x 25 can neither be read nor, for 10,000 classes, be drawn
@@ -77,14 +64,14 @@ class Predictions:
         broken = np.flatnonzero(~np.isfinite(self.probs.sum(axis=1)))
         if broken.size:
             raise UserError(
-                f"{visible(self.paths[broken[0]])}: the model's output is not finite (NaN or infinity), for "
+                f"{printable(self.paths[broken[0]])}: the model's output is not finite (NaN or infinity), for "
                 f"{broken.size} of {shape[0]} images; its weights are damaged: use another checkpoint"
             )
 
 
 def shown_names(p: Predictions) -> list[str]:
     """Class names that can be printed and are all different (ImageNet has two "crane")."""
-    names = [visible(name) for name in p.class_names]
+    names = [printable(name) for name in p.class_names]
     times = Counter(names)
     return [name if times[name] == 1 else f"{name} (#{index})" for index, name in enumerate(names)]
 

@@ -21,7 +21,7 @@ import timm  # noqa: E402
 import torch  # noqa: E402
 from torch.nn import functional  # noqa: E402
 
-from rexnet_lit.blocks import save_memory_traffic  # noqa: E402
+from rexnet_lit.models.blocks import save_memory_traffic  # noqa: E402
 
 
 def main() -> None:

@@ -49,10 +49,10 @@ def measure(reader: str, folder: Path, size: int) -> float:
     from PIL import Image
     from timm.data import create_transform
 
-    from rexnet_lit import decode
-    from rexnet_lit.cache import DiskCache
-    from rexnet_lit.spec import EvalRecipe
-    from rexnet_lit.transforms import AugmentSettings, TrainTransform
+    from rexnet_lit.data import decode
+    from rexnet_lit.data.cache import DiskCache
+    from rexnet_lit.data.settings import EvalRecipe
+    from rexnet_lit.data.transforms import AugmentSettings, TrainTransform
 
     torch.set_num_threads(1)
     augment = AugmentSettings("light", min_scale=0.35)

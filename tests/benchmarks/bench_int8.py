@@ -17,8 +17,8 @@ import numpy as np
 import onnxruntime
 
 import rexnet_lit
-from rexnet_lit import checkpoint
-from rexnet_lit.export import export
+from rexnet_lit.export.formats import export
+from rexnet_lit.models import checkpoint
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ def measure(scan: str, root: str) -> tuple[float, float]:
     """Return the seconds and the megabytes of a scan in this process."""
     from torchvision.datasets import ImageFolder
 
-    from rexnet_lit.folder import scan as ours
+    from rexnet_lit.data.folder import scan as ours
 
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
     found = ImageFolder(root) if scan == "torchvision" else ours(root, val_fraction=0.01).splits["train"]
@@ -44,7 +44,7 @@ def memory() -> float:
 
 def epoch(root: str) -> tuple[float, float]:
     """Return a forked worker's megabytes before and after it has asked for every path once."""
-    from rexnet_lit.folder import scan
+    from rexnet_lit.data.folder import scan
 
     samples = scan(root, val_fraction=0.01).splits["train"]
 

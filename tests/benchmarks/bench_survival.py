@@ -31,7 +31,8 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torchvision.datasets import ImageFolder
 
-from rexnet_lit import checkpoint, load
+from rexnet_lit import load
+from rexnet_lit.models import checkpoint
 
 BATCH = 4
 

@@ -20,7 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from rexnet_lit import decode
+from rexnet_lit.data import decode
 
 CLASSES = ("animals", "food", "household", "plants", "seasonal", "symbols", "town", "vehicles")
 

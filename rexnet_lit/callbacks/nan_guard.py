@@ -1,0 +1,108 @@
+"""Losses that are no numbers: they end a run, with the batch's files named.
+
+A broken picture, a rate that is too high or 16 bits that overflow make them; trained on, they would end in a model that
+says nothing, successfully.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning.pytorch as pl
+import torch
+from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor
+
+from rexnet_lit.callbacks.checkpoint import find_model_checkpoint
+from rexnet_lit.data.sampler import BatchSampler
+from rexnet_lit.utils.errors import UserError
+
+
+class NaNGuard(Callback):
+    """Ends a run whose loss is no number, before it reaches the weights (on a GPU: within ten steps) or a file.
+
+    Under ``16-mixed`` a step whose gradients overflow is skipped, and the loss's scale halved: such steps are counted,
+    and a scale that has lost all its reserve ends the run.
+    """
+
+    def __init__(self) -> None:
+        self._unseen: list[tuple[int, int, Tensor]] = []
+        """Epoch, batch and loss of the steps since the last look."""
+        self._steps = 0
+        self._scale: float | None = None
+        self._skipped = 0
+
+    def on_train_batch_end(  # noqa: D102
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        if scaler is None or self._steps % 10:  # looking waits for the GPU
+            return
+        before, self._scale = self._scale, float(scaler.get_scale())
+        if before is not None and self._scale < before:
+            self._skipped += round(math.log2(before / self._scale))
+        if self._scale < _LEAST_SCALE:
+            raise UserError(
+                f"trainer.precision: the gradients overflow in 16 bits; {self._skipped} steps were skipped until epoch "
+                f"{trainer.current_epoch + 1}, batch {batch_idx + 1}; set trainer.precision to bf16-mixed or 32-true, "
+                "or a smaller model.optimizer.lr"
+            )
+
+    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Say how many steps were skipped."""
+        if self._skipped:
+            rank_zero_only(print)(f"note: {self._skipped} steps were skipped because 16-bit gradients overflowed")
+
+    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+        """Look at the loss; on a GPU, where looking waits for the step, now and then."""
+        self._unseen.append((trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, loss.detach()))
+        self._steps += 1
+        if loss.device.type == "cpu" or self._steps % 10 == 0:
+            self._look(trainer)
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Look before anything is written, at the weights too: a finite loss may have had other gradients."""
+        self._look(trainer)
+        bad = [name for name, p in pl_module.named_parameters() if not bool(torch.isfinite(p).all())]
+        if bad:
+            raise UserError(
+                f"{len(bad)} tensors of the model are no numbers any more (such as {bad[0]}) in epoch "
+                f"{trainer.current_epoch + 1}; {_REMEDY}; {_what_is_saved(trainer)}"
+            )
+
+    def _look(self, trainer: pl.Trainer) -> None:
+        seen, self._unseen = self._unseen, []
+        finite = torch.isfinite(torch.stack([loss for *_, loss in seen])).tolist() if seen else []
+        if all(finite):
+            return
+        epoch, batch, loss = seen[finite.index(False)]
+        raise UserError(
+            f"the loss is {float(loss):g} at epoch {epoch + 1}, batch {batch + 1}"
+            f"{_files(trainer, epoch, batch)}; {_REMEDY}; {_what_is_saved(trainer)}"
+        )
+
+
+_REMEDY = "set a smaller model.optimizer.lr or a longer model.schedule.warmup_epochs, or trainer.gradient_clip_val: 1.0"
+
+_LEAST_SCALE = 2.0**-10
+"""Where torch's scale of the loss, 2^16 at first, shows that no scale will do."""
+
+
+def _what_is_saved(trainer: pl.Trainer) -> str:
+    saver = find_model_checkpoint(trainer)
+    return "the last checkpoint is from before" if saver and saver.last_model_path else "nothing was saved yet"
+
+
+def _files(trainer: pl.Trainer, epoch: int, batch: int) -> str:
+    """Return the names of a training batch's images, where they are ours."""
+    loader: Any = trainer.train_dataloader
+    sampler = getattr(loader, "sampler", None)
+    if not isinstance(sampler, BatchSampler):
+        return ""
+    paths = loader.dataset.samples.paths
+    names = [repr(paths[int(i)]) for i in sampler.batches(epoch)[batch]]
+    return f" (images {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"

@@ -1,0 +1,138 @@
+"""What a batch holds: images, or their features, by the indices that a `Batch` names."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+from typing import cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rexnet_lit.data import decode, image_header
+from rexnet_lit.data.folder import Samples
+from rexnet_lit.data.sampler import BatchKey
+from rexnet_lit.data.transforms import EvalTransform, TrainTransform
+from rexnet_lit.utils.errors import UserError
+
+
+class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Images by batch: a `Batch` in, ((B, 3, S, S) float32, (B,) int64) out.
+
+    The images' memory is channels_last.
+
+    Args:
+        samples: Paths and targets.
+        transform: How an image becomes a tensor.
+        seed: The run's.
+        read: What reads files: `decode.read`, or a cache's.
+        mix: MixUp or CutMix: maps images (B, 3, S, S) and targets (B,) to images and target probabilities (B, K).
+    """
+
+    def __init__(
+        self,
+        samples: Samples,
+        transform: TrainTransform | EvalTransform,
+        seed: int,
+        read: Callable[[str, int], NDArray[np.uint8]] = decode.read,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]] | None = None,
+    ) -> None:
+        self.samples, self.transform, self.seed = samples, transform, seed
+        self._read, self.mix = read, mix
+        self.images: Sequence[NDArray[np.uint8] | None] | None = None
+        """Decoded images by index, None for what is to be read from its file (``data.cache``)."""
+        self.min_size = transform.min_size
+        """Pixels of the shorter side that decoding must keep, as `decode.read` takes it."""
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    @property
+    def images_bytes(self) -> int:
+        """Bytes of decoded images in memory."""
+        return sum(image.nbytes for image in self.images or () if image is not None)
+
+    def read(self, index: int) -> NDArray[np.uint8]:
+        """Return image ``index`` as uint8 (H, W, 3).
+
+        A training image that has become unreadable is replaced by the next one of its class.
+
+        Raises:
+            UserError: An evaluation image, or all of a class, have become unreadable.
+        """
+        image = None if self.images is None else self.images[index]
+        if image is not None:
+            return image
+        try:
+            return self._read(self.samples.path(index), self.min_size)
+        except image_header.DecodeError as error:
+            if isinstance(self.transform, EvalTransform):
+                raise UserError(
+                    f"{self.samples.path(index)}: can no longer be read ({error}); "
+                    "restore the file, or remove it and start again"
+                ) from None
+            warnings.warn(
+                f"{self.samples.path(index)!r} can no longer be read ({error}); "
+                "the next readable image of its class stands in for it",
+                stacklevel=2,
+            )
+        return self._stand_in(index)
+
+    def _stand_in(self, index: int) -> NDArray[np.uint8]:
+        same = np.flatnonzero(self.samples.targets == self.samples.targets[index])
+        for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
+            try:
+                return self._read(self.samples.path(int(other)), self.min_size)
+            except image_header.DecodeError:
+                continue
+        raise UserError(f"{self.samples.path(index)}: no image of its class can be read any longer; restore the files")
+
+    def _load(self, index: int, epoch: int, draw: int) -> Tensor:
+        image = self.read(index)
+        if isinstance(self.transform, EvalTransform):
+            return self.transform(image)
+        return self.transform.at(epoch)(image, self._seed(index, epoch, draw))
+
+    def _seed(self, index: int, epoch: int, draw: int = 0) -> int:
+        return int(np.random.SeedSequence((self.seed, epoch, index, draw)).generate_state(1)[0])
+
+    def augmented(self, index: int, epoch: int) -> NDArray[np.uint8]:
+        """Return what the network is shown of a training image in an epoch, (S, S, 3), before normalisation."""
+        transform = cast(TrainTransform, self.transform)
+        return transform.at(epoch).augment(self.read(index), self._seed(index, epoch))
+
+    def __getitem__(self, batch: BatchKey) -> tuple[Tensor, Tensor]:
+        if not isinstance(batch, BatchKey):  # Lightning puts a sampler of its own in the place of ours
+            raise UserError("the trainer's overfit_batches is not supported; use limit_train_batches")
+        drawn = zip(batch.indices.tolist(), batch.draws.tolist(), strict=True)
+        images = [self._load(index, batch.epoch, draw) for index, draw in drawn]
+        stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one straight copy
+        inputs, targets = stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])
+        if self.mix is None:
+            return inputs, targets
+        seed = np.random.SeedSequence((self.seed, batch.epoch, *batch.indices.tolist())).generate_state(1)[0]
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(int(seed))
+            return self.mix(inputs, targets)
+
+
+class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
+    """Features in the place of images: a `Batch` in, ((B, C) float32, (B,) int64) out.
+
+    Args:
+        samples: Paths and targets.
+        features: (V, N, C): the images' features in V views, which the epochs take in turn.
+    """
+
+    def __init__(self, samples: Samples, features: Tensor) -> None:
+        self.samples, self.features = samples, features
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, batch: BatchKey) -> tuple[Tensor, Tensor]:
+        features = self.features[batch.epoch % len(self.features)]
+        return features[torch.from_numpy(batch.indices)], torch.from_numpy(self.samples.targets[batch.indices])

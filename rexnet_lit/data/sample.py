@@ -1,0 +1,54 @@
+"""The sample dataset: scikit-learn's handwritten digits as a folder of class folders. Nothing is downloaded.
+
+Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository
+(CC BY 4.0), as shipped with scikit-learn: 1,797 pictures of 8 x 8 pixels, written out at 32 x 32.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from rexnet_lit.utils.errors import UserError
+
+SIZE = 32
+_SPLITS = ("train", "val", "test")
+_SHARES = (0.7, 0.15)  # train, val; the rest is test
+
+
+def write_sample(folder: str) -> dict[str, int]:
+    """Write the digits as ``folder/{train,val,test}/{0..9}/*.png``.
+
+    Returns:
+        Pictures per split.
+
+    Raises:
+        UserError: The folder holds something already.
+    """
+    from sklearn.datasets import load_digits
+
+    root = Path(folder).absolute()  # "." has no name
+    if root.exists() and (not root.is_dir() or any(root.iterdir())):
+        raise UserError(f"sample: {folder!r} exists and is not empty; name a new folder")
+    digits = load_digits()
+    root.parent.mkdir(parents=True, exist_ok=True)
+    counts = dict.fromkeys(_SPLITS, 0)
+    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as temporary:
+        for digit in range(10):
+            members = np.random.default_rng(digit).permutation(np.flatnonzero(digits.target == digit))
+            bounds = np.cumsum([round(share * len(members)) for share in _SHARES])
+            for split, indices in zip(_SPLITS, np.split(members, bounds), strict=True):
+                target = Path(temporary) / split / str(digit)
+                target.mkdir(parents=True)
+                for index in indices:
+                    grey = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
+                    large = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
+                    (target / f"{index:04d}.png").write_bytes(cv2.imencode(".png", large)[1].tobytes())
+                counts[split] += len(indices)
+        root.mkdir(exist_ok=True)
+        for split in _SPLITS:  # nothing half written is ever in place
+            (Path(temporary) / split).replace(root / split)
+    return counts

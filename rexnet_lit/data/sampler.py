@@ -1,0 +1,122 @@
+"""Which images an epoch's batches hold, and in which order.
+
+That depends on seed, epoch and position alone: not on workers, not on when it was asked for. The sampler hands out
+whole batches as `Batch` keys; a dataset turns a key into tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.data import DistributedSampler
+
+SamplerName = Literal["shuffle", "balanced", "balanced_sqrt"]
+
+
+@dataclasses.dataclass(frozen=True)
+class BatchKey:
+    """A batch by its images' indices: what the sampler hands to the dataset."""
+
+    epoch: int
+    indices: NDArray[np.int64]
+    draws: NDArray[np.int64]
+    """How often each has been drawn before in this epoch."""
+
+
+def training_order(targets: NDArray[np.int64], sampler: SamplerName, seed: int, epoch: int) -> NDArray[np.int64]:
+    """Return the indices of one epoch, (N,), in training order.
+
+    ``balanced`` draws with replacement so that every class is met equally often, ``balanced_sqrt`` in proportion
+    to the square root of its images (Mahajan et al. 2018).
+    """
+    rng = np.random.default_rng((seed, epoch))
+    if sampler == "shuffle":
+        return rng.permutation(len(targets))
+    weights = class_sampling_weights(np.bincount(targets), sampler)[targets]
+    return rng.choice(len(targets), size=len(targets), p=weights / weights.sum())
+
+
+def class_sampling_weights(counts: NDArray[np.int64], sampler: SamplerName) -> NDArray[np.float64]:
+    """Return how often an image of each class is drawn, (K,), of classes of so many images: relative to others."""
+    power = {"shuffle": 0.0, "balanced": -1.0, "balanced_sqrt": -0.5}[sampler]
+    weights: NDArray[np.float64] = np.maximum(counts, 1) ** power
+    return weights
+
+
+class BatchSampler(DistributedSampler[BatchKey]):
+    """Hands each process its batches of an epoch.
+
+    Training batches differ in size by one image at most: no image is dropped or repeated, and no last batch of
+    one is formed, which ReXNet's BatchNorm could not train on. Evaluation batches are in order, without padding.
+
+    It is a `DistributedSampler` so that Lightning leaves it in place.
+
+    Args:
+        size: N, the number of images.
+        batch_size: Images of a batch in one process, at most (2 and 3 may be exceeded where one would stay alone).
+        order: Maps an epoch to the indices (N,) in training order; None for evaluation.
+        position: Says which epoch it is and how many of its batches are done, asked at each ``iter``; by default
+            the epoch of the last `set_epoch`, from its start.
+        rank: This process.
+        world_size: Number of processes.
+    """
+
+    def __init__(
+        self,
+        size: int,
+        batch_size: int,
+        order: Callable[[int], NDArray[np.int64]] | None = None,
+        position: Callable[[], tuple[int, int]] | None = None,
+        rank: int = 0,
+        world_size: int = 1,
+    ) -> None:
+        super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
+        self._size, self._order, self._position = size, order, position
+        self._batch_size = min(batch_size, max(1, size // world_size))  # so that each process evaluates something
+        # At 2 or 3 a batch, some numbers of images leave one alone: the batches then grow instead.
+        self._steps = max(1, min(math.ceil(size / (batch_size * world_size)), size // (2 * world_size)))
+
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """Return the indices of this process's batches in ``epoch``."""
+        return self._share(self._images(epoch))
+
+    def _images(self, epoch: int) -> NDArray[np.int64]:
+        return np.arange(self._size) if self._order is None else self._order(epoch)
+
+    def _share(self, values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
+        """Cut what there is of each of an epoch's images, (N,), into batches; return this process's."""
+        if self._order is not None:
+            chunks = np.array_split(values, self._steps * self.num_replicas)
+        else:
+            chunks = [values[start : start + self._batch_size] for start in range(0, self._size, self._batch_size)]
+        return chunks[self.rank :: self.num_replicas]
+
+    def __iter__(self) -> Iterator[BatchKey]:
+        epoch, done = self._position() if self._position else (self.epoch, 0)
+        images = self._images(epoch)
+        shares = zip(self._share(images), self._share(_draws_before(images)), strict=True)
+        return (BatchKey(epoch, *share) for share in itertools.islice(shares, done, None))
+
+    def __len__(self) -> int:
+        if self._order is not None:
+            return self._steps
+        return len(range(self.rank * self._batch_size, self._size, self._batch_size * self.num_replicas))
+
+
+def _draws_before(images: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return for each of ``images``, (N,), how often it stands before its place."""
+    order = np.argsort(images, kind="stable")
+    found = np.empty_like(images)
+    found[order] = np.arange(len(images)) - np.searchsorted(images[order], images[order])
+    return found
+
+
+def uses_all_batches(limit: int | float) -> bool:
+    """Say whether a trainer's ``limit_*_batches`` leaves none out: 1.0 does not, and 1 leaves all but one."""
+    return isinstance(limit, float) and limit == 1

@@ -1,0 +1,252 @@
+"""Reading and writing models: the only place that deserialises.
+
+Two kinds of file hold a model. ``.safetensors`` is for sharing: weights, and the `ModelSpec` as JSON in the file's
+metadata. ``.ckpt`` is Lightning's, for resuming: it is read with ``weights_only=True``, which refuses everything
+but tensors and plain values, and there is no way to ask for less. Nothing in a file ever reaches an import. A SHA-256
+(in the metadata; at the end of a ``.ckpt``, as the zip archive's comment) shows damage, which would be loaded in
+silence. Files are written beside their target, flushed to the disk and renamed, so that an interruption leaves the
+previous one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import hashlib
+import io
+import json
+import os
+import pickle
+import warnings
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save as serialise
+from torch import Tensor
+
+from rexnet_lit.data.settings import DataRecord
+from rexnet_lit.models.spec import ModelSpec
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import atomic_write
+
+KEY = "rexnet_lit"
+"""Where a ``.ckpt`` and the metadata of a ``.safetensors`` file keep the model's description."""
+
+PREVIOUS = "last.previous.ckpt"
+"""The generation before ``last.ckpt``."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+    """What a model file holds.
+
+    Args:
+        path: The file.
+        spec: The model's description.
+        state: The network's weights.
+        data: The dataset it was trained on, where the file says so.
+    """
+
+    path: Path
+    spec: ModelSpec
+    state: dict[str, Tensor]
+    data: DataRecord
+
+
+def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write a Lightning checkpoint in the place of ``path``; of ``last.ckpt``, keep the generation before.
+
+    Raises:
+        UserError: The file cannot be written; what was at ``path`` is still there.
+    """
+    file = Path(path)
+    buffer = io.BytesIO()
+    torch.save(content, buffer)  # into memory first: written straight to a full disk, torch does not say why it fails
+    sealed = buffer.getbuffer()
+    sealed[-2:] = _SEAL_BYTES.to_bytes(2, "little")  # the archive ends with the length of its comment, 0
+    try:
+        with atomic_write(file, file.with_name(PREVIOUS) if file.name == "last.ckpt" else None) as stream:
+            stream.write(sealed)
+            stream.write(_SEAL + hashlib.sha256(sealed).hexdigest().encode())
+    except OSError as error:
+        raise UserError(
+            f"{file}: the checkpoint cannot be written ({error.strerror or error}); "
+            f"{'the one before is untouched' if file.exists() else 'there is none before it'}: "
+            "make room, or set another trainer.default_root_dir, and go on from what there is"
+        ) from None
+
+
+_SEAL = b"sha256:"
+_SEAL_BYTES = len(_SEAL) + 64
+
+
+def _intact(content: bytes) -> bool:
+    """Say whether a checkpoint is as it was written: by its seal, or where it has none by zip's own checksums."""
+    body, seal = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
+    if seal.startswith(_SEAL):
+        return seal == _SEAL + hashlib.sha256(body).hexdigest().encode()
+    if content[-22:-18] != b"PK\5\6":  # what ends an archive without a comment
+        return False
+    try:
+        with zipfile.ZipFile(io.BytesIO(content)) as archive:
+            return archive.testzip() is None
+    except zipfile.BadZipFile:
+        return False
+
+
+def _local_file(path: str | os.PathLike[str], key: str) -> Path:
+    if "://" in os.fspath(path):
+        raise UserError(f"{key}: {os.fspath(path)!r} is an address; models are read from local files only")
+    file = Path(path)
+    if file.is_dir():
+        raise UserError(f"{key}: {os.fspath(path)!r} is a folder; name a model file, such as model.safetensors in it")
+    if not file.is_file():
+        raise UserError(f"{key}: there is no file {os.fspath(path)!r}")
+    if not os.access(file, os.R_OK):
+        raise UserError(f"{key}: {os.fspath(path)!r} may not be read (permission denied)")
+    return file
+
+
+def read_ckpt(path: str) -> dict[str, Any]:
+    """Read a Lightning checkpoint: a local file of tensors and plain values.
+
+    Raises:
+        UserError: It is missing, damaged, or holds anything that could run code.
+    """
+    file = _local_file(path, "ckpt_path")
+    raw = file.read_bytes()
+    if raw.startswith(b"\x80"):  # torch's format of old, and any pickle
+        raise UserError(f"{path}: refused, it is a pickle, which could run code; no checkpoint of ours is one")
+    if not _intact(raw):
+        raise UserError(f"{path}: damaged or not a checkpoint (its checksum does not match); use another of the run")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a file that torch did not write is refused below, with a reason
+            content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError:
+        raise UserError(
+            f"{path}: refused, it holds pickled objects, which could run code; "
+            "only checkpoints of tensors and plain values are read"
+        ) from None
+    except Exception as error:  # torch raises anything on a file that was made to be odd
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from None
+    if not isinstance(content, dict):
+        raise UserError(f"{path}: not a checkpoint: it holds a {type(content).__name__}")
+    return content
+
+
+def read_record(checkpoint: Mapping[str, Any], where: str) -> tuple[ModelSpec, DataRecord]:
+    """Return what a Lightning checkpoint says of its model and its dataset.
+
+    Raises:
+        UserError: rexnet_lit did not write it.
+    """
+    try:
+        record = checkpoint[KEY]
+        spec, data = ModelSpec.from_json(record["spec"], where), DataRecord(**json.loads(record["data"]))
+    except (KeyError, TypeError, ValueError, RecursionError):
+        raise UserError(f"{where}: rexnet_lit did not write this checkpoint; it says nothing of the model") from None
+    return spec, data
+
+
+def make_record(spec: ModelSpec, data: DataRecord) -> dict[str, str]:
+    """Return what `read_record` reads: plain strings."""
+    return {"spec": spec.to_json(), "data": json.dumps(dataclasses.asdict(data))}
+
+
+def save_model(path: str | os.PathLike[str], spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
+    """Write a ``.safetensors`` file: the weights, and the description in its metadata. It names no dataset."""
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    description = spec.to_json()
+    metadata = {"format": "pt", KEY: description, _DIGEST: digest(tensors, description)}
+    with atomic_write(Path(path)) as file:
+        file.write(serialise(tensors, metadata=metadata))
+
+
+_DIGEST = f"{KEY}_sha256"
+
+
+def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
+    """Return a SHA-256 over a model's weights, whatever their order and device, and its description."""
+    total = hashlib.sha256(description.encode())
+    for name, tensor in sorted(tensors.items()):
+        total.update(f"\0{name}\0{tensor.dtype}{tuple(tensor.shape)}\0".encode())
+        total.update(tensor.detach().cpu().reshape(-1).view(torch.uint8).numpy().data)
+    return total.hexdigest()
+
+
+def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
+    """Return the tensors, and the description's JSON where there is one."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            metadata = content.metadata() or {}
+            tensors = {name: content.get_tensor(name) for name in content.keys()}  # noqa: SIM118
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{file}: damaged or not a safetensors file ({error})") from None
+    description = metadata.get(KEY)
+    if description is not None and metadata.get(_DIGEST, "") not in ("", digest(tensors, description)):
+        raise UserError(f"{file}: damaged: its checksum does not match; use another copy, or the run's best.ckpt")
+    return tensors, description
+
+
+def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
+    """Read a model of ours: a ``.ckpt`` of a run or a ``.safetensors`` file.
+
+    Args:
+        path: The file.
+        key: What the user gave it as, for the errors.
+
+    Raises:
+        UserError: It is missing, damaged, unsafe, of a newer format, or not ours.
+    """
+    file = _local_file(path, key)
+    if file.suffix == ".safetensors":
+        state, description = _read_safetensors(file)
+        if description is None:
+            raise UserError(
+                f"{file}: no model of ours (its metadata says nothing of it); to start from these weights, "
+                "use fit with model.weights"
+            )
+        return Model(file, ModelSpec.from_json(description, str(file)), state, _run_data(file))
+    content = read_ckpt(str(file))
+    spec, data = read_record(content, str(file))
+    tensors, prefix = content.get("state_dict"), "network."
+    pairs = tensors.items() if isinstance(tensors, dict) else ()
+    state = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
+    if not state or not all(isinstance(t, Tensor) and _is_plain(t) for t in state.values()):
+        raise UserError(f"{file}: it holds no weights of a network; use another checkpoint of the run")
+    return Model(file, spec, state, data)
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Say whether a tensor is dense and in memory, as all of ours are."""
+    odd = tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided
+    return not odd and tensor.device.type == "cpu"
+
+
+def _run_data(file: Path) -> DataRecord:
+    """Return what the run folder around a shared model file says of the dataset; nothing where there is none."""
+    for name in ("last.ckpt", "best.ckpt"):
+        with contextlib.suppress(UserError, OSError):
+            path = str(file.parent / "checkpoints" / name)
+            return read_record(read_ckpt(path), path)[1]
+    return DataRecord()
+
+
+def load_starting_weights(path: str) -> tuple[dict[str, Tensor], ModelSpec | None]:
+    """Read ``model.weights``: a timm state dict as ``.safetensors``, or a model of ours.
+
+    Returns:
+        The weights, and the description where the file is ours.
+    """
+    file = _local_file(path, "model.weights")
+    if file.suffix != ".safetensors":
+        model = load_model(file, "model.weights")
+        return model.state, model.spec
+    state, description = _read_safetensors(file)
+    return state, ModelSpec.from_json(description, path) if description is not None else None

@@ -1,0 +1,104 @@
+"""The network: timm's ReXNet with a replaceable head, in plain PyTorch.
+
+The network *is* timm's model: its state dict with a linear head is timm's own, so weights travel both ways. Only
+``head.fc``, the last layer, is replaced. To add a head, write a function and name it in `HEADS`.
+
+Source: Han et al., "Rethinking Channel Dimensions for Efficient Model Design" (arXiv:2007.00992), and timm's
+``rexnet.py``.
+"""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, cast
+
+import timm
+import torch
+from timm.layers import BatchNormAct2d, ConvNormAct, SEModule
+from torch import Tensor, nn
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+
+from rexnet_lit.models.blocks import save_memory_traffic
+from rexnet_lit.models.heads import HEADS
+from rexnet_lit.models.spec import HeadSpec
+from rexnet_lit.models.variants import check_backbone
+from rexnet_lit.utils.errors import UserError
+
+
+def build_network(
+    backbone: str, num_classes: int, head: HeadSpec | None = None, *, drop_path_rate: float = 0.0
+) -> nn.Module:
+    """Return an untrained network that maps images (B, 3, H, W) to logits (B, K).
+
+    Args:
+        backbone: timm's name, such as ``rexnet_100`` or ``rexnetr_200.sw_in12k``.
+        num_classes: K.
+        head: The head's settings; linear by default.
+        drop_path_rate: Stochastic depth: the share of residual branches dropped in the last block while training.
+
+    Raises:
+        UserError: There is no such ReXNet.
+    """
+    check_backbone(backbone)
+    head = head or HeadSpec()
+    if head.name not in HEADS:
+        raise UserError(f"model.head.name is {head.name!r}; expected one of {', '.join(HEADS)}")
+    network: Any = timm.create_model(
+        backbone,
+        pretrained=False,
+        num_classes=num_classes,
+        drop_rate=head.dropout,
+        drop_path_rate=drop_path_rate,
+        global_pool=head.pool,
+    )
+    save_memory_traffic(network)
+    for block in network.features:
+        if getattr(block, "use_shortcut", False):
+            # At first it passes on what it is given (Goyal et al., "Accurate, Large Minibatch SGD", 2017). Measured in
+            # tests/benchmarks/recipe.md: what scratch trainings gain most by.
+            nn.init.zeros_(block.conv_pwl.bn.weight)
+    network.head.fc = HEADS[head.name](network.head_hidden_size, num_classes, head)
+    last = next(m for m in reversed(list(network.head.fc.modules())) if isinstance(m, nn.Linear))
+    # timm draws this layer for 1,000 classes: for ten, the first loss is three times that of guessing.
+    nn.init.trunc_normal_(last.weight, std=0.01)
+    if last.bias is not None:
+        nn.init.zeros_(last.bias)
+    return network  # type: ignore[no-any-return]
+
+
+def embed(network: nn.Module, images: Tensor) -> Tensor:
+    """Return the pooled features (B, C) of images (B, 3, H, W): what the head sees."""
+    model = cast(Any, network)
+    return cast(Tensor, model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+def match_memory_format(images: Tensor, network: nn.Module) -> Tensor:
+    """Return images (B, 3, H, W) in the memory format of the network's weights.
+
+    torch would compute in channels_last if either were, and a GPU would turn the weights round in each step.
+    """
+    stem = next(network.parameters())  # (C, 3, 3, 3)
+    last = stem.is_contiguous(memory_format=torch.channels_last)
+    return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def fuse_batchnorm(network: nn.Module) -> nn.Module:
+    """Return a copy for inference, each BatchNorm folded into the convolution before it: a quarter less time on a CPU.
+
+    Its outputs are ``network``'s in eval mode but for rounding.
+    """
+    copied = copy.deepcopy(network).eval().requires_grad_(False)
+    for block in list(copied.modules()):
+        if isinstance(block, ConvNormAct) and isinstance(block.bn, BatchNormAct2d):
+            norm = block.bn
+            block.conv = fuse_conv_bn_eval(block.conv, norm)
+            block.bn = nn.Sequential(norm.drop, norm.act)
+        elif isinstance(block, SEModule) and isinstance(block.bn, nn.BatchNorm2d):
+            block.fc1, block.bn = fuse_conv_bn_eval(block.fc1, block.bn), nn.Identity()
+    return copied
+
+
+def classify(network: nn.Module, features: Tensor) -> Tensor:
+    """Return the logits (B, K) of what `embed` returned, with the head's dropout while training."""
+    head = cast(Any, network).head
+    return cast(Tensor, head.fc(head.drop(features)))

@@ -1,0 +1,53 @@
+"""The exceptions that the command line turns into one line: a mistake a user can mend, and being told to stop.
+
+Everything below the command line raises `UserError`; the command line prints it as one line and exits with 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable
+
+# Control characters, line separators, direction overrides (they make a name read as another) and surrogates.
+_INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
+
+
+def printable(text: str) -> str:
+    r"""Return `text` with what cannot be seen or encoded written out (a newline as ``\n``)."""
+
+    def escape(match: re.Match[str]) -> str:
+        char = match.group()
+        # os.fsdecode keeps an undecodable byte b as U+DC00 + b.
+        return f"\\x{ord(char) - 0xDC00:02x}" if "\udc80" <= char <= "\udcff" else ascii(char)[1:-1]
+
+    return _INVISIBLE.sub(escape, text)
+
+
+def plural(number: int, one: str, many: str) -> str:
+    """Return a number with what it counts: ``1 image``, ``2 images``."""
+    return f"{number} {one if number == 1 else many}"
+
+
+class UserError(Exception):
+    """What is wrong, where (file or key), and what to do: one line, no traceback."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(" ".join(message.split())))
+
+
+class Stopped(BaseException):
+    """The process was told to stop, and has saved what there was; it exits with 128 + the signal's number.
+
+    No `Exception`: a signal may come while a file is read, and is not what is wrong with it.
+    """
+
+    def __init__(self, signal: int, message: str) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return ``'; did you mean "x"?'`` for the nearest known names, or an empty string."""
+    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
+    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""

@@ -1,0 +1,944 @@
+"""A run survives: killed, told to stop, a full disk, a bad worker, a loss that is no number (faults.md B, C, D, F)."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import csv
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from module_tools import model_of
+from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
+
+from rexnet_lit.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.callbacks.nan_guard import NaNGuard
+from rexnet_lit.models import checkpoint
+from rexnet_lit.utils import process
+from rexnet_lit.utils.errors import Stopped, UserError
+from rexnet_lit.utils.files import check_writable, link_or_copy
+
+STEPS = 18  # of a run here: 3 epochs of 6
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory, make_shapes):
+    """An empty folder but for the dataset: 24 training images in 3 classes."""
+    root = tmp_path_factory.mktemp("home")
+    make_shapes(root / "data", train=8, val=3, test=0)
+    return root
+
+
+@pytest.fixture(scope="module")
+def whole_run(home):
+    """Where a run is that nothing has interrupted, by its settings."""
+    known = {}
+
+    def of(*settings):
+        if settings not in known:
+            cwd = another(home, home.parent / f"whole{len(known)}")
+            done = fit(cwd, *settings)
+            assert done.code == 0, done.out
+            known[settings] = cwd
+        return known[settings]
+
+    return of
+
+
+@pytest.fixture(scope="module")
+def whole(whole_run):
+    """The weights of a run that nothing has interrupted, by its settings."""
+    return lambda *settings: weights(whole_run(*settings))
+
+
+def another(home: Path, cwd: Path) -> Path:
+    cwd.mkdir(exist_ok=True)
+    (cwd / "data").symlink_to(home / "data")
+    return cwd
+
+
+@pytest.fixture
+def cwd(home, tmp_path):
+    return another(home, tmp_path / "cwd")
+
+
+def resumed(cwd, *settings, version=0):
+    """Resume the run and return its weights."""
+    done = fit(cwd, *settings, "--ckpt_path", "last")
+    assert done.code == 0, done.out
+    assert "Fit finished" in done.out
+    assert all(float(seconds) < 200 for seconds in re.findall(r"\((\S+) s; training", done.out))
+    assert [f.name for f in (cwd / "runs" / "lightning_logs").iterdir()] == [f"version_{version}"]
+    return weights(cwd, version)
+
+
+def rows_of(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+# --- killed ---------------------------------------------------------------------------------------
+
+EMA = ("--model.ema", 0.9)
+ACCUMULATE = ("--trainer.accumulate_grad_batches", 4)
+WORKERS = ("--data.num_workers", 2)
+SOLVED = ("--model.strategy", "linear_probe", "--model.strategy.solver", "logistic")
+# Everything that changes with the epoch or the batch: what trains, the images' size, which are blended.
+CHANGING = (
+    "--model.strategy", "staged", "--data.size_schedule", "[[0, 32], [2, 48]]", "--data.augment.mixup", 0.4,
+    "--data.augment.cutmix", 1.0, "--model.loss", "bce", "--model.schedule", "plateau", "--data.cache", "disk", *EMA,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("step", "save_every", "settings"),
+    [
+        (9, -1, ()),  # mid-epoch; the last save is of the step before
+        (3, -1, SOLVED),
+        pytest.param(3, -1, ACCUMULATE, marks=pytest.mark.slow),
+        (14, 600, (*CHANGING, *WORKERS)),  # saved at the end of an epoch only; all trains now, on larger images
+        pytest.param(5, -1, CHANGING, marks=pytest.mark.slow),  # the head alone has been trained
+        pytest.param(9, 600, (*WORKERS, *EMA), marks=pytest.mark.slow),
+        pytest.param(12, -1, EMA, marks=pytest.mark.slow),  # an epoch's first step
+        pytest.param(11, -1, WORKERS, marks=pytest.mark.slow),  # an epoch's last step
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, tuple) else str(value),
+)
+def test_killed_and_resumed_it_ends_with_the_same_weights(whole, cwd, step, save_every, settings):
+    assert fit(cwd, *settings, trouble=("kill", step), save_every=save_every).code == -9
+    assert differing(resumed(cwd, *settings), whole(*settings)) == []
+
+
+@pytest.mark.parametrize("first", [9, 14])  # within the second epoch, and the last
+def test_a_run_ended_by_its_steps_can_go_on(whole, cwd, first):
+    constant = ("--model.schedule", "constant", "--model.schedule.warmup_epochs", 0)  # the same for all lengths
+    assert fit(cwd, *constant, "--trainer.max_steps", first).code == 0
+    assert (run_folder(cwd) / "checkpoints" / "best.ckpt").is_file()
+    assert differing(resumed(cwd, *constant, "--trainer.max_steps", STEPS), whole(*constant)) == []
+    assert [row["epoch"] for row in rows_of(run_folder(cwd) / "metrics.csv") if row["val/loss"]] == ["0", "1", "2"]
+
+
+@pytest.mark.slow
+def test_the_number_of_workers_does_not_matter(whole):
+    assert differing(whole(*WORKERS), whole()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("settings", [(), (*EMA, *WORKERS), (*ACCUMULATE, *EMA), CHANGING], ids=str)
+@pytest.mark.parametrize("save_every", [-1, 600])
+def test_killed_at_every_step(whole, home, tmp_path, settings, save_every):
+    steps = 6 if ACCUMULATE[0] in settings else STEPS
+    bad = []
+    for step in range(steps):
+        cwd = another(home, tmp_path / f"step{step}")
+        assert fit(cwd, *settings, trouble=("kill", step), save_every=save_every).code == -9
+        if not (run_folder(cwd) / "checkpoints" / "last.ckpt").exists():
+            assert step < (2 if save_every < 0 else 7)
+            shutil.rmtree(cwd / "runs")
+            assert fit(cwd, *settings).code == 0  # nothing was saved: it starts again
+            bad += [step] if differing(weights(cwd), whole(*settings)) else []
+        else:
+            bad += [step] if differing(resumed(cwd, *settings), whole(*settings)) else []
+        shutil.rmtree(cwd)
+    assert bad == []
+
+
+@pytest.mark.slow
+def test_killed_in_validation(whole, cwd):
+    assert fit(cwd, trouble=("kill in validation", 12)).code == -9
+    assert differing(resumed(cwd), whole()) == []
+
+
+def test_killed_after_its_last_save_it_still_ships(cwd):
+    start = cwd / "start.safetensors"
+    module = model_of(class_names=("circle", "cross", "square"))
+    checkpoint.save_model(start, module.spec, module.network.state_dict())
+    settings = ("--model.weights", start, "--model.strategy.blend", "true", "--trainer.max_epochs", 1)
+    settings += ("--model.calibrate", "true")
+    assert fit(cwd, *settings).code == 0
+    assert fit(cwd, *settings, trouble=("kill in blend", 6)).code == -9
+    cut = run_folder(cwd, 1)
+    assert not (cut / "model.safetensors").exists()
+    done = fit(cwd, *settings, "--ckpt_path", cut / "checkpoints" / "last.ckpt")
+    assert done.code == 0, done.out
+    assert "Nothing was left to train" in done.out
+    shipped = [run_folder(cwd, n) / "model.safetensors" for n in (0, 1)]
+    whole, resumed = (checkpoint.load_model(file).state for file in shipped)
+    assert differing(whole, resumed) == []
+    shipped[0].unlink()  # as if killed with everything done but that: nothing is blended or calibrated twice
+    assert fit(cwd, *settings, "--ckpt_path", run_folder(cwd, 0) / "checkpoints" / "last.ckpt").code == 0
+    assert differing(whole, checkpoint.load_model(shipped[0]).state) == []
+
+
+@pytest.mark.parametrize(("trouble", "code"), [("term in blend", 143), ("ctrl-c in blend", 130)])
+def test_told_while_it_blends(cwd, trouble, code):
+    """There is no step to finish any more."""
+    settings = ("--model.strategy.blend", "true", "--trainer.max_epochs", 1)
+    assert fit(cwd, *settings).code == 0
+    done = fit(cwd, *settings, trouble=(trouble, 6))
+    assert done.code == code
+    assert "stopped after the last epoch; go on with: python -m rexnet_lit fit" in done.out
+    done = fit(cwd, *settings, "--ckpt_path", run_folder(cwd, 1) / "checkpoints" / "last.ckpt")
+    assert "Nothing was left to train" in done.out
+    whole, resumed = (checkpoint.load_model(run_folder(cwd, n) / "model.safetensors").state for n in (0, 1))
+    assert differing(whole, resumed) == []
+
+
+def test_told_in_the_last_epoch(whole, cwd):
+    done = fit(cwd, trouble=("term in validation", STEPS))
+    assert done.code == 143
+    assert "stopped by SIGTERM after batch 6 of 6 of epoch 3; go on with" in done.out
+    done = fit(cwd, "--ckpt_path", "last")
+    assert "Nothing was left to train" in done.out
+    assert (run_folder(cwd) / "model.safetensors").is_file()
+    assert differing(weights(cwd), whole()) == []
+
+
+def test_the_best_weights_are_those_that_were_validated(cwd):
+    done = fit(cwd, "--trainer.val_check_interval", 4, "--trainer.max_epochs", 2)  # of 6 steps
+    assert done.code == 0, done.out
+    best, last = (run_folder(cwd) / "checkpoints" / f"{name}.ckpt" for name in ("best", "last"))
+    assert checkpoint.read_ckpt(str(best))["global_step"] in (4, 10)
+    assert checkpoint.read_ckpt(str(last))["global_step"] == 12
+
+
+def test_without_a_validation_the_last_weights_ship(cwd):
+    done = fit(cwd, "--trainer.limit_val_batches", 0, "--trainer.max_epochs", 1)
+    assert done.code == 0, done.out
+    assert "Fit finished, without a validation" in done.out
+    best, last = (checkpoint.load_model(run_folder(cwd) / "checkpoints" / f"{n}.ckpt").state for n in ("best", "last"))
+    assert differing(best, last) == []
+    refused = fit(cwd, "--trainer.limit_val_batches", 0, "--model.schedule", "plateau")
+    failed(refused, "plateau waits for the validation loss")
+
+
+def test_a_run_that_stopped_early_stays_so(cwd):
+    """Resumed, it writes the model that is missing, and trains no further."""
+    early = cwd / "early.yaml"
+    early.write_text(
+        "trainer: {callbacks: [{class_path: EarlyStopping, init_args: "
+        "{monitor: val/top1, mode: max, patience: 1, min_delta: 1.0}}]}"
+    )
+    settings = ("--config", early, "--trainer.max_epochs", 8)
+    done = fit(cwd, *settings)
+    assert done.code == 0
+    assert "Fit finished by EarlyStopping. Best epoch: " in done.out
+    before = weights(cwd)
+    (run_folder(cwd) / "model.safetensors").unlink()
+    done = fit(cwd, *settings, "--ckpt_path", "last")
+    assert done.code == 0, done.out
+    assert "EarlyStopping has told this run to end" in done.out
+    assert differing(before, weights(cwd)) == []
+    assert (run_folder(cwd) / "model.safetensors").is_file()
+
+
+def test_several_validations_in_an_epoch(whole, cwd):
+    """The summary's figures are those of the weights that ship; the last weights are saved too, when it is time."""
+    settings = ("--trainer.val_check_interval", 1)
+    done = fit(cwd, *settings)
+    assert done.code == 0, done.out
+    said = float(re.search(r"^  val/top1 +(\S+)", done.out, re.MULTILINE)[1])
+    found = [float(row["val/top1"]) for row in rows_of(run_folder(cwd) / "metrics.csv") if row["val/top1"]]
+    assert said == pytest.approx(max(found), abs=1e-4)
+    assert len(found) == STEPS
+    assert fit(cwd, *settings, trouble=("kill", 8), save_every=-1).code == -signal.SIGKILL
+    done = fit(cwd, *settings, "--ckpt_path", "last")
+    assert "after 8 steps" in done.out
+    assert differing(whole(), weights(cwd, 1)) == []
+
+
+def test_a_validation_within_an_accumulated_step(whole, cwd):
+    """The gradients of half a step are in no checkpoint."""
+    settings = ("--trainer.accumulate_grad_batches", 4, "--trainer.val_check_interval", 3)
+    assert fit(cwd, *settings, trouble=("kill at batch 3", 3), save_every=-1).code == -signal.SIGKILL
+    assert differing(resumed(cwd, *settings), whole(*settings)) == []
+    settings += ("--trainer.max_steps", 1, "--model.calibrate", "false")  # which is batch 4: batch 3 is the best
+    assert fit(cwd, *settings).code == 0
+    best = run_folder(cwd, 1) / "checkpoints" / "best.ckpt"
+    failed(
+        fit(cwd, *settings, "--ckpt_path", best), "was saved amid a step of accumulated batches", "last.ckpt beside it"
+    )
+
+
+def test_a_copied_checkpoint_ships_what_its_new_run_finds(cwd):
+    assert fit(cwd, "--trainer.max_epochs", 1, "--model.optimizer.lr", 1e-9).code == 0
+    shutil.copy(run_folder(cwd) / "checkpoints" / "last.ckpt", cwd / "copied.ckpt")
+    shutil.rmtree(cwd / "runs")
+    done = fit(cwd, "--ckpt_path", "copied.ckpt", "--model.optimizer.lr", 1e-9)
+    assert done.code == 0, done.out
+    assert "Fit finished" in done.out
+    assert {f.name for f in run_folder(cwd).rglob("*") if f.suffix in (".ckpt", ".safetensors")} >= {
+        "best.ckpt", "last.ckpt", "model.safetensors",
+    }  # fmt: skip
+
+
+def test_a_users_own_saver_changes_not_what_ships(cwd):
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs", 1)
+    assert fit(cwd, *own, "--trainer.callbacks.save_top_k", -1).code == 0
+    folder = run_folder(cwd)
+    shipped = checkpoint.load_model(folder / "model.safetensors").state
+    assert differing(shipped, checkpoint.load_model(folder / "checkpoints" / "best.ckpt").state) == []
+
+
+def test_resumed_from_a_users_own_file_the_best_is_known(cwd):
+    """It is written before ours: it does not know the validation that it follows."""
+    own = ("--trainer.callbacks+=ModelCheckpoint", "--trainer.callbacks.every_n_epochs", 1)
+    own = (*own, "--trainer.callbacks.filename", "own-{epoch}", "--trainer.callbacks.save_on_train_epoch_end", "true")
+    assert fit(cwd, *own, trouble=("kill", 7)).code == -signal.SIGKILL
+    folder = run_folder(cwd) / "checkpoints"
+    known = checkpoint.read_ckpt(str(folder / "best.ckpt"))["callbacks"]
+    (ours,) = (key for key in known if key.startswith("RunCheckpoint"))
+    assert checkpoint.read_ckpt(str(folder / "own-epoch=0.ckpt"))["callbacks"][ours]["best_model_score"] is None
+    assert fit(cwd, *own, "--ckpt_path", folder / "own-epoch=0.ckpt", "--trainer.max_steps", 7).code == 0
+    last = checkpoint.read_ckpt(str(folder / "last.ckpt"))["callbacks"][ours]
+    assert last["best_model_score"] == known[ours]["best_model_score"]
+
+
+def test_the_history_is_kept_and_not_doubled(cwd):
+    assert fit(cwd, trouble=("kill", 14)).code == -9
+    resumed(cwd, "--trainer.log_every_n_steps", 1)
+    rows = rows_of(run_folder(cwd) / "metrics.csv")
+    assert [int(row["epoch"]) for row in rows if row["val/top1"]] == [0, 1, 2]
+    assert [int(row["epoch"]) for row in rows if row["train/loss"]] == [0, 1, 2]
+
+
+def test_no_step_is_missing_of_a_run_that_was_told_to_stop(whole_run, cwd):
+    settings = ("--trainer.log_every_n_steps", 1)
+    assert fit(cwd, *settings, trouble=("term", 8)).code == 143
+    resumed(cwd, *settings)
+    rows, wanted = (rows_of(run_folder(where) / "metrics.csv") for where in (cwd, whole_run(*settings)))
+    assert [row["train/loss_step"] for row in rows] == [row["train/loss_step"] for row in wanted]
+    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+
+
+def test_a_resume_needs_no_starting_weights(cwd):
+    start = cwd / "start.safetensors"
+    module = model_of(class_names=("circle", "cross", "square"))
+    checkpoint.save_model(start, module.spec, module.network.state_dict())
+    settings = ("--model.weights", start, "--model.optimizer.lr", "null")
+    assert fit(cwd, *settings).code == 0
+    assert fit(cwd, *settings, trouble=("kill", 14)).code == -signal.SIGKILL
+    start.unlink()
+    last = run_folder(cwd, 1) / "checkpoints" / "last.ckpt"
+    done = fit(cwd, *settings, "--ckpt_path", last)
+    assert done.code == 0, done.out
+    assert differing(weights(cwd, 0), weights(cwd, 1)) == []
+    config = yaml.safe_load((run_folder(cwd, 1) / "config.yaml").read_text())
+    assert config["model"]["weights"] == str(start)
+    failed(fit(cwd, *settings), "model.weights: there is no file")
+
+
+def test_a_run_folder_that_cannot_be_written(run, monkeypatch):
+    folder = run_folder(run)
+    seen = []
+    monkeypatch.setattr(os, "access", lambda path, mode: seen.append(Path(path)) or False)
+    with pytest.raises(UserError, match=r"trainer.default_root_dir: '.*version_0/checkpoints' cannot be written"):
+        check_writable("trainer.default_root_dir", folder / "checkpoints" / "last.ckpt")
+    with pytest.raises(UserError, match=r"trainer.default_root_dir: '.*lightning_logs' cannot be written; change"):
+        run_folder.claim(folder.parent.parent)
+    assert seen == [folder / "checkpoints", folder.parent]
+
+
+def test_after_a_stop_the_same_trainer_fits_again():
+    callback, stop = RunCheckpoint(), Stopped(143, "told")
+    callback._stop = stop
+    with pytest.raises(Stopped) as raised:
+        callback.on_train_batch_start(None, None, None, 0)
+    assert raised.value is stop
+    callback.on_train_epoch_start(None, None)
+
+
+# --- told to stop ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("trouble", "code", "where"),
+    [
+        (("term", 8), 143, "SIGTERM after batch 3 of 6 of epoch 2"),
+        (("ctrl-c", 8), 130, "SIGINT after batch 3 of 6 of epoch 2"),
+        (("terminal closed", 8), 129, "SIGHUP after batch 3 of 6 of epoch 2"),
+        # It validates, then saves.
+        pytest.param(("term", 11), 143, "SIGTERM after batch 6 of 6 of epoch 2", marks=pytest.mark.slow),
+        (("term in validation", 12), 143, "SIGTERM after batch 6 of 6 of epoch 2"),
+    ],
+    ids=str,
+)
+def test_told_to_stop_it_saves_and_says_how_to_go_on(whole_run, cwd, trouble, code, where):
+    done = fit(cwd, trouble=trouble)
+    assert done.code == code, done.out
+    assert where in done.out
+    assert "Traceback" not in done.out
+    config, last = re.search(
+        r"go on with: python -m rexnet_lit fit --config (\S+) --ckpt_path (\S+)$", done.out, re.M
+    ).groups()
+    assert (cwd / config).is_file()
+    assert checkpoint.read_ckpt(str(cwd / last))["global_step"] == int(where.split()[3]) + 6
+    assert differing(resumed(cwd), weights(whole_run())) == []
+    assert epoch_rows(cwd) == epoch_rows(whole_run())
+
+
+def epoch_rows(cwd):
+    """What a run's record says of its epochs, the mean loss of one that was interrupted too."""
+    rows = [row for row in rows_of(run_folder(cwd) / "metrics.csv") if row["train/loss"] or row["val/loss"]]
+    return [{name: value for name, value in row.items() if name != "train/loss_step"} for row in rows]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_told_amid_an_import_it_ends_at_once(tmp_path, number):
+    """numpy looks for what half of it lacks until the stack is full."""
+    lines = ("import os", "try:", f"    os.kill(os.getpid(), {int(number)})", "finally:", "    print('half a package')")
+    (tmp_path / "half.py").write_text("\n".join(lines))
+    default = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # not ignored, as under nohup
+    code = f"{default}; from rexnet_lit import process; process.answer_signals(); import half"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
+
+
+def test_what_outlives_its_terminal_is_not_told():
+    handler = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # nohup's
+    try:
+        assert process.stop_signals() == (signal.SIGTERM, signal.SIGINT)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+        assert signal.SIGHUP in process.stop_signals()
+    finally:
+        signal.signal(signal.SIGHUP, handler)
+
+
+def test_told_where_each_step_is_validated(whole, cwd):
+    done = fit(cwd, "--trainer.val_check_interval", 1, trouble=("term", 8))
+    assert "SIGTERM after batch 3 of 6 of epoch 2" in done.out
+    assert differing(resumed(cwd, "--trainer.val_check_interval", 1), whole()) == []
+
+
+def test_the_command_that_it_prints_goes_on(whole, cwd):
+    done = fit(cwd, trouble=("term", 8))
+    command = done.out.rpartition("go on with: python -m rexnet_lit ")[2].split()
+    done = command_line(cwd, *command)
+    assert done.code == 0, done.out
+    assert differing(weights(cwd), whole()) == []
+    assert yaml.safe_load((run_folder(cwd) / "config.yaml").read_text())["trainer"]["max_epochs"] == 3
+
+
+@pytest.mark.parametrize(("trouble", "code"), [("term at start-up", 143), ("ctrl-c at start-up", 130)])
+def test_told_at_start_up(cwd, trouble, code):
+    done = fit(cwd, trouble=(trouble, 0))
+    assert done.code == code
+    assert "Traceback" not in done.out
+    assert not (cwd / "runs").exists()
+
+
+def test_told_in_another_run(run):
+    argv = ("validate", "--ckpt_path", run_folder(run) / "model.safetensors", "--data.num_workers", 0)
+    done = command_line(run, *argv, trouble=("ctrl-c in validation", 0))
+    assert done.code == 130, done.out
+    assert "Traceback" not in done.out
+
+
+def test_told_where_python_drops_it(cwd):
+    done = fit(cwd, "--data.num_workers", 1, trouble=("term in a fork", 0))
+    assert done.code == 143, done.out
+    assert "SIGTERM after batch 1 of 6 of epoch 1; go on with" in done.out
+
+
+def test_a_lost_screen_ends_no_training(whole, cwd):
+    done = fit(cwd, trouble=("no screen", 7))
+    assert done.code == 0
+    assert done.out.count("epoch") == 1
+    assert differing(weights(cwd), whole()) == []
+
+
+def test_a_closed_screen_is_no_other_file(tmp_path):
+    script = (
+        "import os, sys; [os.close(n) for n in (0, 1, 2)]\n"
+        "from rexnet_lit import process; process.have_streams(); print('lost')\n"
+        "file = open('file', 'w'); os.write(1, b'lost'); assert file.fileno() > 2\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=60)
+    assert done.returncode == 0
+    assert (tmp_path / "file").read_bytes() == b""
+
+
+# --- what may fail --------------------------------------------------------------------------------
+
+
+def failed(done, *expected):
+    assert done.code == 2, done.out
+    assert "Traceback" not in done.out
+    line = done.out.splitlines()[-1]
+    assert line.startswith("rexnet-lit: error: ")
+    for words in expected:
+        assert words in line
+    return line
+
+
+def test_a_loss_that_is_no_number(whole, cwd):
+    done = fit(cwd, trouble=("nan", 8))
+    line = failed(done, "the loss is nan at epoch 2, batch 3 (images '", "model.optimizer.lr", "is from before")
+    named = re.findall(r"'(\S+?/\S+?\.(?:png|jpg))'", line)
+    assert len(named) == 4
+    assert all((cwd / "data" / name).is_file() for name in named)
+    assert differing(resumed(cwd), whole()) == []  # from the last good epoch
+    failed(fit(cwd, trouble=("nan", 2)), "the loss is nan at epoch 1, batch 3", "nothing was saved yet")
+
+
+def test_a_full_disk(whole, cwd):
+    done = fit(cwd, trouble=("full disk", 7))
+    failed(done, ".ckpt: the checkpoint cannot be written (File too large)", "the one before is untouched")
+    folder = run_folder(cwd) / "checkpoints"
+    assert {f.name for f in folder.iterdir()} <= {"best.ckpt", "last.ckpt", checkpoint.PREVIOUS}  # no debris
+    assert checkpoint.read_ckpt(str(folder / "last.ckpt"))["global_step"] == 6
+    assert differing(resumed(cwd), whole()) == []
+
+
+@pytest.mark.parametrize("trouble", ["worker dies", "worker dies amid a batch"])
+def test_a_worker_that_dies(whole, cwd, trouble):
+    done = fit(cwd, "--data.num_workers", 1, trouble=(trouble, 8))
+    failed(done, "a data loading worker died", "memory", "data.num_workers")
+    assert differing(resumed(cwd), whole()) == []
+
+
+def test_a_worker_without_shared_memory(cwd):
+    """What a /dev/shm that is too small does: the kernel answers a write there with a bus error."""
+    done = fit(cwd, "--data.num_workers", 1, trouble=("worker's bus error", 8))
+    failed(done, "a data loading worker died", "/dev/shm", "data.num_workers")  # noqa: S108
+
+
+def test_logs_that_cannot_be_written_end_no_training(whole, cwd):
+    done = fit(cwd, trouble=("no room for logs", 7))
+    assert done.code == 0, done.out
+    for name in ("Board", "MetricsLog"):
+        assert done.out.count(f"{name}'s log in ") == 1
+    assert "cannot be written (No space left on device); training goes on without it" in done.out
+    assert differing(weights(cwd), whole()) == []
+    with (run_folder(cwd) / "metrics.csv").open() as file:  # what was written before is still there
+        assert [row for row in csv.DictReader(file) if row["val/loss"]]
+
+
+def test_a_worker_that_hangs(cwd):
+    done = fit(cwd, "--data.num_workers", 1, trouble=("worker hangs", 0))
+    line = failed(done, "a data loading worker gave nothing for 3 s", "data.num_workers")
+    assert re.search(r"before the batch of '\S+/\S+\.(png|jpg)'", line)
+
+
+# --- what a resume refuses ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def stopped(home):
+    """A run of one epoch, to be resumed."""
+    cwd = another(home, home.parent / "stopped")
+    assert fit(cwd, "--trainer.max_epochs", 1).code == 0
+    return cwd
+
+
+@pytest.fixture
+def run(home, stopped, cwd):
+    shutil.copytree(stopped / "runs", cwd / "runs")
+    return cwd
+
+
+CHANGES = (
+    ("--seed_everything", 5, "seed_everything (0 then, 5 now)"),
+    ("--trainer.accumulate_grad_batches", 2, "trainer.accumulate_grad_batches (1 then, 2 now)"),
+    ("--trainer.gradient_clip_val", 1, "trainer.gradient_clip_val (None then, 1 now)"),
+    ("--model.loss.label_smoothing", 0, "model.loss.label_smoothing (0.1 then, 0.0 now)"),
+    ("--data.batch_size", 6, "data.batch_size (4 then, 6 now)"),
+    ("--data.sampler", "balanced", "data.sampler (shuffle then, balanced now)"),
+    ("--data.image_size", 64, "data.image_size (32 then, 64 now)"),
+    ("--data.augment.hflip", 0.3, "data.augment.hflip"),
+)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([part for option, value, _ in CHANGES for part in (option, value)], [words for *_, words in CHANGES]),
+        (("--config", CONFIGS / "hardware" / "ddp_sim.yaml"), ["processes (1 then, 2 now)"]),
+        (("--model.grad_checkpointing", "true"), ["model.grad_checkpointing (False then, True now)"]),
+        # The checkpoint's own would be used, whatever is said.
+        (
+            (
+                "--model.optimizer.lr",
+                1,
+                "--model.optimizer.name",
+                "sgd",
+                "--model.ema",
+                0.9,
+                "--accept_changes",
+                "true",
+            ),
+            [
+                "model.optimizer.lr (0.004 then, 1.0 now)",
+                "model.optimizer.name (adamw then, sgd now)",
+                "model.ema (0.0 then, 0.9 now)",
+            ],
+        ),
+        (
+            ("--model.optimizer.lr", 1, "--model.ema", 0.9, "--data.sampler", "balanced", "--model.loss", "focal"),
+            [
+                "model.optimizer.lr (0.004 then, 1.0 now)",
+                "model.ema (0.0 then, 0.9 now)",
+                "data.sampler (shuffle then, balanced now)",
+                "model.loss.name (cross_entropy then, focal now)",
+            ],
+        ),
+        (("--model.backbone", "rexnet_130"), ["model.backbone is rexnet_100, this run's is rexnet_130"]),
+        (("--model.head", "mlp"), ["model.head.name is linear, this run's is mlp"]),
+    ],
+    ids=("settings", "processes", "memory", "optimizer", "both kinds", "backbone", "head"),
+)
+def test_a_resume_refuses_what_would_be_another_run(run, settings, expected):
+    before = contents(run_folder(run))
+    line = failed(fit(run, *settings, "--ckpt_path", "last"), *expected)
+    fixed = any(words in expected[0] for words in ("optimizer", "backbone", "head"))
+    assert ("--accept_changes true" in line, "model.weights" in line) == (not fixed, fixed)
+    assert contents(run_folder(run)) == before
+
+
+def contents(folder):
+    """All files but the lock, which a process that opens and closes it would lose."""
+    return {f.relative_to(folder): f.read_bytes() for f in folder.rglob("[!.]*") if f.is_file()}
+
+
+def test_a_resume_may_be_longer(run):
+    done = fit(run, "--ckpt_path", "last", "--trainer.max_epochs", 2)
+    assert done.code == 0, done.out
+    assert "note: trainer.max_epochs was 1 and is 2: the schedule changes with it" in done.out
+
+
+def test_nobody_resumes_a_run_that_is_still_running(run):
+    with run_folder.lock(run_folder(run)):
+        before = contents(run_folder(run))
+        failed(fit(run, "--ckpt_path", "last"), "version_0: another process is training in this run folder")
+        assert contents(run_folder(run)) == before
+    assert fit(run, "--ckpt_path", "last", "--trainer.max_epochs", 2).code == 0
+
+
+def test_a_lock_that_was_removed_is_none(tmp_path):
+    """Its holder had it until after another opened it."""
+    lock = tmp_path / ".lock"
+    with run_folder.lock(tmp_path):
+        orphan = lock.open("w")
+    with run_folder.lock(tmp_path):
+        assert not os.path.samestat(os.fstat(orphan.fileno()), lock.stat())
+    orphan.close()
+    opened = []
+
+    class Removed(type(tmp_path)):
+        def open(self, *args, **kwargs):
+            file = super().open(*args, **kwargs)
+            if not opened:
+                lock.unlink()  # by the holder that was
+            opened.append(file)
+            return file
+
+    file = run_folder._locked(Removed(lock))
+    assert len(opened) == 2
+    assert os.path.samestat(os.fstat(file.fileno()), lock.stat())
+    file.close()
+
+
+def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        claimed = list(pool.map(lambda _: run_folder.claim(tmp_path), range(40)))
+    assert sorted(map(run_folder.run_number, claimed)) == list(range(40))
+
+
+def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
+    folder, other = run_folder.claim(tmp_path), run_folder.claim(tmp_path)
+    with run_folder.lock(folder):
+        pass
+    run_folder.remove_if_empty(folder)
+    (other / "config.yaml").touch()
+    run_folder.remove_if_empty(other)
+    assert [f.name for f in (tmp_path / "lightning_logs").iterdir()] == ["version_1"]
+
+
+def test_a_run_without_a_validation_says_where_it_is(cwd):
+    done = fit(cwd, "--trainer.max_steps", 2)
+    assert done.code == 0, done.out
+    assert "Fit finished, without a validation" in done.out
+    assert (run_folder(cwd) / "model.safetensors").is_file()
+    done = fit(cwd, "--trainer.fast_dev_run", "true")
+    assert done.code == 0, done.out
+    assert "model.safetensors" not in done.out
+    assert not run_folder(cwd, 1).exists()
+
+
+def test_without_a_logger_there_are_run_folders_too(cwd):
+    (run_folder(cwd) / "checkpoints").mkdir(parents=True)
+    assert fit(cwd, "--trainer.logger", "false", "--trainer.max_epochs", 1).code == 0
+    names = {file.name for file in run_folder(cwd, 1).iterdir()}
+    assert names == {"checkpoints", "config.yaml", "metrics.csv", "model.safetensors"}
+
+
+def test_a_resume_refuses_changed_images_unless_told(run, home, make_shapes):
+    (run / "data").unlink()
+    shutil.copytree(home / "data", run / "data")
+    shutil.copy(run / "data/train/circle/train_000.jpg", run / "data/train/circle/new.jpg")
+    failed(
+        fit(run, "--ckpt_path", "last"), "train images (24, fingerprint", "then, 25, fingerprint", "--accept_changes"
+    )
+    done = fit(run, "--ckpt_path", "last", "--accept_changes", "true")
+    assert done.code == 0, done.out
+
+
+def test_other_classes_are_refused(run, make_shapes):
+    (run / "data").unlink()
+    make_shapes(run / "data", train=8, val=3, test=0, classes=("x", "y", "z"))
+    failed(fit(run, "--ckpt_path", "last"), "classes (3: circle, cross, square) differ", "x, y, z", "model.weights")
+
+
+def odd(run, change):
+    """A checkpoint that is whole, but was made by somebody else."""
+    content = checkpoint.read_ckpt(str(run_folder(run) / "checkpoints" / "last.ckpt"))
+    change(content)
+    checkpoint.write_ckpt(content, run / "odd.ckpt")
+    return fit(run, "--ckpt_path", "odd.ckpt")
+
+
+def test_c43_tensors_that_are_missing_or_unknown_are_counted(run):
+    def change(content):
+        state = content["state_dict"]
+        state["other"] = state.pop("network.stem.conv.weight")
+        state["network.head.fc.bias"] = torch.zeros(9)
+
+    failed(odd(run, change), "1 tensors missing, 1 unknown, 1 of another shape", "network.stem.conv.weight")
+
+
+@pytest.mark.parametrize("key", ["optimizer_states", "loops", "lr_schedulers"])
+def test_a_checkpoint_that_cannot_be_restored_is_one_line(run, key):
+    failed(
+        odd(run, lambda content: content.update({key: {"junk": [1]}})), "odd.ckpt cannot be resumed (", "model.weights"
+    )
+
+
+def test_the_newest_valid_checkpoint(run):
+    folder = run_folder(run) / "checkpoints"
+    shutil.copy(folder / "last.ckpt", folder / checkpoint.PREVIOUS)
+    content = bytearray((folder / "last.ckpt").read_bytes())
+    content[len(content) // 2] ^= 1  # a flipped bit, which torch loads in silence
+    (folder / "last.ckpt").write_bytes(content)
+    with pytest.raises(UserError, match=r"last\.ckpt: damaged"):
+        checkpoint.read_ckpt(str(folder / "last.ckpt"))
+    done = fit(run, "--ckpt_path", "last")
+    assert done.code == 0
+    assert re.search(r"^skipped: \S+last\.ckpt: damaged", done.out, re.M)
+    assert re.search(rf"^resuming \S+{re.escape(checkpoint.PREVIOUS)}, after 6 steps$", done.out, re.M)
+    (folder / "last.ckpt").write_bytes(content)
+    (folder / checkpoint.PREVIOUS).write_bytes(content[: len(content) // 2])
+    line = failed(fit(run, "--ckpt_path", "last"), "there is no checkpoint to resume below runs/lightning_logs")
+    assert line.count("skipped: ") == 2
+
+
+def test_every_flipped_byte_is_seen(tmp_path):
+    path = tmp_path / "last.ckpt"
+    checkpoint.write_ckpt({"weights": torch.arange(6.0)}, path)
+    whole = path.read_bytes()
+    for at in range(len(whole)):
+        path.write_bytes(whole[:at] + bytes([whole[at] ^ 0x55]) + whole[at + 1 :])
+        with pytest.raises(UserError, match=r"damaged|refused"):
+            checkpoint.read_ckpt(str(path))
+
+
+def test_nothing_to_resume(tmp_path):
+    with pytest.raises(UserError, match="there is no checkpoint to resume"):
+        run_folder.find_last_checkpoint(tmp_path)
+
+
+def test_weights_cannot_be_resumed(run):
+    model = run_folder(run) / "model.safetensors"
+    failed(fit(run, "--ckpt_path", model), "holds weights only", "model.weights")
+
+
+def test_a_moved_run_goes_on_and_knows_its_best(run):
+    shutil.move(run / "runs", run / "elsewhere")
+    last = run / "elsewhere/lightning_logs/version_0/checkpoints/last.ckpt"
+    done = fit(run, "--ckpt_path", last)
+    assert done.code == 0, done.out
+    assert not (run / "runs").exists()
+    best = checkpoint.read_ckpt(str(last.with_name("best.ckpt")))
+    state = next(v for k, v in best["callbacks"].items() if k.startswith("RunCheckpoint"))
+    tops = [float(row["val/top1"]) for row in rows_of(last.parents[1] / "metrics.csv") if row["val/top1"]]
+    assert len(tops) == 3
+    assert float(state["best_model_score"]) == pytest.approx(max(tops))
+
+
+def test_a_monitor_that_nobody_logs(cwd):
+    config = {"trainer": {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "val/los"}}]}}
+    (cwd / "early.yaml").write_text(yaml.safe_dump(config))
+    failed(fit(cwd, "--config", "early.yaml"), "EarlyStopping monitors 'val/los'", "did you mean 'val/loss'")
+
+
+# --- the save itself ------------------------------------------------------------------------------
+
+
+SAVE_CALLS = [
+    (os, n) for n in ("open", "close", "fsync", "fdopen", "replace", "rename", "chmod", "unlink", "umask", "link")
+]
+SAVE_CALLS += [(tempfile, "mkstemp")]
+
+
+def save(folder: Path, value: float) -> None:
+    checkpoint.write_ckpt({"value": torch.full((4096,), value)}, folder / "last.ckpt")
+
+
+def save_the_best(folder: Path, value: float) -> None:
+    checkpoint.write_ckpt({"value": torch.full((4096,), value)}, folder / "best.ckpt")
+    link_or_copy(folder / "best.ckpt", folder / "last.ckpt", folder / checkpoint.PREVIOUS)
+
+
+def save_and_die(save, folder: Path, value: float, last_call: int) -> int:
+    """Save in a forked process that ends, without any clean-up, at so many calls; return its exit code."""
+    pid = os.fork()
+    if pid:
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    seen = 0
+
+    def guarded(call):
+        def wrapper(*args, **kwargs):
+            nonlocal seen
+            seen += 1
+            if seen == last_call:
+                os._exit(9)
+            return call(*args, **kwargs)
+
+        return wrapper
+
+    for module, name in SAVE_CALLS:
+        setattr(module, name, guarded(getattr(module, name)))
+    save(folder, value)
+    os._exit(0)
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded:DeprecationWarning")  # the child only writes a file
+@pytest.mark.parametrize("save", [save, save_the_best])
+def test_killed_at_every_boundary_of_a_save(tmp_path, save):
+    """The process ends before each call that a save makes to the system: one of two generations is always whole."""
+    for last_call in range(1, 50):
+        save(tmp_path, 1.0)
+        save(tmp_path, 2.0)
+        code = save_and_die(save, tmp_path, 3.0, last_call)
+        files = [tmp_path / name for name in ("last.ckpt", checkpoint.PREVIOUS) if (tmp_path / name).exists()]
+        values = [checkpoint.read_ckpt(str(file))["value"][0].item() for file in files]
+        assert values in ([2.0, 1.0], [2.0], [3.0, 2.0]), last_call
+        if save is save_the_best:  # never older than the last, which a resume would not make up for
+            assert checkpoint.read_ckpt(str(tmp_path / "best.ckpt"))["value"][0].item() in (2.0, 3.0)
+            assert values[0] < 3.0 or checkpoint.read_ckpt(str(tmp_path / "best.ckpt"))["value"][0].item() == 3.0
+        if code == 0:
+            break
+    assert code == 0
+    assert last_call > 6
+
+
+class Scaler:
+    """A scale that halves at every step, as under gradients that always overflow."""
+
+    scale = 2.0**16
+
+    def get_scale(self) -> float:
+        self.scale /= 2
+        return self.scale
+
+
+def test_a71_steps_that_overflow_are_counted_and_too_many_end_the_run(capsys):
+    trainer = SimpleNamespace(precision_plugin=SimpleNamespace(scaler=Scaler()), current_epoch=4)
+    guard = NaNGuard()
+    for _ in range(3):
+        guard.on_train_batch_end(trainer, None, None, None, 6)
+    guard.on_fit_end(trainer, None)
+    assert "2 steps were skipped because 16-bit gradients overflowed" in capsys.readouterr().out
+    trainer.precision_plugin.scaler.scale = 2.0**-10
+    with pytest.raises(UserError, match=r"26 steps were skipped until epoch 5, batch 7; .* bf16-mixed"):
+        guard.on_train_batch_end(trainer, None, None, None, 6)
+
+
+def test_the_loss_that_is_no_number_is_named_though_looked_at_later():
+    """On a GPU the guard looks at ten losses at once."""
+    loop = SimpleNamespace(epoch_loop=SimpleNamespace(batch_idx=0))
+    trainer = SimpleNamespace(current_epoch=1, fit_loop=loop, train_dataloader=None, checkpoint_callbacks=[])
+    guard, losses = NaNGuard(), [1.0, 1.0, 1.0, float("nan"), *([1.0] * 6)]
+    with pytest.raises(UserError, match="the loss is nan at epoch 2, batch 4;"):  # noqa: PT012
+        for batch, loss in enumerate(losses):
+            loop.epoch_loop.batch_idx = batch
+            guard.on_before_backward(trainer, None, OnGpu(loss))
+
+
+class OnGpu:
+    """A loss that claims to be on a GPU."""
+
+    device = SimpleNamespace(type="cuda")
+
+    def __init__(self, value):
+        self.value = value
+
+    def detach(self):
+        return torch.tensor(self.value)
+
+
+def two_processes(cwd, overlay, *settings):
+    """Start a long run; return the main process, the other's number, and the log, in the second epoch."""
+    log = cwd / "log"
+    argv = ["fit", "--config", CONFIGS / "quickstart.yaml", "--config", overlay, "--data.root", "data"]
+    argv += ["--trainer.default_root_dir", "runs", "--data.num_workers", 0, "--data.batch_size", 4]
+    with log.open("w") as out:
+        command = [sys.executable, "-m", "rexnet_lit", *map(str, (*argv, *settings)), "--trainer.max_epochs", "100"]
+        main = subprocess.Popen(command, cwd=cwd, stdout=out, stderr=out)
+    waited = time.monotonic()
+    while "epoch 2/" not in log.read_text():
+        assert main.poll() is None, log.read_text()
+        assert time.monotonic() - waited < 200
+        time.sleep(0.2)
+    (child,) = Path(f"/proc/{main.pid}/task/{main.pid}/children").read_text().split()
+    return main, int(child), log
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("number", "rank", "settings"),
+    [(15, 0, ()), (15, 1, ()), (15, 1, ("--trainer.val_check_interval", 1)), (9, 0, ()), (9, 1, ())],
+)
+def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank, settings):
+    """SIGTERM: one save, both exit with 143. SIGKILL: the other ends too, and says so; no process stays."""
+    main, child, log = two_processes(cwd, CONFIGS / "hardware" / "ddp_sim.yaml", *settings)
+    os.kill((main.pid, child)[rank], number)
+    code, text = main.wait(60), log.read_text()
+    waited = time.monotonic()
+    while Path(f"/proc/{child}").exists() and time.monotonic() - waited < 60:
+        time.sleep(0.2)
+    assert not Path(f"/proc/{child}").exists()
+    if number == 15:
+        assert code == 143
+        assert re.search(r"stopped by SIGTERM after batch \d+ of \d+ of epoch \d+; go on with", text)
+        checkpoint.read_ckpt(str(run_folder(cwd) / "checkpoints" / "last.ckpt"))
+    else:  # it misses the other, or Lightning, which looks every five seconds, does
+        assert code in ((-9,) if rank == 0 else (2, -9)), text
+        said = f"another process of this run has ended|process with PID {child} terminated"
+        assert re.search(said, log.read_text())
+    assert "Traceback" not in log.read_text()
+
+
+@pytest.mark.slow
+def test_a63_a_process_that_stalls_is_waited_for_a_bounded_time(cwd):
+    """By default torch's half hour."""
+    strategy = {"class_path": "lightning.pytorch.strategies.DDPStrategy", "init_args": {"timeout": "0:00:10"}}
+    overlay = {"trainer": {"accelerator": "cpu", "devices": 2, "strategy": strategy}}
+    (cwd / "overlay.yaml").write_text(yaml.safe_dump(overlay))
+    main, child, log = two_processes(cwd, cwd / "overlay.yaml")
+    os.kill(child, signal.SIGSTOP)
+    try:
+        assert main.wait(60) == 2
+    finally:
+        os.kill(child, signal.SIGKILL)
+    assert "another process of this run has not answered for 10 s" in log.read_text().splitlines()[-1]
+    assert "Traceback" not in log.read_text()

@@ -1,0 +1,132 @@
+"""Which weights ship: an epoch's, those between the start and the end of a fine-tuning, those with a solved head."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from module_tools import data_of, model_of, trainer_of
+
+from rexnet_lit.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.callbacks.console import ConsoleSummary
+from rexnet_lit.callbacks.run_files import RunFiles
+from rexnet_lit.callbacks.weight_selection import WeightSelection
+from rexnet_lit.models import checkpoint
+
+
+@pytest.fixture
+def weights(tmp_path):
+    module = model_of()
+    checkpoint.save_model(tmp_path / "start.safetensors", module.spec, module.network.state_dict())
+    return str(tmp_path / "start.safetensors")
+
+
+def fit(folder, shapes, saver=None, epochs=1, **settings):
+    module, saver = model_of(strategy={"blend": True}, **settings), saver or RunCheckpoint()
+    callbacks = [WeightSelection(), ConsoleSummary(lines=False), RunFiles()]
+    trainer = trainer_of(folder, max_epochs=epochs, enable_checkpointing=True, callbacks=[*callbacks, saver])
+    trainer.fit(module, data_of(shapes))
+    best, last = (checkpoint.load_model(Path(saver.dirpath) / name).state for name in ("best.ckpt", "last.ckpt"))
+    return module, best, last
+
+
+def saver_of_the_worst():
+    """Keep, as the best epoch, the one with the lowest top-1: another than the last."""
+    saver = RunCheckpoint()
+    saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)
+    return saver
+
+
+def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
+    # A rate that ruins the network: the start, with a solved head, is better than the end.
+    module, best, last = fit(tmp_path, shapes, weights=weights, optimizer={"lr": 5.0})
+    out = capsys.readouterr().out
+    found = re.search(
+        r"(\S+) for the given weights, (\S+) for the last epoch; kept, for its loss: (.+) \((\S+)\)\.", out
+    )
+    start, end, kept, chosen = found.groups()
+    assert float(chosen) > float(end) < float(start)
+    summary = out.partition("Instead of the best epoch: ")[2]
+    assert summary.startswith(kept)
+    assert float(re.search(r"val/top1 +(\S+)", summary)[1]) == pytest.approx(float(chosen), abs=5e-4)
+    ends = {"the given weights": 0, "the last epoch with a solved head": 100}
+    share = ends[kept] if kept in ends else float(kept.removesuffix("% of the way from these to the last"))
+    for name, begun in module.start.items():
+        if name.startswith("head.fc") or not begun.is_floating_point():
+            continue
+        torch.testing.assert_close(best[name], begun.lerp(last[name], share / 100), msg=name)
+    for name, tensor in module.network.state_dict().items():
+        assert torch.equal(tensor, last[name])  # the module is as training has left it
+
+
+def test_from_scratch_the_last_epoch_may_be_better_than_the_best(tmp_path, shapes, capsys):
+    saver = saver_of_the_worst()
+    _, best, last = fit(tmp_path, shapes, saver, epochs=12, head="mlp", optimizer={"lr": 0.004})
+    assert "kept, for its loss: the last epoch" in capsys.readouterr().out
+    assert float(saver.best_model_score) < 1
+    for name, tensor in best.items():
+        assert torch.equal(tensor, last[name])
+
+
+def test_from_scratch_a_solved_head_may_be_better_than_the_learned_one(tmp_path, shapes, capsys):
+    module, best, last = fit(tmp_path, shapes, epochs=4)
+    out = capsys.readouterr().out
+    end, chosen = re.search(
+        r"(\S+) for the last epoch; kept, for its loss: .+ with a solved head \((\S+)\)", out
+    ).groups()
+    assert float(chosen) >= float(end)
+    assert module.start is None
+    assert {name for name, tensor in best.items() if not torch.equal(tensor, last[name])} == {
+        "head.fc.weight",
+        "head.fc.bias",
+    }
+
+
+def test_a_best_epoch_that_may_be_luck_is_told(tmp_path, shapes, capsys, monkeypatch):
+    """Its loss is a little lower, by one image of twelve; logits that nobody will divide are compared as they are."""
+    right = torch.eye(3).repeat_interleave(4, dim=0)
+    found = iter([3 * right, 3 * torch.cat([right[:-1], right[:1]])])  # of the best epoch, then of the last
+    monkeypatch.setattr("rexnet_lit.training.module.RexNetModule.logits", lambda self, features: next(found))
+    fit(tmp_path, shapes, saver_of_the_worst(), epochs=6, head="cosine")
+    out = capsys.readouterr().out
+    assert "kept: the last epoch (0.917), for the lower loss of the best epoch may be luck." in out
+    assert "Fit finished. Instead of the best epoch: the last epoch\n" in out
+
+
+def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys, monkeypatch):
+    """Divided by its best temperature, a model that is far too sure of itself would be as good as the other."""
+    right = torch.eye(3).repeat_interleave(4, dim=0)
+    some = torch.cat([right[:7], right.roll(4, dims=0)[7:]])  # seven of twelve
+    logits = {"the best epoch": 0.5 * some, "the last epoch": 50 * some}
+    for calibrate in (False, True):
+        found = iter(logits.values())
+        monkeypatch.setattr(
+            "rexnet_lit.training.module.RexNetModule.logits", lambda self, features, found=found: next(found)
+        )
+        fit(tmp_path / str(calibrate), shapes, saver_of_the_worst(), epochs=6, head="mlp", calibrate=calibrate)
+        kept = re.search("kept.*: (.*) \\(", capsys.readouterr().out)[1]
+        assert kept == ("the last epoch" if calibrate else "the best epoch")
+
+
+def test_one_epoch_of_another_head_is_compared_with_nothing(tmp_path, shapes, capsys):
+    fit(tmp_path, shapes, head="mlp")
+    assert "Blend" not in capsys.readouterr().out
+
+
+def test_other_starting_weights_are_another_run(weights, tmp_path):
+    """They decide what ships, so a resume compares them."""
+    module = model_of()
+    digests = [model_of(strategy={"blend": True}, weights=weights).settings()["weights"]]
+    for layer in ("head.fc", "stem.conv"):
+        torch.nn.init.ones_(module.network.get_submodule(layer).weight)
+        other = tmp_path / f"{layer}.safetensors"
+        checkpoint.save_model(other, module.spec, module.network.state_dict())
+        digests.append(model_of(strategy={"blend": True}, weights=str(other)).settings()["weights"])
+    assert digests[0] == digests[1] != digests[2]  # the head is solved anew
+
+
+@pytest.mark.parametrize("settings", [{}, {"head": "mlp"}, {"strategy": {"name": "linear_probe", "blend": True}}])
+def test_where_there_is_no_line(settings):
+    assert model_of(**{"strategy": {"blend": True}, **settings}).start is None

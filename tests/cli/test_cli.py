@@ -1,0 +1,952 @@
+"""The command line: mistakes in one line, the small commands, and the main job from end to end."""
+
+from __future__ import annotations
+
+import csv
+import gc
+import itertools
+import json
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import typing
+import urllib.request
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from cli_tools import NAMES, fails, lively_model, run_rexnet, write_dataset, write_pictures
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from rexnet_lit.cli import main
+from rexnet_lit.export import formats
+from rexnet_lit.models import checkpoint
+from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.utils import process
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+QUICK = ("fit", "--config", CONFIGS / "quickstart.yaml", "--trainer.default_root_dir", "runs")
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three classes that no test writes to."""
+    return write_dataset(tmp_path_factory.mktemp("pictures") / "data", train=4, val=2, test=2)
+
+
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path, monkeypatch):
+    """Work in an empty folder: what a command writes by mistake lands here."""
+    monkeypatch.chdir(tmp_path)
+
+
+# Mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("--model.backbone", "rexnet_101"), "model.backbone: no ReXNet is named 'rexnet_101'; did you mean 'rexnet_1"),
+        (("--model.backbone", "resnet50"), "did you mean 'rexnet"),
+        (("--data.batchsize", "8"), "--data.batchsize 8; did you mean 'data.batch_size'"),
+        (("--model.optimzer.lr", "1"), "did you mean 'model.optimizer.lr'"),
+        (("--config", "unknown.yaml"), "trainer.max_epoch'; did you mean 'trainer.max_epochs'"),
+        (("--config", "broken.yaml"), "line 2"),
+        (("--config", "none.yaml"), "none.yaml"),
+        (("--data.batch_size", "many"), "data.batch_size"),
+        (("--data.image_size", "big"), "data.image_size: expected int, null, got big"),
+        (("--trainer.precision", "fp8"), "trainer.precision: expected one of 64, 32, 16, one of "),
+        (("--trainer.logger", "bogus"), "trainer.logger: expected lightning.pytorch.loggers.logger.Logger"),
+        (("--data.augment", "lihgt"), "data.augment.name"),
+        (("--model.head", "conv"), "model.head.name"),
+        (("--model.head.dropout", "2"), "model.head.dropout is 2.0"),
+        (("--trainer.accelerator", "warp"), "accelerator='warp'"),
+        (("--model.optimizer.name", "adamx"), "did you mean 'adamax'"),
+        (("--model.weights", "gone.safetensors"), "model.weights: there is no file 'gone.safetensors'"),
+        (("--model.weights", "https://example.com/w.safetensors"), "local files only"),
+        (("--ckpt_path", "gone.ckpt"), "ckpt_path: there is no file 'gone.ckpt'"),
+        (("--ckpt_path", "last"), "ckpt_path"),
+        (("--ckpt_path", "https://example.com/m.ckpt"), "local files only"),
+        (("--data.image_size", "16"), "data.image_size is 16"),
+        (("--data.image_size", "100000"), "data.image_size is 100000; expected at most 4096 pixels"),
+        (("--data.val_fraction", "2"), "data.val_fraction is 2.0"),
+        (("--data.num_workers", "-1"), "data.num_workers is -1"),
+        (("--data.size_schedule", "[[0, 64], [3, 100000]]"), "pairs of epoch and pixels (32 to 4096)"),
+        (("--model.drop_path_rate", "1"), "model.drop_path_rate is 1.0"),
+        (("--seed_everything", "-1"), "seed_everything: -1 is not in bounds"),
+        (("--trainer.accumulate_grad_batches", "0"), "trainer.accumulate_grad_batches is 0; expected 1 or more"),
+        (("--trainer.gradient_clip_val", "-1"), "trainer.gradient_clip_val is -1; expected 0 or more"),
+        (("--trainer.gradient_clip_val", ".nan"), "trainer.gradient_clip_val is nan; expected 0 or more"),
+        (("--trainer.logger", "CVSLogger"), "trainer.logger: no class is called 'CVSLogger'; did you mean 'CSVLogger'"),
+        (("--trainer.gradient_clip_val", "big"), "trainer.gradient_clip_val: expected int, float, null, got big"),
+        (("--trainer.val_check_interval", "0"), "trainer.val_check_interval is 0"),
+        (("--trainer.check_val_every_n_epoch", "0"), "trainer.check_val_every_n_epoch is 0"),
+        (("--trainer.barebones", "true"), "trainer.barebones is not supported"),
+        (("--model.image_size", "64"), "model.image_size is taken from the data: leave it out"),
+        (("--trainer.overfit_batches", "1"), "trainer.overfit_batches is not supported"),
+        (("--trainer.default_root_dir", "s3://b/c"), "trainer.default_root_dir is 's3://b/c'; expected a local folder"),
+        (("--trainer.default_root_dir", "/proc/foo"), "No such file or directory: '/proc/foo"),
+        (("--trainer.accelerator", "tpu"), "trainer: "),
+        (("--trainer.max_epochs", "0"), "max_epochs, max_steps or limit_train_batches is 0: nothing would be trained"),
+        (("--config", "s3://bucket/c.yaml"), "is an address; configs are read from local files only"),
+        (("--config", "deep.yaml"), "nested deeper than 40"),
+        (("--config", "deep_text.yaml"), "nested deeper than 40"),
+        (("--data.augment.transforms", "[" * 30_000), "[[...: nested deeper than 40"),
+        (("--config", "bomb.yaml"), "more than 20 aliases"),  # S6
+        (("--config", "twice.yaml"), "the key 'data' stands twice"),
+        (("--config", "list.yaml"), "data must hold settings"),
+    ],
+    ids=lambda value: "=".join(map(str, value))[:60] if isinstance(value, tuple) else "",
+)
+def test_a_wrong_setting(pictures, capsys, arguments, expected):
+    Path("unknown.yaml").write_text("trainer:\n  max_epoch: 3\n")
+    Path("broken.yaml").write_text("model: [\n")
+    Path("deep.yaml").write_text(f"data: {'[' * 100_000}\n")
+    Path("deep_text.yaml").write_text(f"data: {{augment: {{transforms: '{'[' * 30_000}'}}}}\n")
+    rows = [f"{b}: &{b} [{', '.join([f'*{a}'] * 9)}]" for a, b in itertools.pairwise("abcdefghi")]
+    Path("bomb.yaml").write_text("\n".join(["a: &a [lol]", *rows]))
+    Path("twice.yaml").write_text("data:\n  batch_size: 4\ntrainer:\n  max_epochs: 1\ndata:\n  batch_size: 8\n")
+    Path("list.yaml").write_text("data: [1]\n")
+    line = fails(capsys, *QUICK, "--data.root", pictures, *arguments)
+    assert expected in line
+    assert "rexnet" not in arguments[0] or "<class" not in line
+    assert not Path("runs").exists()  # nothing was begun
+
+
+def test_several_mistakes_are_named_at_once(pictures, capsys):
+    Path("wrong.yaml").write_text(
+        "trainer: {max_epoch: 3}\ndata: {batch_size: lots}\nmodel: {head: {nam: mlp}, loss: {gamma: x}}\n"
+    )
+    arguments = ("--config", "wrong.yaml", "--data.cache=tape", "--model.optimzer.lr", "1")
+    line = fails(capsys, *QUICK, "--data.root", pictures, *arguments)
+    for words in (
+        "wrong.yaml: data.batch_size: expected int, got lots; ",
+        "wrong.yaml: no setting is called 'trainer.max_epoch'; did you mean 'trainer.max_epochs'",
+        "wrong.yaml: no setting is called 'model.head.nam'; did you mean 'model.head.name'",
+        "wrong.yaml: model.loss.gamma: expected float, got x",
+        "; data.cache: expected one of 'auto', 'none', 'ram', 'disk', got tape",
+        "--model.optimzer.lr 1; did you mean 'model.optimizer.lr'",
+    ):
+        assert words in line
+    values = ("--data.augment.min_scale", 3, "--model.head.dropout", 2, "--model.schedule.rise", 5)
+    line = fails(capsys, *QUICK, "--data.root", pictures, *values, "--data.batch_size", 1)
+    for key in ("data.augment.min_scale is 3", "model.head.dropout is 2", "model.schedule.rise"):
+        assert key in line
+
+
+def test_what_lightning_finds_once_it_has_seen_the_data(pictures, capsys):
+    arguments = ("--data.root", pictures, "--data.num_workers", 0, "--trainer.val_check_interval", 700)
+    assert fails(capsys, *QUICK, *arguments).startswith("trainer: `val_check_interval` (700) must be less")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("data: {max_bad_fraction: .nan}", "data.max_bad_fraction is nan"),
+        ("data: {cache_gb: .nan}", "data.cache_gb is nan"),
+        ("data: {augment: {mixup: .inf}}", "data.augment.mixup is inf"),
+        ("model: {head: {temperature: .nan}}", "model.head.temperature is nan"),
+        ("model: {schedule: {warmup_epochs: .nan}}", "model.schedule.warmup_epochs is nan"),
+        ("model: {schedule: {step_epochs: .inf}}", "model.schedule.step_epochs and"),
+        ("# data: {batch_size: 4}", "mine.yaml: it holds no settings"),
+        ("- data", "mine.yaml: it holds no settings"),
+    ],
+)
+def test_a_wrong_config(pictures, capsys, text, expected):
+    Path("mine.yaml").write_text(text)
+    assert expected in fails(capsys, *QUICK, "--config", "mine.yaml", "--data.root", pictures)
+
+
+def test_a_wrong_folder(tmp_path, capsys):
+    assert "data.root is not set" in fails(capsys, *QUICK)
+    assert "'gone': no such folder" in fails(capsys, *QUICK, "--data.root", "gone")
+    root = write_dataset(tmp_path / "data", train=2, val=2)
+    (root / "train" / "zebra").mkdir()
+    (root / "train" / "yak").mkdir()
+    line = fails(capsys, *QUICK, "--data.root", root)
+    assert "hold no images" in line
+    assert "'yak'" in line
+    assert "'zebra'" in line
+    (root / "train" / "zebra").rmdir()
+    (root / "train" / "yak").rmdir()
+    write_pictures(root / "val" / "zebra", "ring", 1)
+    line = fails(capsys, *QUICK, "--data.root", root)
+    assert "in val, but not in train: 'zebra'" in line
+
+
+def test_no_network(pictures, capsys, monkeypatch, tmp_path):
+    """Pretrained weights asked for and not to be had: both ways out in one line, and never random ones."""
+    from huggingface_hub import constants
+
+    def unreachable(*args, **kwargs):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--model.pretrained", "true")
+    for words in ("model.pretrained", "neither in the local cache", "model.weights", "model.pretrained to false"):
+        assert words in line
+    assert not Path("runs").exists()
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--model.backbone", "rexnetr_100", "--model.pretrained=true")
+    assert "rexnetr_100 has no published weights" in line
+
+
+class Bomb:
+    """Unpickled, it makes a file."""
+
+    def __reduce__(self):
+        return (os.mkdir, ("exploded",))
+
+
+@pytest.mark.parametrize("option", ["-c", "--config", "--data", "--model", "--trainer", "--trainer.callbacks"])
+@pytest.mark.parametrize("address", ["http://127.0.0.1:1/x.yaml", "memory://x.yaml"])
+def test_no_address_is_read_as_a_config(option, address, capsys, monkeypatch):
+    def no_request(*args, **kwargs):
+        raise AssertionError("a request was made")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_request)
+    monkeypatch.setattr(socket.socket, "connect", no_request)
+    assert address in fails(capsys, "fit", option, address, "--data.root", "gone")
+
+
+@pytest.mark.parametrize("command", ["validate", "test", "predict", "export"])
+def test_a_wrong_model(command, capsys, monkeypatch):
+    def no_request(*args, **kwargs):
+        raise AssertionError("a request was made")
+
+    monkeypatch.setattr(socket, "getaddrinfo", no_request)
+    monkeypatch.setattr(socket, "create_connection", no_request)
+    torch.save({"state_dict": {}, "bomb": Bomb()}, "zip.ckpt")
+    Path("plain.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=2))
+    Path("newer.ckpt").write_bytes(pickle.dumps(Bomb(), protocol=4))
+    Path("text.ckpt").write_text("hello: world\n" * 9)
+    Path("empty.ckpt").touch()
+    Path("empty.safetensors").touch()
+    torch.save({"state_dict": {}}, "foreign.ckpt")
+    cases = {
+        "gone.ckpt": "there is no file 'gone.ckpt'",
+        "https://example.com/model.ckpt": "local files only",
+        "zip.ckpt": "zip.ckpt: refused",
+        "plain.ckpt": "plain.ckpt: ",
+        "newer.ckpt": "newer.ckpt: ",
+        "text.ckpt": "text.ckpt: ",
+        "empty.ckpt": "empty.ckpt: damaged",
+        "empty.safetensors": "empty.safetensors: damaged",
+        "foreign.ckpt": "rexnet_lit did not write this",
+    }
+    for model, expected in cases.items():
+        if command == "export":
+            line = fails(capsys, command, model, "--format", "safetensors", "--output", "out.safetensors")
+        else:
+            line = fails(capsys, command, "--ckpt_path", model)
+        assert expected in line
+    assert not Path("exploded").exists()
+    if command != "export":
+        assert "needs a model: --ckpt_path MODEL" in fails(capsys, command)
+
+
+def test_a_wrong_command(capsys):
+    assert "invalid choice: 'tset'" in fails(capsys, "tset")
+    assert "required: DIR" in fails(capsys, "check")
+    assert "unrecognized arguments: --jsn" in fails(capsys, "check", ".", "--jsn")
+    assert "required: COMMAND" in fails(capsys)
+
+
+def test_predict_says_what_is_missing(tmp_path, capsys):
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    assert "data.predict_path is not set" in fails(capsys, "predict", "--ckpt_path", model)
+    line = fails(capsys, "predict", "--ckpt_path", model, "--data.predict_path", "gone")
+    assert "gone" in line
+    assert "data.root" in fails(capsys, "test", "--ckpt_path", model)
+
+
+def test_predict_overwrites_nothing_of_value(tmp_path, capsys):
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    before = model.read_bytes()
+    write_pictures(tmp_path / "flat", "disc", 1)
+    (tmp_path / "flat" / "broken.png").touch()
+    argv = ["predict", "--ckpt_path", model, "--data.num_workers", 0, "--data.predict_path", tmp_path / "flat"]
+    line = fails(capsys, *argv[:-1], tmp_path / "flat" / "broken.png")
+    assert line == f"{tmp_path / 'flat' / 'broken.png'}: cannot be read as an image (empty file); mend or replace it"
+    line = fails(capsys, *argv, "--data.predict_output", model)
+    assert "model.safetensors' exists and is no .csv file" in line
+    (tmp_path / "mine.csv").write_text("path,label\na.jpg,disc\n")
+    assert "is no earlier output" in fails(capsys, *argv, "--data.predict_output", tmp_path / "mine.csv")
+    assert "quarantine.csv is the list" in fails(capsys, *argv, "--data.predict_output", "quarantine.csv")
+    assert model.read_bytes() == before
+    (tmp_path / "quarantine.csv").write_text("mine")
+    assert main.main([*map(str, argv), "--data.predict_output", str(tmp_path / "p.csv")]) == 0
+    assert "all are listed in" in capsys.readouterr().out
+    assert main.main([*map(str, argv), "--data.predict_output", str(tmp_path / "p.csv")]) == 0  # its own place
+    (tmp_path / "quarantine-2.csv").unlink()
+    capsys.readouterr()
+    assert (tmp_path / "quarantine.csv").read_text() == "mine"
+    assert [row["path"] for row in rows_of(tmp_path / "quarantine-1.csv")] == ["broken.png"]
+
+
+@pytest.mark.parametrize("known", [int | float | None, float | int | None])
+def test_a_part_of_the_images(tmp_path, capsys, monkeypatch, known):
+    """With a limit, only what was looked at is written and counted.
+
+    1 is a batch, 1.0 all of them, in whichever order typing has met the two: it hands out what equals a union.
+    """
+    for clear in typing._cleanups:
+        clear()
+    for name in ("train", "val", "test", "predict"):
+        monkeypatch.setitem(pl.Trainer.__init__.__annotations__, f"limit_{name}_batches", known)
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    write_dataset(tmp_path / "data", test=3, train=2, val=2)
+    limits = ("--data.batch_size", 4, "--trainer.limit_test_batches", 1, "--trainer.limit_predict_batches", 1)
+    argv = ["--ckpt_path", model, "--data.num_workers", 0, *limits]
+    assert main.main([*map(str, ["test", *argv, "--data.root", tmp_path / "data"])]) == 0
+    assert "Test: 4 images" in capsys.readouterr().out
+    report = Path("lightning_logs/version_0/report")
+    assert json.loads((report / "metrics.json").read_text())["count"] == 4
+    assert "4 of 9" in (report / "report.html").read_text()
+    argv += ["--data.predict_path", tmp_path / "data" / "test"]
+    assert main.main([*map(str, ["predict", *argv])]) == 0
+    rows = rows_of("predictions.csv")
+    assert [f"test/{row['path']}" for row in rows] == [row["path"] for row in rows_of(report / "predictions.csv")]
+    assert len(rows) == 4
+    line = fails(capsys, "predict", *argv, "--trainer.limit_predict_batches", 0)
+    assert line == "trainer.limit_predict_batches is 0: no image would be looked at"
+
+
+def test_debug_shows_the_traceback(capsys, monkeypatch):
+    from rexnet_lit import UserError
+
+    with pytest.raises(UserError, match="no file"):
+        main.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x", "--debug"])
+    monkeypatch.setenv("REXNET_LIT_DEBUG", "1")
+    with pytest.raises(UserError, match="no file"):
+        main.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x"])
+
+
+def test_our_own_faults_keep_their_traceback(monkeypatch):
+    def broken(argv):
+        raise ZeroDivisionError("our own")
+
+    monkeypatch.setattr(main, "_dispatch", broken)
+    with pytest.raises(ZeroDivisionError):
+        main.main(["models"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (KeyboardInterrupt(), 130),
+        (SIGTERMException(), 143),
+        (PermissionError(13, "Permission denied", "runs"), 2),
+        (OSError(28, "No space left on device"), 2),
+    ],
+)
+def test_other_endings(error, code, monkeypatch, capsys):
+    def ends(argv):
+        raise error
+
+    monkeypatch.setattr(main, "_dispatch", ends)
+    assert main.main(["models"]) == code
+    assert len(capsys.readouterr().err.splitlines()) == (code == 2)
+
+
+# The small commands
+
+
+def test_check(pictures, tmp_path, capsys):
+    assert main.main(["check", str(pictures), "--json"]) == 0
+    assert isinstance(json.loads(capsys.readouterr().out), dict)
+    assert main.main(["check", str(pictures)]) == 0
+    capsys.readouterr()
+    root = write_dataset(tmp_path / "data", train=2, val=2)
+    (root / "train" / "zebra").mkdir()
+    assert main.main(["check", str(root), "--json"]) == 1
+    assert "zebra" in json.dumps(json.loads(capsys.readouterr().out))
+    assert main.main(["check", str(root)]) == 1
+    assert "zebra" in capsys.readouterr().out
+    assert "no folder 'gone'" in fails(capsys, "check", "gone")
+    Path("model.ckpt").write_text("precious")
+    assert "is no .html or .htm file" in fails(capsys, "check", root, "--report", "model.ckpt")
+    assert Path("model.ckpt").read_text() == "precious"
+
+
+def test_models_lists_the_ten(capsys):
+    assert main.main(["models"]) == 0
+    out = capsys.readouterr().out
+    names = re.findall(r"^\s*(rexnetr?_\d+)\s", out, re.MULTILINE)
+    assert len(names) == len(set(names)) == 10
+    # features.md and timm's results table.
+    assert re.search(r"rexnet_100 +4,796,873 .* 1280 +nav_in1k +77\.862", out)
+
+
+def test_sample(capsys):
+    assert main.main(["sample", "digits"]) == 0
+    out = capsys.readouterr().out
+    assert "10 classes" in out
+    counts = {split: len(list(Path("digits", split).rglob("*.png"))) for split in ("train", "val", "test")}
+    assert sum(counts.values()) == 1797
+    assert all(f"{n} {split}" in out for split, n in counts.items())
+    assert sorted(f.name for f in Path("digits/val").iterdir()) == list("0123456789")
+    assert [f.name for f in Path().iterdir()] == ["digits"]
+    assert "not empty" in fails(capsys, "sample", "digits")
+    Path("empty").mkdir()
+    assert main.main(["sample", "empty"]) == 0
+
+
+def test_help_and_version(capsys):
+    assert main.main(["--help"]) == 0
+    out = capsys.readouterr().out
+    for command in ("fit", "validate", "test", "predict", "check", "models", "sample", "export"):
+        assert re.search(rf"^ +{command} ", out, re.MULTILINE)
+    assert main.main(["--version"]) == 0
+    assert "rexnet_lit " in capsys.readouterr().out
+
+
+# The main job
+
+
+def files_of(folder):
+    return {str(f.relative_to(folder)) for f in Path(folder).rglob("*") if f.is_file()}
+
+
+def rows_of(path):
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope="module")
+def fitted(tmp_path_factory):
+    """A fit of two epochs in a process of its own: its folder, which holds only the data and what the run wrote."""
+    base = tmp_path_factory.mktemp("fitted")
+    write_dataset(base / "data", train=8, val=4, test=4)
+    before = files_of(base)
+    out, err = run_rexnet(
+        *QUICK[:3],
+        *("--data.root", "data", "--data.num_workers", 2, "--data.batch_size", 8),
+        *("--trainer.max_epochs", 2, "--trainer.default_root_dir", "runs"),
+        cwd=base,
+    )
+    return base, out, err, files_of(base) - before
+
+
+def test_fit_writes_the_contracts_files_and_nothing_else(fitted):
+    base, out, err, written = fitted
+    assert err == ""
+    assert "24 train, 12 val, 12 test" in out
+    assert len(re.findall(r"^epoch \d/2 ", out, re.MULTILINE)) == 2
+    assert "Fit finished" in out
+    assert re.search(r"^  next +python -m rexnet_lit test --ckpt_path \S+model\.safetensors$", out, re.MULTILINE)
+
+    folder = "runs/lightning_logs/version_0"
+    written = {f for f in written if not f.startswith("cache/")}  # the user's cache: which files were readable
+    events = {f for f in written if "events.out.tfevents" in f}
+    assert len(events) == 1
+    assert written - events - {f"{folder}/hparams.yaml"} == {
+        f"{folder}/{name}"
+        for name in (
+            "config.yaml",
+            "metrics.csv",
+            "model.safetensors",
+            "checkpoints/best.ckpt",
+            "checkpoints/last.ckpt",
+            "checkpoints/last.previous.ckpt",
+        )
+    }
+    config = yaml.safe_load((base / folder / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 2  # the command line beats the config
+    assert config["data"]["image_size"] == 32
+    board = EventAccumulator(str(base / folder)).Reload()
+    assert board.Tags()["images"] == ["augmented samples"]
+    epochs = rows_of(base / folder / "metrics.csv")
+    assert {"train/loss", "val/loss", "val/top1", "val/macro_f1", "val/ece"} <= set(epochs[0])
+
+
+def test_importing_leaves_the_collector_as_it_was():
+    frozen = gc.get_freeze_count()
+    with process.gc_paused():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()
+
+
+def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, monkeypatch):
+    """In a process of its own, in another folder; then predict and export here."""
+    import rexnet_lit
+
+    base, _, _, _ = fitted
+    run = base / "runs" / "lightning_logs" / "version_0"
+    model = run / "model.safetensors"
+    before = files_of(base)
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    out, err = run_rexnet("test", "--ckpt_path", model, "--data.num_workers", 2, cwd=elsewhere)
+    assert err == ""
+    assert "Test: 12 images" in out
+    assert str(run / "report" / "report.html") in out
+    assert {f for f in files_of(elsewhere) if not f.startswith("cache/")} == set()
+    assert {Path(f).name for f in files_of(base) - before} == {
+        *("metrics.json", "per_class.csv", "predictions.csv", "report.html", "weights.sha256"),
+        *("confusion.png", "mistakes.png", "calibration.png", "history.png"),
+    }
+    own = checkpoint.digest(checkpoint.load_model(model).state)
+    assert (run / "report" / "weights.sha256").read_text() == own + "\n"
+    metrics = json.loads((run / "report" / "metrics.json").read_text())
+    assert {"top1", "macro_f1", "nll", "ece", "count", "per_class"} == set(metrics)  # top5 needs more classes
+    assert metrics["count"] == 12
+    assert set(metrics["per_class"]) == set(NAMES)
+    classifier = rexnet_lit.load(model, device="cpu")
+    rows = rows_of(run / "report" / "predictions.csv")
+    assert len(rows) == 12
+    shown = [classifier.predict(base / "data" / row["path"], top_k=1)[0][0] for row in rows]
+    assert [float(row["prob_1"]) for row in rows] == pytest.approx([p.prob for p in shown], abs=1e-5)
+    assert metrics["top1"] == pytest.approx(sum(r["target"] == r["label_1"] for r in rows) / 12)
+
+    # Predict: a flat folder of unlabelled pictures, then one picture.
+    flat = tmp_path / "flat"
+    for name in NAMES:
+        write_pictures(flat, name, 2, start=500)
+    (flat / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n")
+    monkeypatch.chdir(elsewhere)
+    argv = ["predict", "--ckpt_path", str(model), "--data.num_workers", "0", "--data.predict_path"]
+    assert main.main([*argv, str(flat), "--data.predict_output", "out/names.csv"]) == 0
+    assert "out/names.csv" in capsys.readouterr().out
+    rows = rows_of("out/names.csv")
+    assert list(rows[0]) == ["path", "label_1", "prob_1", "label_2", "prob_2", "label_3", "prob_3"]
+    assert [row["path"] for row in rows] == sorted(f.name for f in flat.iterdir() if f.name != "broken.png")
+    assert [row["path"] for row in rows_of("out/quarantine.csv")] == ["broken.png"]
+    for row in rows:
+        best = classifier.predict(flat / row["path"])[0]
+        assert [row[f"label_{k}"] for k in (1, 2, 3)] == [p.label for p in best]
+        assert [float(row[f"prob_{k}"]) for k in (1, 2, 3)] == pytest.approx([p.prob for p in best], abs=1e-5)
+    before = files_of(base)
+    assert main.main([*argv, str(flat / "disc 500.png")]) == 0  # no output given: the current folder
+    assert "predictions: predictions.csv" in capsys.readouterr().out
+    assert files_of(base) == before
+    assert {f for f in files_of(elsewhere) if not f.startswith("cache/")} == {
+        "out/names.csv", "out/quarantine.csv", "predictions.csv",
+    }  # fmt: skip
+
+    # Export: the checkpoint's weights are the shared file's.
+    assert (
+        main.main(["export", str(run / "checkpoints/best.ckpt"), "--format=safetensors", "--output=m.safetensors"]) == 0
+    )
+    capsys.readouterr()
+    pictures = sorted(flat.glob("disc*.png"))
+    torch.testing.assert_close(
+        rexnet_lit.load("m.safetensors", device="cpu").logits(pictures), classifier.logits(pictures)
+    )
+
+
+def test_validate_equals_the_fits_best_epoch(fitted, capsys):
+    base, _, _, _ = fitted
+    run = base / "runs" / "lightning_logs" / "version_0"
+    best = max(float(row["val/top1"]) for row in rows_of(run / "metrics.csv") if row["val/top1"])
+    argv = ["validate", "--ckpt_path", str(run / "checkpoints" / "best.ckpt"), "--data.num_workers", "0"]
+    assert main.main(argv) == 0
+    out = capsys.readouterr().out
+    assert "Validation: 12 images" in out
+    assert f"{best:.4f}" in re.search(r"top1 +(\S+)", out).group(1)
+    assert not Path("lightning_logs").exists()
+
+
+def test_images_that_cannot_be_read_are_said_wherever_they_are_left_out(tmp_path, capsys):
+    root = write_dataset(tmp_path / "data", train=8, val=21, test=21)
+    for split in ("val", "test"):
+        (root / split / "disc" / "empty.png").write_bytes(b"")
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    argv = ["--ckpt_path", str(model), "--data.root", str(root), "--data.num_workers", "0"]
+    said = "left out as unreadable: 1 image, first {}/disc/empty.png: empty file"
+    assert main.main(["validate", *argv]) == 0
+    assert said.format("val") in capsys.readouterr().out
+    assert main.main(["test", *argv]) == 0
+    out = capsys.readouterr().out
+    assert said.format("test") in out
+    listed = re.search(r"all are listed in (\S+)", out).group(1)
+    assert rows_of(listed) == [{"path": "test/disc/empty.png", "reason": "empty file"}]
+
+
+def test_a24_a29_copies_and_images_lost_in_a_run_are_said(tmp_path, capsys, monkeypatch):
+    root = write_dataset(tmp_path / "data", train=8, val=4)
+    shutil.copy(next((root / "train" / "bars").iterdir()), root / "val" / "ring" / "copy.png")
+    lost = sorted((root / "train" / "disc").iterdir())[3]
+    monkeypatch.setattr(RexNetModule, "on_train_start", lambda self: lost.unlink())
+    fit = [*QUICK, "--data.root", "data", "--data.batch_size", "8", "--trainer.max_epochs", "1"]
+    with pytest.warns(UserWarning, match="can no longer be read"):
+        assert main.main([*map(str, fit), "--data.num_workers", "0", "--data.cache", "none"]) == 0
+    out = capsys.readouterr().out
+    assert "1 image was lost during the run, others of the class stood in" in out
+    for where in ("splits", "classes"):  # A24
+        assert f"warning: 2 images stand with the same content in several {where}: " in out
+    reason = "No such file or directory"
+    name = f"train/disc/{lost.name}"
+    assert rows_of("runs/lightning_logs/version_0/quarantine.csv") == [{"path": name, "reason": reason}]
+
+
+def test_a_split_that_was_drawn_stays_drawn(tmp_path, capsys):
+    """Bare class folders: what `test` sees is split.csv's test rows, after a picture has joined the folder too."""
+    for name in NAMES:
+        write_pictures(tmp_path / "data" / name, name, 12)
+    fit = [*QUICK, "--data.root", "data", "--data.test_fraction", "0.25", "--data.batch_size", "8"]
+    fit += ["--trainer.max_epochs", "1", "--data.num_workers", "0", "--trainer.limit_train_batches", "2"]
+    assert main.main([str(a) for a in fit]) == 0
+    run = Path("runs/lightning_logs/version_0")
+    split = rows_of(run / "split.csv")
+    drawn = {row["path"] for row in split if row["split"] == "test"}
+    assert len(drawn) == 9
+    assert len(split) == 36
+    assert {name: [r["split"] for r in split].count(name) for name in ("train", "val", "test")} == {
+        "train": 21,
+        "val": 6,
+        "test": 9,
+    }
+    for seed in range(40, 44):
+        write_pictures(tmp_path / "data" / "bars", "bars", 1, start=seed)
+    for model in ("model.safetensors", "checkpoints/best.ckpt"):
+        assert main.main(["test", "--ckpt_path", str(run / model), "--data.num_workers", "0"]) == 0
+        tested = {row["path"] for row in rows_of(run / "report" / "predictions.csv")}
+        assert tested == drawn, model
+    capsys.readouterr()
+
+
+def _quick(root, *argv):
+    """Fit for an epoch, in the current folder's ``runs``; return the exit code."""
+    settings = ("--data.batch_size", 8, "--trainer.max_epochs", 1, "--data.num_workers", 0)
+    return main.main([str(a) for a in (*QUICK, "--data.root", root, *settings, *argv)])
+
+
+def test_a_split_file_s_dataset_that_has_moved(tmp_path, capsys):
+    write_dataset(tmp_path, data=6)
+    names = sorted(str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*.png"))
+    rows = [f"{name},{'val' if i % 3 == 0 else 'train'}\n" for i, name in enumerate(names)]
+    (tmp_path / "mine.csv").write_text("path,split\n" + "".join(rows))
+    assert _quick("data", "--data.split_file", "mine.csv") == 0
+    capsys.readouterr()
+    (tmp_path / "data").rename(tmp_path / "moved")
+    validate = ["validate", "--ckpt_path", "runs/lightning_logs/version_0/model.safetensors", "--data.num_workers", "0"]
+    assert main.main([*validate, "--data.root", "moved"]) == 0
+    assert "Validation: 6 images" in capsys.readouterr().out
+
+
+def test_a_model_s_run_bears_the_broken_images_that_its_fit_has_borne(tmp_path, capsys):
+    write_dataset(tmp_path / "data", train=4, val=4)
+    for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[:2]:
+        path.write_bytes(b"broken")
+    assert _quick("data") == 2
+    assert _quick("data", "--data.max_bad_fraction", 0.5) == 0
+    validate = ["validate", "--ckpt_path", "runs/lightning_logs/version_0/model.safetensors", "--data.num_workers", "0"]
+    assert main.main(validate) == 0
+    assert main.main([*validate, "--data.max_bad_fraction", "0.1"]) == 2
+    assert "more than data.max_bad_fraction 0.1" in capsys.readouterr().err
+
+
+def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
+    write_dataset(tmp_path, data=9)
+    assert _quick("data", "--data.num_folds", 3, "--data.fold", 2) == 0
+    loss = re.search(r"val/loss +(\S+)", capsys.readouterr().out.partition("Fit finished")[2])[1]
+    validate = ["validate", "--ckpt_path", "runs/lightning_logs/version_0/model.safetensors", "--data.num_workers", "0"]
+    assert main.main(validate) == 0
+    out = capsys.readouterr().out
+    assert "Validation: 9 images" in out
+    assert re.search(r"loss +(\S+)", out)[1] == loss
+    assert main.main([*validate, "--data.val_fraction", "0.4"]) == 0
+    assert "Validation: 12 images" in capsys.readouterr().out  # what the command line says beats the model's draw
+    write_pictures(tmp_path / "data" / "bars", "bars", 6, start=50)  # a set that has grown
+    assert main.main([*validate, "--config", "runs/lightning_logs/version_0/config.yaml"]) == 0
+    assert "Validation: 9 images" in capsys.readouterr().out
+    (tmp_path / "link").symlink_to("data")
+    shutil.copytree("data", tmp_path / "moved")
+    for same in ("link", "other/../data", "moved"):
+        (tmp_path / "other").mkdir(exist_ok=True)
+        assert main.main([*validate, "--data.root", same]) == 0
+        out = capsys.readouterr().out
+        assert "Validation: 9 images" in out
+        assert re.search(r"loss +(\S+)", out)[1] == loss, same
+    assert main.main([*validate, "--data.root", str(write_dataset(tmp_path / "other", train=2, val=4))]) == 0
+    assert "Validation: 12 images" in capsys.readouterr().out
+
+
+def test_splits_that_are_not_the_run_s_are_told(tmp_path, capsys):
+    """Its training images may be in them."""
+    write_dataset(tmp_path, data=8)
+    assert _quick("data") == 0
+    model = Path("runs/lightning_logs/version_0/model.safetensors")
+    shutil.copy(model, "alone.safetensors")
+    told = {
+        ("validate", "--ckpt_path", str(model)): False,
+        ("validate", "--ckpt_path", str(model), "--data.val_fraction", "0.5"): True,
+        ("test", "--ckpt_path", str(model), "--data.test_fraction", "0.5"): True,
+        ("validate", "--ckpt_path", "alone.safetensors", "--data.root", "data"): True,
+    }
+    capsys.readouterr()
+    for command, warned in told.items():
+        assert main.main(list(command)) == 0
+        assert ("images that it was trained on may be among these" in capsys.readouterr().out) is warned, command
+
+
+def test_a_fits_config_suits_the_other_runs(tmp_path, capsys):
+    """With all that is for training alone, and what is made from a class."""
+    write_dataset(tmp_path / "data", train=4, val=2, test=2)
+    extra = tmp_path / "extra.yaml"
+    extra.write_text(
+        "trainer:\n  profiler: {class_path: lightning.pytorch.profilers.SimpleProfiler}\n"
+        "  strategy: {class_path: lightning.pytorch.strategies.SingleDeviceStrategy, init_args: {device: cpu}}\n"
+        "  callbacks:\n  - {class_path: EarlyStopping, init_args: {monitor: val/loss}}\n"
+        "  - {class_path: ModelCheckpoint, init_args: {filename: mine}}\n  - {class_path: DeviceStatsMonitor}\n"
+        "  - {class_path: TQDMProgressBar}\n"
+    )
+    assert _quick("data", "--config", extra) == 0
+    assert "epoch 1/1" in capsys.readouterr().out
+    run = Path("runs/lightning_logs/version_0")
+    assert yaml.safe_load((run / "config.yaml").read_text())["ckpt_path"] is None
+    for command in ("validate", "test"):
+        assert (
+            main.main([command, "--config", str(run / "config.yaml"), "--ckpt_path", str(run / "model.safetensors")])
+            == 0
+        )
+
+
+def test_a_run_that_time_ends_or_that_saves_nothing_says_so(tmp_path, capsys):
+    """And a learning-rate monitor of the user's takes the place of ours, or each row would be there twice."""
+    write_dataset(tmp_path / "data", train=8, val=2)
+    mine = tmp_path / "mine.yaml"
+    mine.write_text("trainer: {callbacks: [{class_path: LearningRateMonitor, init_args: {logging_interval: step}}]}")
+    every = ("--config", mine, "--trainer.log_every_n_steps", 1, "--trainer.max_epochs", 1000)
+    assert _quick("data", *every, "--trainer.max_time", "00:00:00:02") == 0
+    assert "Fit finished by trainer.max_time" in capsys.readouterr().out
+    rates = [row for row in rows_of("runs/lightning_logs/version_0/metrics.csv") if row["lr-AdamW/pg1"]]
+    assert len(rates) == len({row["step"] for row in rates}) > 0
+    assert _quick("data", "--trainer.enable_checkpointing", "false") == 0
+    assert "Fit finished. Nothing was saved: trainer.enable_checkpointing is false.\n" in capsys.readouterr().out
+
+
+def test_what_cannot_be_made_for_the_trainer_is_one_line(pictures, capsys, tmp_path):
+    config = tmp_path / "wrong.yaml"
+    for text, expected in (
+        ("callbacks: {class_path: EarlyStopping, init_args: {monitor: val/loss, mode: foo}}", "`mode` can be"),
+        (
+            "callbacks: [{class_path: EarlyStopping, init_args: {monitor: val/loss, mode: foo}}]",
+            "`mode` can be",
+        ),
+        ("strategy: {class_path: lightning.pytorch.strategies.DeepSpeedStrategy}", "DeepSpeed"),
+        ("logger: WandbLogger", "wandb"),
+        ("callbacks: EarlyStoping", "callbacks: no class is called 'EarlyStoping'; did you mean 'EarlyStopping'"),
+        ("callbacks: [{class_path: mine}]", "no class is called 'mine'; give its whole path, as package.Class"),
+        ("callbacks: [{class_path: my.Own}]", "callbacks: my.Own: No module named 'my'"),
+        ("callbacks: [{class_path: torch.nn.Linear}]", "torch.nn.Linear is not a subclass of Callback"),
+        ("callbacks: EarlyStopping", "EarlyStopping: the following arguments are required: monitor"),
+        ("callbacks: [{class_path: EarlyStopping, init_args: {monitr: a}}]", "Option 'monitr' is not accepted"),
+        ("callbacks: [{class_path: EarlyStopping, init_args: {patience: x}}]", "patience: expected int, got x"),
+        (
+            "callbacks: [{class_path: LearningRateMonitor, init_args: {logging_interval: bogus}}]",
+            "logging_interval: expected one of 'step', 'epoch', null, got bogus",
+        ),
+        (
+            "plugins: [{class_path: lightning.pytorch.plugins.io.TorchCheckpointIO, init_args: {x: 1}}]",
+            "TorchCheckpointIO: Option 'x' is not accepted",
+        ),
+    ):
+        config.write_text(f"trainer: {{{text}}}")
+        line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+        assert line.removeprefix(f"{config}: ").startswith("trainer")
+        assert expected in line
+        assert len(line) < 300
+    config.write_text("data: {batch_size: 8}", "utf-16")
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+    assert line == f"{config}: it is not text in UTF-8; save it as that"
+
+
+def test_a_try_out_writes_nothing(pictures, capsys):
+    precious = Path("runs/checkpoints/best.ckpt")
+    precious.parent.mkdir(parents=True)
+    precious.write_text("precious")
+    assert _quick(pictures, "--trainer.fast_dev_run", "true") == 0
+    assert [f for f in Path("runs").rglob("*") if f.is_file()] == [precious]
+    assert precious.read_text() == "precious"
+
+
+def test_the_command_line_beats_a_config_wherever_it_stands(pictures, capsys):
+    argv = ["fit", "--trainer.max_epochs=1", "--data.batch_size", 8, *QUICK[1:], "--data.root", pictures]
+    assert main.main([str(a) for a in (*argv, "--data.num_workers", 0)]) == 0
+    assert "epoch 1/1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("callback", "instead"),
+    [
+        ("BackboneFinetuning", "set model.strategy, such as staged"),
+        ("GradientAccumulationScheduler", "set trainer.accumulate_grad_batches"),
+        ("StochasticWeightAveraging", "set model.ema"),
+        ("BatchSizeFinder", "set data.batch_size"),
+        ("Timer", "set trainer.max_time"),
+    ],
+)
+def test_callbacks_that_our_settings_replace(pictures, capsys, tmp_path, callback, instead):
+    needed = {"GradientAccumulationScheduler": {"scheduling": {0: 1}}, "StochasticWeightAveraging": {"swa_lrs": 0.1}}
+    config = tmp_path / "callback.yaml"
+    given = [{"class_path": callback, "init_args": needed.get(callback, {})}]
+    config.write_text(yaml.safe_dump({"trainer": {"callbacks": given}}))
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+    assert line == f"trainer.callbacks: {callback} is not supported; {instead}"
+
+
+def test_slurm_s_requeueing_begins_no_run(pictures, tmp_path, monkeypatch, capsys):
+    for key, value in {"NTASKS": 1, "JOB_NAME": "fit", "JOB_ID": 7, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
+        monkeypatch.setenv(f"SLURM_{key}", str(value))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "hpc_ckpt_3.ckpt").touch()
+    line = fails(capsys, *QUICK, "--data.root", pictures, "--trainer.accelerator", "cpu")
+    assert "hpc_ckpt_3.ckpt: under SLURM Lightning would go on with it; move it" in line
+    assert not (tmp_path / "runs" / "lightning_logs").exists()
+
+
+def test_two_processes_measure_what_one_does(tmp_path, capsys):
+    """21 images in batches of 8 on two processes, gloo: no image is padded in, none is lost."""
+    root = write_dataset(tmp_path / "data", train=2, val=7)
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    argv = ["validate", "--ckpt_path", str(model), "--data.root", str(root), "--data.num_workers", "0"]
+    assert main.main([*argv, "--trainer.accelerator", "cpu"]) == 0
+    alone = capsys.readouterr().out
+    overlay = CONFIGS / "hardware" / "ddp_sim.yaml"
+    together, err = run_rexnet(*argv, "--config", overlay, "--data.batch_size", 8, cwd=tmp_path)
+    assert together == alone
+    assert err == ""
+
+
+def test_a_distributed_run_leaves_its_process_group(tmp_path):
+    """Gloo's threads must not outlive Python: once in 60 runs one aborted the process after the last line."""
+    root = write_dataset(tmp_path / "data", train=1, val=1)
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    code = """
+import atexit, sys, torch
+atexit.register(lambda: print("in a group at the end:", torch.distributed.is_initialized()))
+from rexnet_lit import cli
+code = cli.main(sys.argv[1:])
+print("in a group:", torch.distributed.is_initialized())
+sys.exit(code)
+"""
+    argv = ["validate", "--ckpt_path", model, "--data.root", root, "--data.num_workers", "0"]
+    argv += ["--trainer.accelerator", "cpu", "--trainer.devices", "1", "--trainer.strategy", "ddp"]
+    done = subprocess.run([sys.executable, "-c", code, *map(str, argv)], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "in a group: True" in done.stdout
+    assert "in a group at the end: False" in done.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["full", "staged", "partial", "linear_probe"])
+def test_two_processes_fit(strategy, tmp_path, capsys):
+    """DDP with the overlay; the last epoch's figures are what one process measures on last.ckpt.
+
+    Were the processes' weights not the same, the figures would not be: each validates its share.
+    """
+    write_dataset(tmp_path / "data", train=7, val=7)
+    fit = [*QUICK, "--config", CONFIGS / "hardware" / "ddp_sim.yaml", "--data.root", "data", "--data.batch_size", 6]
+    fit += ["--model.strategy", strategy, *(["--data.augment", "none"] if strategy == "linear_probe" else [])]
+    out, err = run_rexnet(*fit, "--trainer.max_epochs", 3, "--data.num_workers", 1, cwd=tmp_path)
+    assert err == "" or strategy == "staged"  # torch remarks that all parameters are in use by now
+    assert "on 2 x cpu" in out
+    assert out.count("Fit finished") == 1
+    last = rows_of("runs/lightning_logs/version_0/metrics.csv")
+    loss = [float(row["val/loss"]) for row in last if row["val/loss"]][-1]
+    assert (
+        main.main(
+            [
+                "validate",
+                "--ckpt_path",
+                "runs/lightning_logs/version_0/checkpoints/last.ckpt",
+                "--trainer.accelerator=cpu",
+            ]
+        )
+        == 0
+    )
+    assert f"{loss:.4f}" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_a_validation_split_smaller_than_a_batch_on_two_processes(tmp_path):
+    root = write_dataset(tmp_path / "data", train=2, val=2)
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    overlay = CONFIGS / "hardware" / "ddp_sim.yaml"
+    out, _ = run_rexnet("validate", "--ckpt_path", model, "--data.root", root, "--config", overlay, cwd=tmp_path)
+    assert "Validation: 6 images" in out
+
+
+def test_check_writes_a_page(pictures, tmp_path, capsys):
+    """Contact sheets of each class, copies side by side, what the config's augmentation makes of images; no request."""
+    root = tmp_path / "data <b>"
+    shutil.copytree(pictures, root)
+    source = next((root / "train").rglob("*.png"))
+    (root / "val" / source.parent.name / "again.png").write_bytes(source.read_bytes())
+    page = tmp_path / "page.html"
+    assert main.main(["check", str(root), "--report", str(page), "--config", str(CONFIGS / "finetune.yaml")]) == 0
+    capsys.readouterr()
+    text = page.read_text("utf-8")
+    assert "data &lt;b&gt;" in text
+    assert "<b>data" not in text
+    assert "Copies across splits or classes" in text
+    assert "again.png" in text
+    assert "What training will see" in text
+    assert text.count("epoch 1") == 4
+    assert not re.search(r"(src|href)=\"(?!data:)", text)
+    assert "<script" not in text
+    assert all(f"<h2>{name}</h2>" in text for name in NAMES)
+
+
+def test_check_splits_as_a_config_does(tmp_path, capsys):
+    write_dataset(tmp_path, data=10, elsewhere=1)
+    (tmp_path / "data" / "disc" / "more").symlink_to(tmp_path / "elsewhere" / "disc")
+    (tmp_path / "data" / "disc" / "broken.png").touch()
+    argv = ["check", str(tmp_path / "data"), "--json"]
+    assert main.main(argv) == 1
+    assert "1 link leads out" in capsys.readouterr().out
+    config = tmp_path / "c.yaml"
+    settings = {"follow_outside_links": True, "val_fraction": 0.3, "test_fraction": 0.2, "max_bad_fraction": 0.01}
+    config.write_text(yaml.safe_dump({"data": settings}))
+    assert main.main([*argv, "--config", str(config)]) == 1
+    found = json.loads(capsys.readouterr().out)
+    counts = {split: sum(by_class.values()) for split, by_class in found["counts"].items()}
+    assert sum(counts.values()) == 32
+    assert counts["val"] > counts["test"] > 0
+    (error,) = (row for row in found["findings"] if row["severity"] == "error")
+    assert error["advice"].endswith("training refuses more than 1% (data.max_bad_fraction): train, val, test")
+    settings["max_bad_fraction"] = 0.1
+    config.write_text(yaml.safe_dump({"data": settings}))
+    assert main.main([*argv, "--config", str(config)]) == 0
+    config.write_text("data: {val_fraction: 20%}")
+    assert "--config" in fails(capsys, *argv, "--config", config)
+
+
+def test_check_s_page_needs_a_config_that_is_one(pictures, tmp_path, capsys):
+    (tmp_path / "c.yaml").write_text("data: {augment: {nam: light}}")
+    for config, message in (("none.yaml", "No such file"), ("c.yaml", "nam")):
+        argv = ["check", str(pictures), "--report", str(tmp_path / "p.html"), "--config", str(tmp_path / config)]
+        assert message in fails(capsys, *argv)
+
+
+def test_integers_are_for_the_pictures_of_the_run(fitted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(formats, "LEAST_AGREEMENT", 0.0)  # it has hardly learned
+    model = fitted[0] / "runs" / "lightning_logs" / "version_0" / "model.safetensors"
+    assert main.main(["export", str(model), "--format", "onnx-int8", "--output", str(tmp_path / "m.onnx")]) == 0
+    assert "on 24 pictures" in capsys.readouterr().out  # half of all
+
+
+def test_find_lr_draws_a_picture_and_trains_nothing(pictures, tmp_path, capsys):
+    argv = [*QUICK, "--data.root", pictures, "--data.batch_size", 4, "--data.num_workers", 0]
+    assert main.main([str(a) for a in (*argv, "--find_lr", "true", "--trainer.accelerator", "cpu")]) == 0
+    out, err = capsys.readouterr()
+    assert err == ""
+    rate = float(re.search(r"--model.optimizer.lr (\S+)", out)[1])
+    assert 1e-6 <= rate <= 1
+    with Image.open(tmp_path / "runs" / "lr_finder.png") as picture:
+        assert picture.size[0] > 500
+    assert [file.name for file in (tmp_path / "runs").iterdir()] == ["lr_finder.png"]  # and no run folder
+    assert "Fit finished" not in out

@@ -1,0 +1,310 @@
+"""Exports: each format, read back by its own library, answers as the model does."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+from cli_tools import NAMES, fails, lively_model, picture, write_pictures
+from PIL import Image
+
+import rexnet_lit
+from rexnet_lit.cli import main
+from rexnet_lit.export import formats
+from rexnet_lit.models import checkpoint
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return lively_model(tmp_path_factory.mktemp("model") / "model.safetensors", size=32)
+
+
+@pytest.fixture(scope="module")
+def expected(model):
+    """Images as the graphs take them, float32 (5, 3, S, S) from 0 to 1, and the model's probabilities (5, K)."""
+    classifier = rexnet_lit.load(model, device="cpu")
+    images = [picture(name, seed) for name in NAMES for seed in (21, 22)][:5]
+    views = np.stack([classifier.view(image) for image in images]).transpose(0, 3, 1, 2)
+    probs = classifier.probabilities(images)
+    assert probs.std(0).min() > 0.02  # a wrong input would change the answers
+    return (views / 255).astype(np.float32), probs
+
+
+def run(model, kind, output, capfd, *more):
+    """Export through the command line: one line on the screen, which it returns, and nothing left beside the file."""
+    assert main.main(["export", str(model), "--format", kind, "--output", str(output), *more]) == 0
+    out, err = capfd.readouterr()
+    assert err == ""
+    assert len(out.splitlines()) == 1
+    assert f"{output}: " in out
+    assert [f.name for f in output.parent.iterdir()] == [output.name]
+    content = output.read_bytes()
+    assert str(Path(formats.__file__).parents[1]).encode() not in content  # no folder of whoever exported it
+    assert b"site-packages" not in content
+    return out
+
+
+def check_metadata(metadata):
+    assert json.loads(metadata["class_names"]) == list(NAMES)
+    recipe = json.loads(metadata["rexnet_lit"])["eval_recipe"]
+    assert recipe["image_size"] == 32
+    assert "0 to 1" in metadata["input"]
+
+
+def test_onnx(model, expected, tmp_path, capfd):
+    import onnxruntime
+
+    output = tmp_path / "made" / "model.onnx"
+    output.parent.mkdir()
+    run(model, "onnx", output, capfd)
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    (entry,) = session.get_inputs()
+    assert entry.name == "images"
+    assert isinstance(entry.shape[0], str)  # any batch
+    assert entry.shape[1:] == [3, 32, 32]
+    images, probs = expected
+    for count in (1, 5):
+        (got,) = session.run(["probabilities"], {"images": images[:count]})
+        np.testing.assert_allclose(got, probs[:count], atol=1e-4)
+    check_metadata(session.get_modelmeta().custom_metadata_map)
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """A flat folder of sixty pictures, and one that is none."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for name in NAMES:
+        write_pictures(folder, name, 20)
+    (folder / "broken.png").write_bytes(b"no picture")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def sure_model(model, pictures, tmp_path_factory):
+    """The model with a head that knows its classes: of one that guesses, integers change the guesses."""
+    from sklearn.linear_model import LogisticRegression
+
+    classifier = rexnet_lit.load(model, device="cpu")
+    files = sorted(pictures.glob("* *.png"))
+    features = classifier.embed(files)
+    scale = features.std()
+    solved = LogisticRegression().fit(features / scale, [NAMES.index(file.name.split()[0]) for file in files])
+    state = classifier.network.state_dict()
+    state["head.fc.weight"] = torch.from_numpy(np.float32(solved.coef_ / scale))
+    state["head.fc.bias"] = torch.from_numpy(np.float32(solved.intercept_))
+    path = tmp_path_factory.mktemp("sure") / "model.safetensors"
+    checkpoint.save_model(path, classifier.spec, state)
+    return path
+
+
+def test_onnx_int8(sure_model, pictures, tmp_path, capfd):
+    import onnxruntime
+
+    output = tmp_path / "made" / "model.onnx"
+    output.parent.mkdir()
+    line = run(sure_model, "onnx-int8", output, capfd, "--images", str(pictures))
+    assert "on 30 pictures" in line  # the other 30 have set the ranges
+    assert output.stat().st_size < 0.35 * sure_model.stat().st_size
+    session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
+    classifier = rexnet_lit.load(sure_model, device="cpu")
+    files = sorted(pictures.glob("* *.png"))
+    views = np.stack([classifier.view(file) for file in files]).transpose(0, 3, 1, 2)
+    (got,) = session.run(["probabilities"], {"images": (views / 255).astype(np.float32)})
+    probs = classifier.probabilities(files)
+    assert (got.argmax(1) == probs.argmax(1)).mean() >= 0.9
+    assert 1e-5 < abs(got - probs).mean() < 0.05  # integers
+    check_metadata(session.get_modelmeta().custom_metadata_map)
+
+
+def test_what_int8_refuses(model, pictures, tmp_path, capsys, monkeypatch):
+    command = ["export", model, "--output", tmp_path / "model.onnx", "--format"]
+    assert "its dataset (unknown) is not here; name a folder of some: --images DIR" in fails(
+        capsys, *command, "onnx-int8"
+    )
+    few = tmp_path / "few"
+    write_pictures(few, NAMES[0], 1)
+    assert fails(capsys, *command, "onnx-int8", "--images", "gone") == "--images: there is no folder 'gone'"
+    assert "at least 20 pictures, " in fails(capsys, *command, "onnx-int8", "--images", few)
+    assert "--images is for onnx-int8" in fails(capsys, *command, "onnx", "--images", few)
+    monkeypatch.setattr(formats, "LEAST_AGREEMENT", 1.1)
+    assert "less than 110%; it is not kept" in fails(capsys, *command, "onnx-int8", "--images", pictures)
+    assert not (tmp_path / "model.onnx").exists()
+
+
+def test_torch(model, expected, tmp_path, capfd):
+    output = tmp_path / "made" / "model.pt2"
+    output.parent.mkdir()
+    run(model, "torch", output, capfd)
+    metadata = dict.fromkeys(("class_names", "rexnet_lit", "input"), "")
+    graph = torch.export.load(output, extra_files=metadata).module()
+    images, probs = expected
+    for count in (1, 5):
+        got = graph(torch.from_numpy(images[:count])).detach().numpy()
+        np.testing.assert_allclose(got, probs[:count], atol=1e-4)
+    check_metadata(metadata)
+
+
+def test_safetensors(model, expected, tmp_path, capfd):
+    from safetensors import safe_open
+
+    output = tmp_path / "made" / "model.safetensors"
+    output.parent.mkdir()
+    run(model, "safetensors", output, capfd)
+    classifier = rexnet_lit.load(output, device="cpu")
+    assert classifier.class_names == NAMES
+    images, _ = expected
+    views = list((images.transpose(0, 2, 3, 1) * 255).round().astype(np.uint8))
+    again = rexnet_lit.load(model, device="cpu").probabilities(views)
+    np.testing.assert_allclose(classifier.probabilities(views), again, atol=1e-6)
+    with safe_open(output, framework="pt") as content:
+        assert set(content.metadata()) == {"format", "rexnet_lit", "rexnet_lit_sha256"}
+
+
+def _run(tmp_path):
+    (tmp_path / "run").mkdir()
+    return tmp_path / "run" / "model.safetensors"
+
+
+def test_a_hub_folder_is_what_timm_loads(tmp_path, capsys, expected):
+    import timm
+
+    names = ("a|b", "`c`", "<b>d</b>")
+    model = lively_model(_run(tmp_path), names=names, size=32)
+    command = ["export", str(model), "--format", "hub", "--output"]
+    assert main.main([*command, str(tmp_path / "hub")]) == 0
+    assert "4 pictures it agrees with the model" in capsys.readouterr().out
+    assert sorted(f.name for f in (tmp_path / "hub").iterdir()) == ["README.md", "config.json", "model.safetensors"]
+    net = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
+    assert net.pretrained_cfg["label_names"] == list(names)
+    recipe = timm.data.resolve_model_data_config(net)
+    own = rexnet_lit.load(model, device="cpu")
+    assert tuple(recipe["input_size"]) == (3, 32, 32)
+    assert (tuple(recipe["mean"]), tuple(recipe["std"]), recipe["crop_pct"], recipe["interpolation"]) == (
+        own.spec.eval_recipe.mean, own.spec.eval_recipe.std, own.spec.eval_recipe.crop_pct, "bicubic",
+    )  # fmt: skip
+    images, probs = expected  # of a model with other names, and the same weights
+    mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
+    with torch.no_grad():
+        got = net((torch.from_numpy(images) - mean) / std).softmax(1).numpy()
+    np.testing.assert_allclose(got, probs, atol=1e-5)
+    transform = timm.data.create_transform(**recipe)  # as the card says
+    noise = np.random.default_rng(0).integers(0, 256, (150, 201, 3), np.uint8)
+    photo = Image.fromarray(cv2.GaussianBlur(noise, (9, 9), 3))
+    with torch.no_grad():
+        got = net(transform(photo)[None]).softmax(1).numpy()
+    # One pixel in two hundred is another by one level of 255, and this model has a sharp ear.
+    np.testing.assert_allclose(own.probabilities([photo]), got, atol=0.02)
+    card = (tmp_path / "hub" / "README.md").read_text()
+    assert "Not measured" in card
+    assert "- `a/b`\n- `'c'`\n- `<b>d</b>`" in card
+
+    line = fails(capsys, *command, tmp_path / "hub")
+    assert "exists already; name a new folder" in line
+
+
+def test_the_card_of_a_hub_folder_has_the_figures_of_these_weights_only(tmp_path, capsys):
+    from huggingface_hub import ModelCard
+
+    model = lively_model(_run(tmp_path), size=32)
+    per_class = {name: {"precision": 0.5, "recall": 1.0, "f1": 2 / 3, "support": 4} for name in NAMES}
+    per_class[NAMES[1]] = {"precision": 0.0, "recall": 0.0, "f1": 0.0, "support": 0}
+    figures = {"top1": 0.75, "macro_f1": 0.7, "nll": 0.5, "ece": 0.1, "count": 12, "per_class": per_class}
+    report = tmp_path / "run" / "report"
+    report.mkdir()
+    (report / "metrics.json").write_text(json.dumps(figures))
+
+    def card(weights, name):
+        (report / "weights.sha256").write_text(weights)
+        assert main.main(["export", str(model), "--format", "hub", "--output", str(tmp_path / name)]) == 0
+        capsys.readouterr()
+        return ModelCard.load(tmp_path / name / "README.md")
+
+    own = checkpoint.digest(checkpoint.load_model(model).state)
+    found = card(own, "tested")
+    (accuracy, f1) = found.data.eval_results
+    assert (accuracy.metric_type, accuracy.metric_value, f1.metric_value) == ("accuracy", 0.75, 0.7)
+    assert "| Top-1 accuracy | 75.0\u00a0% (46.8\u00a0% to 91.1\u00a0%, a 95 % interval) |" in found.text  # Wilson
+    assert f"| `{NAMES[0]}` | 50.0\u00a0% | 100\u00a0% | 66.7\u00a0% | 4 |" in found.text
+    assert f"| `{NAMES[1]}` | - | - | - | 0 |" in found.text  # nothing is known of it
+    for number, other in enumerate(("another model's", "")):
+        assert "Not measured" in card(other, f"other-{number}").text
+
+
+def test_a_head_that_timm_lacks_is_refused_as_hub(tmp_path, capsys):
+    from rexnet_lit.data.settings import EvalRecipe
+    from rexnet_lit.models import rexnet
+    from rexnet_lit.models.spec import HeadSpec, ModelSpec
+
+    spec = ModelSpec("rexnet_100", NAMES, HeadSpec("mlp"), EvalRecipe(image_size=32))
+    model = tmp_path / "model.safetensors"
+    checkpoint.save_model(model, spec, rexnet.build_network("rexnet_100", 3, spec.head).state_dict())
+    line = fails(capsys, "export", model, "--format", "hub", "--output", tmp_path / "hub")
+    assert "linear head, and this model's is mlp" in line
+    assert not (tmp_path / "hub").exists()
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """A quick format whose file answers as it likes."""
+
+    def add(answer):
+        def write(classifier, model, example, target):
+            target.write_text("graph")
+            return answer
+
+        monkeypatch.setitem(formats.FORMATS, "safetensors", write)
+
+    return add
+
+
+@pytest.mark.parametrize("wrong", [1 / 3, np.nan])
+def test_a_file_that_disagrees_is_not_kept(model, tmp_path, capsys, fake, wrong):
+    fake(lambda images: np.full((len(images), 3), wrong, np.float32))
+    output = tmp_path / "made" / "model.safetensors"
+    output.parent.mkdir()
+    line = fails(capsys, "export", model, "--format", "safetensors", "--output", output)
+    assert "differ from the model's" in line
+    assert list(output.parent.iterdir()) == []
+
+    output.write_text("another model")
+    line = fails(capsys, "export", model, "--format", "safetensors", "--output", output)
+    assert "exists already; name a new file" in line
+    assert output.read_text() == "another model"
+
+
+def test_a_full_disk(model, tmp_path, capsys, fake):
+    fake(lambda images: np.zeros((len(images), 3)))
+    whole = formats.FORMATS["safetensors"]
+
+    def full(*args):
+        whole(*args)
+        raise OSError(28, "No space left on device")
+
+    formats.FORMATS["safetensors"] = full
+    line = fails(capsys, "export", model, "--format", "safetensors", "--output", tmp_path / "m.safetensors")
+    assert line == "the disk is full (No space left on device); make room, or write to another"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_are_one_line(model, tmp_path, capsys, monkeypatch):
+    output = tmp_path / "model.onnx"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "onnxruntime", None)
+        line = fails(capsys, "export", model, "--format", "onnx", "--output", output)
+        assert line == "export: onnxruntime is not installed; pip install 'rexnet-lit[onnx]'"
+    assert not output.exists()
+    line = fails(capsys, "export", model, "--format", "onnx", "--output", tmp_path / "none" / "model.onnx")
+    assert "there is no folder" in line
+    assert "invalid choice" in fails(capsys, "export", model, "--format", "coreml", "--output", output)
+    assert "there is no file" in fails(capsys, "export", "gone.ckpt", "--format", "onnx", "--output", output)
+    assert "is a folder" in fails(capsys, "export", model, "--format", "onnx", "--output", tmp_path)
+    other = tmp_path / "last.ckpt"
+    other.write_text("precious")
+    assert "is no .onnx file, so it is not" in fails(capsys, "export", model, "--format", "onnx", "--output", other)
+    assert other.read_text() == "precious"
+    assert "the model itself" in fails(capsys, "export", model, "--format", "onnx", "--output", model)

@@ -1,0 +1,281 @@
+"""Loading a model and predicting: one preprocessing everywhere, every kind of image, ImageNet's names."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from cli_tools import NAMES, lively_model, picture, write_dataset
+from PIL import Image
+
+import rexnet_lit
+from rexnet_lit import UserError
+from rexnet_lit.data import decode
+from rexnet_lit.data.settings import EvalRecipe
+from rexnet_lit.data.transforms import EvalTransform
+from rexnet_lit.models import rexnet
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return lively_model(tmp_path_factory.mktemp("model") / "model.safetensors")
+
+
+@pytest.fixture(scope="module")
+def classifier(model):
+    return rexnet_lit.load(model, device="cpu")
+
+
+def write_formats(folder):
+    """Write a picture in the formats that readers like to disagree on; return the files."""
+    folder.mkdir(parents=True)
+    image = Image.fromarray(picture("ring", 3, 90)).crop((0, 0, 90, 70))
+    grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
+    hidden = np.dstack([np.asarray(image), np.full((70, 90), 255, np.uint8)])
+    hidden[:30, :, 3] = 0
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    image.save(folder / "plain.png")
+    image.save(folder / "photo.jpg", quality=90)
+    image.resize((900, 700)).save(folder / "large.jpg", quality=90)
+    image.save(folder / "turned.jpg", exif=turned)
+    image.convert("CMYK").save(folder / "print.jpg")
+    image.convert("L").save(folder / "grey.png")
+    Image.fromarray(grey).save(folder / "deep.png")
+    Image.fromarray(hidden).save(folder / "see-through.png")
+    image.quantize(16).save(folder / "palette.png", transparency=3)
+    image.save(folder / "web.webp", lossless=True)
+    return sorted(folder.iterdir())
+
+
+def test_logits_equal_validations(classifier, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    root = write_dataset(tmp_path / "data", train=1, val=2)
+    write_formats(root / "val" / "ring" / "formats")
+    data = rexnet_lit.ImageFolderDataModule(str(root), batch_size=5, num_workers=0)
+    data.eval_recipe = classifier.spec.eval_recipe
+    data.setup("validate")
+    with torch.inference_mode():
+        batches = [classifier.network(images) for images, _ in data.val_dataloader()]
+    samples = data.splits()["val"]
+    assert len(samples) == 16
+    assert len(batches) == 4
+    expected = torch.cat(batches)
+    got = classifier.logits([samples.path(i) for i in range(len(samples))])
+    torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
+    assert expected.std(0).min() > 0.05  # the pictures' answers differ, so the comparison says something
+
+
+def test_the_modules_prediction_equals_the_classifiers(model, classifier):
+    from rexnet_lit.models import checkpoint
+
+    module = rexnet_lit.RexNetModule.from_model(checkpoint.load_model(model)).eval()
+    images = [picture(name, 5) for name in NAMES]
+    batch = torch.cat([classifier._batch([image]) for image in images])
+    with torch.inference_mode():
+        probs = module.predict_step((batch, torch.full((3,), -1)), 0)
+    np.testing.assert_allclose(probs.numpy(), classifier.probabilities(images), atol=1e-6)
+
+
+def test_paths_pil_images_and_arrays_agree(classifier, tmp_path):
+    files = [f for f in write_formats(tmp_path / "formats") if f.name != "large.jpg"]
+    from_paths = classifier.logits(files)
+    torch.testing.assert_close(classifier.logits([str(f) for f in files]), from_paths)
+    opened = [Image.open(f) for f in files]
+    torch.testing.assert_close(classifier.logits(opened), from_paths, atol=1e-5, rtol=0)
+    plain = tmp_path / "formats" / "plain.png"
+    array = np.asarray(Image.open(plain))
+    one = classifier.logits(plain)
+    torch.testing.assert_close(classifier.logits(array), one)
+    torch.testing.assert_close(classifier.logits(np.stack([array, array])), one.repeat(2, 1), atol=1e-5, rtol=0)
+    torch.testing.assert_close(classifier.logits(array[::-1][::-1]), one)  # no copy in memory order is asked for
+    grey = tmp_path / "formats" / "grey.png"
+    torch.testing.assert_close(classifier.logits(np.asarray(Image.open(grey))), classifier.logits(grey))
+    see_through = tmp_path / "formats" / "see-through.png"
+    torch.testing.assert_close(classifier.logits(np.asarray(Image.open(see_through))), classifier.logits(see_through))
+
+
+def test_a_photograph_whose_end_is_lost_is_refused(classifier, tmp_path):
+    """No decoder reports it: an end marker follows."""
+    from sklearn import datasets
+
+    data = (Path(datasets.__file__).parent / "images" / "china.jpg").read_bytes()
+    (tmp_path / "half.jpg").write_bytes(data[: len(data) // 2].rstrip(b"\xff") + b"\xff\xd9")
+    with pytest.raises(UserError, match=r"half.jpg: cannot be read as an image \(truncated JPEG"):
+        classifier.predict(tmp_path / "half.jpg")
+
+
+@pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
+def test_a_photograph_decoded_to_scale_looks_the_same(name):
+    """The tolerance that decode.py states, on scikit-learn's photographs (640 x 427), scaled and whole."""
+    from sklearn import datasets
+
+    file = Path(datasets.__file__).parent / "images" / name
+    for size in (64, 96, 128, 224):
+        transform = EvalTransform(EvalRecipe(image_size=size))
+        scaled = transform.crop(decode.read(str(file), transform.min_size)).astype(float)
+        whole = transform.crop(decode.from_pil(Image.open(file))).astype(float)
+        assert np.abs(scaled - whole).mean() < 7, size  # of 255
+
+
+def test_a_notebook_shows_what_it_is(classifier):
+    assert re.fullmatch(r"Classifier\(rexnet_\d+, 3 classes, \d+ x \d+ pixels, cpu\)", repr(classifier))
+
+
+def test_predict(classifier):
+    images = [picture(name, 7) for name in NAMES for _ in range(12)]  # more than a batch
+    rows = classifier.predict(images, top_k=2)
+    assert [len(row) for row in rows] == [2] * 36
+    probs = classifier.probabilities(images)
+    np.testing.assert_allclose(probs.sum(1), 1, atol=1e-5)
+    for row, p in zip(rows, probs, strict=True):
+        best = np.argsort(-p)[:2]
+        assert [answer.label for answer in row] == [NAMES[i] for i in best]
+        assert [answer.prob for answer in row] == pytest.approx(p[best].tolist(), abs=1e-6)
+    label, prob = classifier.predict(images[0])[0][0]
+    assert (label, prob) == classifier.predict(iter(images[:1]))[0][0]
+    assert len(classifier.predict(images[0])[0]) == 3  # five are asked for, the model has three
+
+
+def test_embed(classifier):
+    images = [picture("disc", 1), picture("disc", 2)]
+    features = classifier.embed(images)
+    assert features.shape == (2, 1280)
+    assert features.dtype == np.float32
+    head = classifier.network.head.fc
+    np.testing.assert_allclose(
+        features @ head.weight.numpy().T + head.bias.numpy(), classifier.logits(images).numpy(), atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("target", [None, "bars"])
+def test_explain(classifier, target):
+    image = picture("ring", 3, 80)
+    heat = classifier.explain(image, target)
+    assert heat.shape == (64, 64)
+    assert heat.dtype == np.float32
+    assert heat.min() >= 0
+    assert heat.max() == pytest.approx(1)
+    assert heat.std() > 0.02  # it says where: at 64 px the last features are 2 x 2, too coarse
+    assert classifier.view(image).shape == (64, 64, 3)
+    assert not classifier.network.training
+
+
+def test_explain_is_grad_cam_on_the_last_features_of_a_large_view(model):
+    """Against the paper's formula on forward_features, at a size at which they have 4 x 4 cells."""
+    import dataclasses
+
+    classifier = rexnet_lit.load(model, device="cpu")
+    spec = dataclasses.replace(
+        classifier.spec, eval_recipe=dataclasses.replace(classifier.spec.eval_recipe, image_size=128)
+    )
+    classifier = rexnet_lit.Classifier(spec, classifier.network, "cpu")
+    image = picture("ring", 3, 150)
+    features = classifier.network.forward_features(classifier._batch([image])).detach().requires_grad_()
+    assert features.shape[2:] == (4, 4)
+    classifier.network.forward_head(features)[0, 1].backward()
+    weights = features.grad[0].mean((1, 2))
+    cam = torch.einsum("c,chw->hw", weights, features.detach()[0]).relu()
+    cam = torch.nn.functional.interpolate(cam[None, None], size=(128, 128), mode="bilinear")[0, 0]
+    np.testing.assert_allclose(classifier.explain(image, NAMES[1]), (cam / cam.max()).numpy(), atol=1e-4)
+
+
+def test_arrays_of_every_kind_are_the_same_picture(classifier):
+    image = picture("ring", 3)
+    grey = image[..., :1]
+    expected, expected_grey = classifier.logits(image), classifier.logits(grey[..., 0])
+    deep = image.astype(np.uint16) * 257
+    for same in (deep, deep.astype(">u2"), image / 255, (image / 255).astype(np.float32)):
+        torch.testing.assert_close(classifier.logits(same), expected)
+    torch.testing.assert_close(classifier.logits(grey), expected_grey)
+    torch.testing.assert_close(
+        classifier.logits(grey[..., 0] > 128), classifier.logits((grey[..., 0] > 128) * np.uint8(255))
+    )
+
+
+def test_bad_input_is_one_line(classifier, tmp_path):
+    (tmp_path / "empty.png").touch()
+    cases = [
+        (tmp_path / "missing.png", "missing.png"),
+        (tmp_path / "empty.png", r"empty\.png: cannot be read"),
+        (tmp_path, "cannot be read"),
+        ([], "no images"),
+        (np.full((8, 8, 3), 255.0), r"values from 255 to 255; expected 0 to 1"),
+        (np.full((8, 8), np.nan), r"values from nan to nan; expected 0 to 1"),
+        (np.zeros((8, 8, 3), np.int64), r"int64 \(8, 8, 3\); expected"),
+        (np.zeros((8, 8, 2), np.uint8), r"uint8 \(8, 8, 2\)"),
+        (np.zeros((0, 8, 3), np.uint8), r"uint8 \(0, 8, 3\)"),
+        ([7], "a int is no image"),
+        (b"bytes", "a bytes is no image"),
+        (Image.new("I", (8, 8)), "32-bit"),
+    ]
+    for images, message in cases:
+        with pytest.raises(UserError, match=message) as error:
+            classifier.predict(images)
+        assert "\n" not in str(error.value)
+    with pytest.raises(UserError, match="top_k is 0"):
+        classifier.predict(picture("disc", 1), top_k=0)
+    with pytest.raises(UserError, match="no class 'rings'; did you mean 'ring'"):
+        classifier.explain(picture("disc", 1), "rings")
+    with pytest.raises(UserError, match="no class 3; it knows"):
+        classifier.explain(picture("disc", 1), 3)
+
+
+def test_load_refuses_what_is_no_model(tmp_path):
+    for name, message in (
+        ("nothing.ckpt", "there is no file"),
+        ("https://example.com/model.ckpt", "local files only"),
+        ("rexnet_99", "no ReXNet is named 'rexnet_99'"),
+        ("rexnet_9.ckpt", "there is no file"),
+    ):
+        with pytest.raises(UserError, match=message):
+            rexnet_lit.load(tmp_path / name if name == "nothing.ckpt" else name)
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """The hub's cache in an empty folder, and no network."""
+    import socket
+    import urllib.request
+
+    from huggingface_hub import constants
+
+    def unreachable(*args, **kwargs):
+        raise socket.gaierror(-3, "Temporary failure in name resolution")
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(socket, "getaddrinfo", unreachable)
+    monkeypatch.setattr(urllib.request, "getproxies", dict)
+    return tmp_path / "hub"
+
+
+def test_imagenet_weights_from_the_local_cache(hub):
+    from safetensors.torch import save_file
+
+    torch.manual_seed(0)
+    net = rexnet.build_network("rexnet_100", 1000)
+    with torch.no_grad():
+        net.head.fc.bias[281] = 9  # ImageNet's tabby
+    revision = "0123456789abcdef0123456789abcdef01234567"
+    repository = hub / "models--timm--rexnet_100.nav_in1k"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(revision)
+    (repository / "snapshots" / revision).mkdir(parents=True)
+    save_file(net.state_dict(), repository / "snapshots" / revision / "model.safetensors")
+
+    classifier = rexnet_lit.load("rexnet_100")
+    assert len(classifier.class_names) == 1000
+    assert classifier.class_names[:2] == ("tench, Tinca tinca", "goldfish, Carassius auratus")
+    assert classifier.spec.eval_recipe.image_size == 224
+    assert classifier.predict(picture("disc", 1), top_k=1)[0][0].label == "tabby, tabby cat"
+    assert torch.equal(classifier.network.head.fc.weight.cpu(), net.head.fc.weight)
+
+
+def test_imagenet_weights_that_cannot_be_had(hub):
+    with pytest.raises(UserError, match="neither in the local cache nor to be had from the hub") as error:
+        rexnet_lit.load("rexnet_100")
+    assert "\n" not in str(error.value)
+    assert not hub.exists() or not list(hub.rglob("*.safetensors"))

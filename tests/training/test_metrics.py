@@ -1,0 +1,84 @@
+"""Metrics against scikit-learn and a plain count; the loss against numpy."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.metrics import f1_score, log_loss, top_k_accuracy_score
+
+from rexnet_lit.training.metrics import build_metrics
+
+
+def softmax(logits):
+    powers = np.exp(logits - logits.max(1, keepdims=True))
+    return powers / powers.sum(1, keepdims=True)
+
+
+def calibration_error(probs, targets, bins=15):
+    """Guo et al. 2017, equation 3, with bins (a, b]: the mean gap of confidence and accuracy, weighted by bin."""
+    confidence, right = probs.max(1), probs.argmax(1) == targets
+    edges = np.linspace(0, 1, bins + 1)
+    error = 0.0
+    for low, high in itertools.pairwise(edges):
+        members = (confidence > low) & (confidence <= high)
+        if members.any():
+            error += members.mean() * abs(confidence[members].mean() - right[members].mean())
+    return error
+
+
+def measure(logits, targets, batches):
+    metrics = build_metrics(logits.shape[1], "val/")
+    for rows in batches:
+        metrics.update(torch.from_numpy(logits[rows]), torch.from_numpy(targets[rows]))
+    return {name: float(value) for name, value in metrics.compute().items()}
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7])
+def test_metrics_equal_scikit_learn_s_whatever_the_batches(classes):
+    rng = np.random.default_rng(classes)
+    targets = rng.integers(0, classes, 203)
+    logits = rng.normal(0, 1, (203, classes)).astype(np.float32)
+    logits[np.arange(203), targets] += 1.0
+    probs = softmax(logits.astype(np.float64))
+    expected = {
+        "val/loss": log_loss(targets, probs, labels=range(classes)),
+        "val/top1": (probs.argmax(1) == targets).mean(),
+        "val/macro_f1": f1_score(targets, probs.argmax(1), average="macro"),
+        "val/ece": calibration_error(probs, targets),
+    }
+    if classes > 5:
+        expected["val/top5"] = top_k_accuracy_score(targets, probs, k=5, labels=range(classes))
+    for size in (203, 32, 1):  # the last batch is smaller; and image by image
+        batches = np.split(np.arange(203), range(size, 203, size))
+        assert measure(logits, targets, batches) == pytest.approx(expected, abs=2e-6)
+
+
+def test_logits_between_0_and_1_are_still_logits():
+    """Torchmetrics takes such a batch for probabilities: the calibration error would depend on the batches."""
+    logits, targets = np.array([[0.1, 0.9]], np.float32), np.array([1])
+    # softmax: 1 / (1 + exp(-0.8)) = 0.68997
+    assert measure(logits, targets, [[0]])["val/ece"] == pytest.approx(1 - 0.6899745)
+
+
+def test_a_class_that_is_neither_true_nor_named_does_not_count_in_macro_f1():
+    logits = np.eye(4, dtype=np.float32)[[0, 0, 1]]
+    targets = np.array([0, 1, 1])
+    # F1 of class 0: 2 x 1 / (2 x 1 + 1 + 0); of class 1: 2 x 1 / (2 x 1 + 0 + 1); 2 and 3 do not occur.
+    assert measure(logits, targets, [[0, 1, 2]])["val/macro_f1"] == pytest.approx(2 / 3)
+
+
+def test_a_loss_that_is_not_a_number_shows():
+    logits, targets = np.array([[np.nan, 1.0], [2.0, 1.0]], np.float32), np.array([0, 0])
+    assert np.isnan(measure(logits, targets, [[0], [1]])["val/loss"])
+
+
+def test_half_precision_logits_are_measured_in_full():
+    logits = torch.tensor([[3.0, 1.0, 0.5], [0.25, 2.0, 1.0]], dtype=torch.bfloat16)  # exact in bfloat16
+    targets = torch.tensor([0, 2])
+    metrics = build_metrics(3, "")
+    metrics.update(logits, targets)
+    probs = softmax(logits.double().numpy())
+    assert float(metrics.compute()["loss"]) == pytest.approx(log_loss(targets, probs, labels=range(3)), rel=1e-6)
