@@ -37,6 +37,7 @@ from rexnet_lit.cli import run_folder, trainer_checks
 from rexnet_lit.cli.config import expand, load_yaml, named_key, one_line, read_configs, without
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.sampler import uses_all_batches
+from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import lists_images_of
 from rexnet_lit.data.transforms import AugmentSettings
 from rexnet_lit.models import checkpoint
@@ -51,8 +52,10 @@ from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError, plural, printable
 from rexnet_lit.utils.files import absolute_path, check_output, check_writable, unused_path
 
-_DRAW = ("val_fraction", "test_fraction", "num_folds", "fold", "group_pattern", "split_file")
-"""Settings of `ImageFolderDataModule` that say who is in which split."""
+_SPLITTING = tuple(
+    field.name for field in dataclasses.fields(SplitSettings) if "links" not in field.name and "order" not in field.name
+)
+"""Settings that say which image is in which split."""
 
 
 class RunConfig(SaveConfigCallback):
@@ -178,7 +181,7 @@ class RexNetCLI(LightningCLI):
         command, record = args[0], dataclasses.asdict(self.file.data)
         data = self.config[command]["data"]
         texts = [args, *read_configs(args, command).values()]
-        said = [key for key in _DRAW if any(without(text, f"data.{key}") is not text for text in texts)]
+        said = [key for key in _SPLITTING if any(without(text, f"data.{key}") is not text for text in texts)]
         other = [key for key in said if (absolute_path(data[key]) if key == "split_file" else data[key]) != record[key]]
         draw: dict[str, Any] = {}
         drawn = str(home / "split.csv") if home is not None and (home / "split.csv").is_file() else None

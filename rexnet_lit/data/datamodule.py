@@ -103,16 +103,16 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if problems:
             raise UserError("; ".join(problems))
         self.record = DataRecord(
-            absolute_path(root),
-            absolute_path(split_file),
-            val_fraction,
-            test_fraction,
-            os.fspath(class_order),
-            follow_outside_links,
-            num_folds,
-            fold,
-            group_pattern,
-            max_bad_fraction,
+            root=absolute_path(root),
+            val_fraction=val_fraction,
+            test_fraction=test_fraction,
+            num_folds=num_folds,
+            fold=fold,
+            group_pattern=group_pattern,
+            split_file=absolute_path(split_file),
+            class_order=os.fspath(class_order),
+            follow_outside_links=follow_outside_links,
+            max_bad_fraction=max_bad_fraction,
         )
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.size_schedule = size_schedule
@@ -134,18 +134,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self.folder: ImageFolder | None = None
         self.class_names = class_names or ()
         if root is not None:
-            self.folder = scan(
-                root,
-                val_fraction=val_fraction,
-                test_fraction=test_fraction,
-                num_folds=num_folds,
-                fold=fold,
-                group_pattern=group_pattern,
-                split_file=split_file,
-                class_order=class_order,
-                class_names=class_names,
-                follow_outside_links=follow_outside_links,
-            )
+            self.folder = scan(root, self.record, class_names)
             self.class_names = self.folder.class_names
 
     @classmethod

@@ -28,11 +28,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import (
     SPLIT_OF_NAME,
     SPLITS,
     Found,
-    Shares,
     Split,
     draw,
     draw_groups,
@@ -107,49 +107,21 @@ class ImageFolder:
 
 def scan(
     root: str | os.PathLike[str],
-    *,
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.0,
-    num_folds: int = 0,
-    fold: int = 0,
-    group_pattern: str | None = None,
-    split_file: str | os.PathLike[str] | None = None,
-    class_order: str | os.PathLike[str] = "sorted",
+    settings: SplitSettings = SplitSettings(),  # noqa: B008 (frozen)
     class_names: Sequence[str] | None = None,
-    follow_outside_links: bool = False,
 ) -> ImageFolder:
     """Find classes, splits and images.
 
     Args:
         root: The dataset's folder. ``valid`` and ``validation`` are taken as ``val``, whatever the case.
-        val_fraction: Share of each class that goes to val, where no val is given; at least one image.
-        test_fraction: Share of each class that goes to test, where no test is given.
-        num_folds: Of cross-validation: val is one of so many folds instead of a share; 0 for none.
-        fold: Which one, from 0.
-        group_pattern: A regular expression on the paths: images for which its first group (or the whole match) is
-            the same never end up in two splits.
-        split_file: A CSV ``path,label,split,group`` to use instead of the folders; all but ``path`` may be missing
-            (the fractions, and the first folder of the path, are used then).
-        class_order: ``sorted`` (by name), ``natural`` (``x9`` before ``x10``), or a file, a class per line.
+        settings: How to divide it.
         class_names: The classes of an existing model, in its order. Classes that the folder lacks are noted;
-            a class the model does not know is an error; train/ may be missing.
-        follow_outside_links: Whether symbolic links may lead out of `root`.
+            a class that the model does not know is an error; train/ may be missing.
 
     Raises:
         UserError: The folder cannot be used; all reasons are given.
     """
-    folder, problems = try_scan(
-        root,
-        val_fraction=val_fraction,
-        test_fraction=test_fraction,
-        num_folds=num_folds,
-        fold=fold,
-        group_pattern=group_pattern,
-        split_file=split_file,
-        class_order=class_order,
-        class_names=class_names,
-        follow_outside_links=follow_outside_links,
-    )
+    folder, problems = try_scan(root, settings, class_names)
     if problems:
         raise UserError(f"{quoted(os.fspath(root))}: " + "; ".join(problems))
     return folder
@@ -157,41 +129,32 @@ def scan(
 
 def try_scan(
     root: str | os.PathLike[str],
-    *,
-    val_fraction: float = 0.2,
-    test_fraction: float = 0.0,
-    num_folds: int = 0,
-    fold: int = 0,
-    group_pattern: str | None = None,
-    split_file: str | os.PathLike[str] | None = None,
-    class_order: str | os.PathLike[str] = "sorted",
+    settings: SplitSettings = SplitSettings(),  # noqa: B008 (frozen)
     class_names: Sequence[str] | None = None,
-    follow_outside_links: bool = False,
 ) -> tuple[ImageFolder, list[str]]:
     """Do what `scan` does, but return the problems beside what could be found."""
     where = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would replace the user's links
-    shares = Shares(val_fraction, test_fraction, num_folds, fold)
-    problems = shares.problems()
+    problems = settings.problems()
     if not where.is_dir():
         problems.append("this is a file, not a folder" if where.exists() else "no such folder")
     if problems:
         return ImageFolder(where, (), {}), problems
     notes: list[str] = []
-    walk = Walk(os.fsencode(where), follow_outside_links=follow_outside_links)
+    walk = Walk(os.fsencode(where), follow_outside_links=settings.follow_outside_links)
     groups: dict[bytes, str] = {}
-    if split_file is None:
+    if settings.split_file is None:
         layout, found = _read_folders(walk, class_names, problems, notes)
     else:
-        layout, found = "file", read_split_file(walk, Path(split_file), problems, groups)
+        layout, found = "file", read_split_file(walk, Path(settings.split_file), problems, groups)
     _say_walk(walk, problems, notes)
-    names = tuple(class_names) if class_names is not None else _order(found, class_order, problems)
+    names = tuple(class_names) if class_names is not None else _order(found, settings.class_order, problems)
     _check_classes(found, names, class_names is not None, layout, problems, notes)
-    if group_pattern is not None:
+    if settings.group_pattern is not None:
         raws = (path for by_class in found.values() for paths in by_class.values() for path in paths.raws())
-        groups |= group_by_name(raws, group_pattern, problems)
-    if class_names is None and "val" not in found and val_fraction == 0 and not num_folds:
+        groups |= group_by_name(raws, settings.group_pattern, problems)
+    if class_names is None and "val" not in found and settings.val_fraction == 0 and not settings.num_folds:
         problems.append("there is no val split and data.val_fraction is 0; training needs one to choose by")
-    drawn = _draw_missing(found, shares, groups, problems, notes)
+    drawn = _draw_missing(found, settings, groups, problems, notes)
     splits = {
         split: _samples(where, found[split], names) for split in SPLITS if any(map(len, found.get(split, {}).values()))
     }
@@ -381,24 +344,26 @@ def _check_classes(
 
 
 def _draw_missing(
-    found: Found, shares: Shares, groups: dict[bytes, str], problems: list[str], notes: list[str]
+    found: Found, settings: SplitSettings, groups: dict[bytes, str], problems: list[str], notes: list[str]
 ) -> bool:
     """Take val (and test, if asked for) from train where they are not given; say whether anything was taken."""
     if groups:
         _check_groups(found, groups, problems, notes)
     if "val" in found:
-        if shares.num_folds:
+        if settings.num_folds:
             problems.append("data.num_folds is set, but there is a val split; take one of them away")
-        shares = dataclasses.replace(shares, val=0.0, num_folds=0)
+        settings = dataclasses.replace(settings, val_fraction=0.0, num_folds=0)
     if "test" in found:
-        shares = dataclasses.replace(shares, test=0.0)
-    takes_val = bool(shares.val or shares.num_folds)
-    if not (takes_val or shares.test) or "train" not in found:
+        settings = dataclasses.replace(settings, test_fraction=0.0)
+    takes_val = bool(settings.val_fraction or settings.num_folds)
+    if not (takes_val or settings.test_fraction) or "train" not in found:
         return False
     if len(found) > 1:
         notes.append("val is drawn from train" if takes_val else "test is drawn from train")
     train = found["train"]
-    drawn = draw_groups(train, groups, shares) if groups else {n: draw(n, paths, shares) for n, paths in train.items()}
+    drawn = (
+        draw_groups(train, groups, settings) if groups else {n: draw(n, paths, settings) for n, paths in train.items()}
+    )
     alone = [name for name, paths in train.items() if len(paths) == 1]
     if alone and not groups:
         many = plural(len(alone), "class has", "classes have")
@@ -408,7 +373,7 @@ def _draw_missing(
         problems.append(
             f"all images of {first_few(bare)} are of groups that went to val or test; make the groups smaller"
         )
-    taken: dict[Split, bool] = {"train": True, "val": takes_val, "test": bool(shares.test)}
+    taken: dict[Split, bool] = {"train": True, "val": takes_val, "test": bool(settings.test_fraction)}
     for split, is_taken in taken.items():
         if is_taken:
             found[split] = {name: parts[split] for name, parts in drawn.items()}

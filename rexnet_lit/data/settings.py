@@ -52,20 +52,57 @@ class EvalRecipe:
 
 
 @dataclasses.dataclass(frozen=True)
-class DataRecord:
-    """What a model file remembers of its dataset, so that `test` needs nothing else. All plain."""
+class SplitSettings:
+    """How a folder is read, and divided into train, val and test.
 
-    root: str | None = None
-    split_file: str | None = None
+    Args:
+        val_fraction: Share of each class set aside for validation where there is no ``val`` folder; at least one image.
+        test_fraction: Share of each class set aside for testing where there is no ``test`` folder.
+        num_folds: Cross-validation: validate on one of so many folds instead of ``val_fraction``; 0 for none.
+        fold: Which fold, from 0.
+        group_pattern: A regular expression on the paths: images with the same match (of its first group) never end up
+            in two splits, such as ``(patient[0-9]+)_``.
+        split_file: CSV with the columns path, label, split, group, to use instead of the folders (a run's
+            ``split.csv``). All but ``path`` may be missing.
+        class_order: ``sorted`` (by name), ``natural`` (2 before 10, as timm sorts), or a file with a name per line.
+        follow_outside_links: Whether symbolic links may lead out of the folder.
+    """
+
     val_fraction: float = 0.2
     test_fraction: float = 0.0
-    class_order: str = "sorted"
-    follow_outside_links: bool = False
     num_folds: int = 0
     fold: int = 0
     group_pattern: str | None = None
+    split_file: str | None = None
+    class_order: str = "sorted"
+    follow_outside_links: bool = False
+
+    def problems(self) -> list[str]:
+        """Return what is wrong with the fractions and folds."""
+        for name in ("val_fraction", "test_fraction"):
+            if not 0 <= getattr(self, name) < 1:
+                return [f"data.{name} is {getattr(self, name)}; expected a fraction from 0 to below 1"]
+        if not self.num_folds and self.val_fraction + self.test_fraction >= 1:
+            return [
+                f"data.val_fraction {self.val_fraction} and data.test_fraction {self.test_fraction} leave nothing for "
+                "train"
+            ]
+        if self.num_folds < 0 or self.num_folds == 1:
+            return [f"data.num_folds is {self.num_folds}; expected 2 or more, or 0 for none"]
+        if self.fold and not self.num_folds:
+            return [f"data.fold is {self.fold}, and data.num_folds 0; set both, such as data.num_folds 5"]
+        if self.num_folds and not 0 <= self.fold < self.num_folds:
+            return [f"data.fold is {self.fold}; expected 0 to {self.num_folds - 1}, below data.num_folds"]
+        return []
+
+
+@dataclasses.dataclass(frozen=True)
+class DataRecord(SplitSettings):
+    """What a model file remembers of its dataset, so that `test` needs nothing else. All plain."""
+
+    root: str | None = None
     max_bad_fraction: float = dataclasses.field(default=MAX_BAD_FRACTION, compare=False)
-    """Not compared: it does not say who is in which split."""
+    """Not compared: it does not say which image is in which split."""
 
     def __post_init__(self) -> None:
         texts = [self.class_order, *(t for t in (self.root, self.split_file, self.group_pattern) if t is not None)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import collections
 import csv
-import dataclasses
 import hashlib
 import io
 import os
@@ -18,6 +17,7 @@ from typing import Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.walk import PathList, Walk
 
 Split = Literal["train", "val", "test"]
@@ -60,47 +60,15 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
 
 
-@dataclasses.dataclass(frozen=True)
-class Shares:
-    """How much of train becomes val and test.
-
-    Args:
-        val: Share of each class that goes to val; at least one image.
-        test: Share of each class that goes to test.
-        num_folds: Of cross-validation: val is a fold instead of a share; 0 for none.
-        fold: Which one, from 0.
-    """
-
-    val: float = 0.2
-    test: float = 0.0
-    num_folds: int = 0
-    fold: int = 0
-
-    def problems(self) -> list[str]:
-        """Return what is wrong with them."""
-        for name, value in (("val_fraction", self.val), ("test_fraction", self.test)):
-            if not 0 <= value < 1:
-                return [f"data.{name} is {value}; expected a fraction from 0 to below 1"]
-        if not self.num_folds and self.val + self.test >= 1:
-            return [f"data.val_fraction {self.val} and data.test_fraction {self.test} leave nothing for train"]
-        if self.num_folds < 0 or self.num_folds == 1:
-            return [f"data.num_folds is {self.num_folds}; expected 2 or more, or 0 for none"]
-        if self.fold and not self.num_folds:
-            return [f"data.fold is {self.fold}, and data.num_folds 0; set both, such as data.num_folds 5"]
-        if self.num_folds and not 0 <= self.fold < self.num_folds:
-            return [f"data.fold is {self.fold}; expected 0 to {self.num_folds - 1}, below data.num_folds"]
-        return []
-
-
-def draw(name: str, paths: PathList, shares: Shares) -> dict[Split, PathList]:
+def draw(name: str, paths: PathList, settings: SplitSettings) -> dict[Split, PathList]:
     """Divide the images of the class ``name``.
 
     The files stand in the order of a keyed hash of their paths; the first go to test, the next to val, or the rest is
     cut into folds. A class of two or more images gives val at least one (if its share is not 0) and keeps one in train.
     """
     count = len(paths)
-    val_share = 0.0 if shares.num_folds else shares.val
-    val, test = int(count * val_share + 0.5), int(count * shares.test + 0.5)
+    val_share = 0.0 if settings.num_folds else settings.val_fraction
+    val, test = int(count * val_share + 0.5), int(count * settings.test_fraction + 0.5)
     if val_share > 0:
         val = max(val, 1)
     spare = max(count - 1, 0)
@@ -110,11 +78,11 @@ def draw(name: str, paths: PathList, shares: Shares) -> dict[Split, PathList]:
     digests = b"".join([blake2b(path, digest_size=8, salt=_SALT).digest() for path in raw])
     order = np.argsort(np.frombuffer(digests, "<u8"), kind="stable")
     rest, start = order[test:], 0
-    if shares.num_folds and len(rest) > 1:
+    if settings.num_folds and len(rest) > 1:
         # The folds of small classes differ by one image: not always in favour of the first.
         turn = blake2b(os.fsencode(name), digest_size=8, salt=_SALT).digest()
-        fold = (shares.fold + turn[0]) % shares.num_folds
-        bounds = np.linspace(0, len(rest), shares.num_folds + 1).round().astype(int)
+        fold = (settings.fold + turn[0]) % settings.num_folds
+        bounds = np.linspace(0, len(rest), settings.num_folds + 1).round().astype(int)
         start, val = int(bounds[fold]), int(bounds[fold + 1] - bounds[fold])
     parts = {
         "test": order[:test],
@@ -125,7 +93,7 @@ def draw(name: str, paths: PathList, shares: Shares) -> dict[Split, PathList]:
 
 
 def draw_groups(
-    by_class: dict[str, PathList], groups: Mapping[bytes, str], shares: Shares
+    by_class: dict[str, PathList], groups: Mapping[bytes, str], settings: SplitSettings
 ) -> dict[str, dict[Split, PathList]]:
     """Divide all classes so that no group is in two splits, and each split's classes are as alike as that allows.
 
@@ -134,7 +102,7 @@ def draw_groups(
     Args:
         by_class: The images of each class.
         groups: The images' groups; one that is not in it is a group of its own.
-        shares: How much goes where; of whole groups, so roughly.
+        settings: How much goes where; of whole groups, so roughly.
     """
     names = list(by_class)
     raw = [path for name in names for path in by_class[name].raws()]
@@ -142,11 +110,11 @@ def draw_groups(
     keys = np.unique([groups.get(path, f"\0{i}") for i, path in enumerate(raw)], return_inverse=True)[1]
     where = np.full(len(raw), "train", object)
     left = np.arange(len(raw))
-    if shares.test:
-        left = _fold_of_groups(left, targets, keys, 1 / shares.test, 0, where, "test")
-    folds = shares.num_folds or ((1 - shares.test) / shares.val if shares.val else 0)
+    if settings.test_fraction:
+        left = _fold_of_groups(left, targets, keys, 1 / settings.test_fraction, 0, where, "test")
+    folds = settings.num_folds or ((1 - settings.test_fraction) / settings.val_fraction if settings.val_fraction else 0)
     if folds:
-        _fold_of_groups(left, targets, keys, folds, shares.fold, where, "val")
+        _fold_of_groups(left, targets, keys, folds, settings.fold, where, "val")
     return {
         name: {
             split: PathList([raw[i] for i in np.flatnonzero((targets == number) & (where == split))])

@@ -65,10 +65,7 @@ def check(
     Returns:
         What was found; a dataset that cannot be used is an error among the findings, not an exception.
     """
-    said = dataclasses.asdict(settings)
-    said.pop("root")
-    limit = said.pop("max_bad_fraction")
-    folder, problems = try_scan(root, **said)
+    folder, problems = try_scan(root, settings)
     looks = _look_at_all(folder, progress)
     images = [look for look in looks if look.info is not None]
     equal = [[looks[i] for i in group] for group in groups_of_equals(look.digest for look in looks)]
@@ -77,7 +74,7 @@ def check(
     findings += _about_splits(folder, problems)
     findings += _about_folder(folder)
     findings += _about_classes(folder)
-    findings += _about_bad(folder, looks, limit) if folder.splits else []
+    findings += _about_bad(folder, looks, settings.max_bad_fraction) if folder.splits else []
     findings += _about_copies("duplicate", "have the same content", equal)
     findings += _about_copies("near-duplicate", "look the same", alike)
     findings += _about_sizes(images)

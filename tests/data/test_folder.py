@@ -13,9 +13,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rexnet_lit.data.folder import Samples, fingerprint, list_images, scan, try_scan, write_split
+from rexnet_lit.data import folder as scanner
+from rexnet_lit.data.folder import Samples, fingerprint, list_images, try_scan, write_split
+from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.walk import PathList
 from rexnet_lit.utils.errors import UserError
+
+
+def scan(root, class_names=None, **settings):
+    return scanner.scan(root, SplitSettings(**settings), class_names)
 
 
 def make(root: Path, *files: str) -> Path:
