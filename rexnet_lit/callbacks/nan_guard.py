@@ -16,7 +16,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rexnet_lit.callbacks.checkpoint import find_model_checkpoint
-from rexnet_lit.data.sampler import BatchSampler
+from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.utils.errors import UserError
 
 
@@ -28,11 +28,18 @@ class NaNGuard(Callback):
     """
 
     def __init__(self) -> None:
-        self._unseen: list[tuple[int, int, Tensor]] = []
-        """Epoch, batch and loss of the steps since the last look."""
+        self._unseen: list[tuple[int, int, Tensor | None, Tensor]] = []
+        """Epoch, batch, indices of the images, and loss of the steps since the last check."""
+        self._indices: Tensor | None = None
         self._steps = 0
         self._scale: float | None = None
         self._skipped = 0
+
+    def on_train_batch_start(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Remember which images the batch holds."""
+        self._indices = batch[2] if isinstance(batch, list | tuple) and len(batch) > 2 else None
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -57,7 +64,8 @@ class NaNGuard(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Look at the loss; on a GPU, where looking waits for the step, now and then."""
-        self._unseen.append((trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_idx, loss.detach()))
+        batch = trainer.fit_loop.epoch_loop.batch_idx
+        self._unseen.append((trainer.current_epoch, batch, self._indices, loss.detach()))
         self._steps += 1
         if loss.device.type == "cpu" or self._steps % 10 == 0:
             self._look(trainer)
@@ -79,10 +87,10 @@ class NaNGuard(Callback):
         finite = torch.isfinite(torch.stack([loss for *_, loss in seen])).tolist() if seen else []
         if all(finite):
             return
-        epoch, batch, loss = seen[finite.index(False)]
+        epoch, batch, indices, loss = seen[finite.index(False)]
         raise UserError(
             f"the loss is {float(loss):g} at epoch {epoch + 1}, batch {batch + 1}"
-            f"{_files(trainer, epoch, batch)}; {_REMEDY}; {_what_is_saved(trainer)}"
+            f"{_files(trainer, indices)}; {_REMEDY}; {_what_is_saved(trainer)}"
         )
 
 
@@ -97,12 +105,11 @@ def _what_is_saved(trainer: pl.Trainer) -> str:
     return "the last checkpoint is from before" if saver and saver.last_model_path else "nothing was saved yet"
 
 
-def _files(trainer: pl.Trainer, epoch: int, batch: int) -> str:
-    """Return the names of a training batch's images, where they are ours."""
-    loader: Any = trainer.train_dataloader
-    sampler = getattr(loader, "sampler", None)
-    if not isinstance(sampler, BatchSampler):
+def _files(trainer: pl.Trainer, indices: Tensor | None) -> str:
+    """Return the names of a training batch's images, where the batch has their indices."""
+    data = find_datamodule(trainer)
+    if data is None or indices is None:
         return ""
-    paths = loader.dataset.samples.paths
-    names = [repr(paths[int(i)]) for i in sampler.batches(epoch)[batch]]
-    return f" (images {', '.join(names[:8])}{', ...' if len(names) > 8 else ''})"
+    paths = data.splits()["train"].paths
+    names = [repr(paths[i]) for i in indices.tolist()[:8]]
+    return f" (images {', '.join(names)}{', ...' if len(indices) > 8 else ''})"

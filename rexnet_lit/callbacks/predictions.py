@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,15 @@ class PredictionCollector(Callback):
     """Gathers a per-image result over batches and processes, in the order of the images."""
 
     def __init__(self) -> None:
-        self._batches: list[NDArray[np.int64]] = []
         self._indices: list[NDArray[np.int64]] = []
         self._rows: list[NDArray[np.float32]] = []
 
-    def _add(self, loader: Any, batch_idx: int, rows: Tensor) -> None:
+    def _add(self, batch: Sequence[Tensor], batch_idx: int, rows: Tensor) -> None:
+        if len(batch) < 3:  # of a user's own loader
+            return
         if batch_idx == 0:
-            self._batches, self._indices, self._rows = loader.sampler.batches(0), [], []
-        self._indices.append(self._batches[batch_idx])
+            self._indices, self._rows = [], []
+        self._indices.append(batch[2].cpu().numpy())
         self._rows.append(rows.cpu().numpy())
 
     def _gather(self, trainer: pl.Trainer) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
@@ -63,7 +65,7 @@ class PredictionWriter(PredictionCollector):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        self._add(trainer.predict_dataloaders, batch_idx, outputs)
+        self._add(batch, batch_idx, outputs)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file; every image that could not be read is listed beside it."""

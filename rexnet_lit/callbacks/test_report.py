@@ -37,7 +37,7 @@ class TestReport(PredictionCollector):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        self._add(trainer.test_dataloaders, batch_idx, outputs)
+        self._add(batch, batch_idx, outputs)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report."""

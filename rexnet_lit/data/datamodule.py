@@ -11,7 +11,6 @@ from typing import Any, Literal, NoReturn, cast, get_args
 
 import lightning.pytorch as pl
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader
@@ -377,11 +376,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
             )
             sampler.set_epoch(view)
             loader = build_loader(dataset, sampler, workers, stays=False, on_gpu=on_gpu, seed=0)
-            for indices, (images, _) in zip(sampler.batches(view), loader, strict=True):
+            for images, _, indices in loader:
                 features = embed(images.to(strategy.root_device)).float()
                 if found is None:
                     found = features.new_zeros(views, len(dataset), features.shape[1])
-                found[view, torch.from_numpy(indices)] = features
+                found[view, indices.to(features.device)] = features
         assert found is not None  # noqa: S101 (for the type checker: each process has a batch)
         return cast(Tensor, strategy.reduce(found, reduce_op="sum")).cpu()
 

@@ -1,4 +1,4 @@
-"""What a batch holds: images, or their features, by the indices that a `Batch` names."""
+"""Datasets that return whole batches: images or their features, the targets, and the images' indices."""
 
 from __future__ import annotations
 
@@ -18,9 +18,12 @@ from rexnet_lit.data.sampler import BatchKey
 from rexnet_lit.data.transforms import EvalTransform, TrainTransform
 from rexnet_lit.utils.errors import UserError
 
+Batch = tuple[Tensor, Tensor, Tensor]
+"""Inputs, targets, and the indices (B,) of the images in the dataset."""
 
-class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Images by batch: a `Batch` in, ((B, 3, S, S) float32, (B,) int64) out.
+
+class ImageDataset(Dataset[Batch]):
+    """Images by batch: a `BatchKey` in; (B, 3, S, S) float32, targets (B,) int64 and indices (B,) out.
 
     The images' memory is channels_last.
 
@@ -104,23 +107,24 @@ class ImageDataset(Dataset[tuple[Tensor, Tensor]]):
         transform = cast(TrainTransform, self.transform)
         return transform.at(epoch).augment(self.read(index), self._seed(index, epoch))
 
-    def __getitem__(self, batch: BatchKey) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, batch: BatchKey) -> Batch:
         if not isinstance(batch, BatchKey):  # Lightning puts a sampler of its own in the place of ours
             raise UserError("the trainer's overfit_batches is not supported; use limit_train_batches")
         drawn = zip(batch.indices.tolist(), batch.draws.tolist(), strict=True)
         images = [self._load(index, batch.epoch, draw) for index, draw in drawn]
         stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one straight copy
         inputs, targets = stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])
+        indices = torch.from_numpy(batch.indices)
         if self.mix is None:
-            return inputs, targets
+            return inputs, targets, indices
         seed = np.random.SeedSequence((self.seed, batch.epoch, *batch.indices.tolist())).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed))
-            return self.mix(inputs, targets)
+            return *self.mix(inputs, targets), indices
 
 
-class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
-    """Features in the place of images: a `Batch` in, ((B, C) float32, (B,) int64) out.
+class FeatureDataset(Dataset[Batch]):
+    """Features instead of images: a `BatchKey` in; (B, C) float32, targets (B,) and indices (B,) out.
 
     Args:
         samples: Paths and targets.
@@ -133,6 +137,7 @@ class FeatureDataset(Dataset[tuple[Tensor, Tensor]]):
     def __len__(self) -> int:
         return len(self.samples)
 
-    def __getitem__(self, batch: BatchKey) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, batch: BatchKey) -> Batch:
         features = self.features[batch.epoch % len(self.features)]
-        return features[torch.from_numpy(batch.indices)], torch.from_numpy(self.samples.targets[batch.indices])
+        indices = torch.from_numpy(batch.indices)
+        return features[indices], torch.from_numpy(self.samples.targets[batch.indices]), indices

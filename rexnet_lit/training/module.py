@@ -370,9 +370,9 @@ class RexNetModule(pl.LightningModule):
             return rexnet.classify(self.network, inputs)
         return cast(Tensor, self.network(rexnet.match_memory_format(inputs, self.network)))
 
-    def training_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of images (B, 3, H, W) and targets (B,), or (B, K) after MixUp."""
-        images, targets = batch
+        images, targets = batch[0], batch[1]
         loss: Tensor = self.loss(self(images), targets)
         self.log("train/loss_step", loss, prog_bar=True, on_epoch=False)
         self.train_loss.update(loss.detach(), len(targets))
@@ -392,9 +392,9 @@ class RexNetModule(pl.LightningModule):
         """Begin anew: outside a fit Lightning leaves inference tensors, which a fit cannot go on with."""
         self.val_metrics.reset()
 
-    def validation_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> None:
+    def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> None:
         """Count images (B, 3, H, W) and targets (B,) in the validation metrics."""
-        images, targets = batch
+        images, targets = batch[0], batch[1]
         self.val_metrics.update(self(images), targets)
 
     def on_validation_epoch_end(self) -> None:
@@ -412,9 +412,9 @@ class RexNetModule(pl.LightningModule):
         self.val_metrics.reset()
         return found
 
-    def test_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the probabilities (B, K) of images (B, 3, H, W)."""
-        images, targets = batch
+        images, targets = batch[0], batch[1]
         logits: Tensor = self(images)
         self.test_metrics.update(logits, targets)
         return logits.float().softmax(1)
@@ -423,7 +423,7 @@ class RexNetModule(pl.LightningModule):
         """Log the test metrics."""
         self.log_dict(self.test_metrics)
 
-    def predict_step(self, batch: tuple[Tensor, Tensor], batch_idx: int) -> Tensor:
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the probabilities (B, K) of images (B, 3, H, W)."""
         logits: Tensor = self(batch[0])
         return logits.float().softmax(1)
