@@ -3,9 +3,9 @@
     python tests/benchmarks/same_weights.py OLD NEW --glyphs DIR --weights FILE.safetensors
 
 OLD and NEW are checkouts of this repository; both run in this Python environment, each with its own configs. DIR holds
-train/, val/ and test/ with a folder of images per class (60 images of each class are used), FILE a rexnet_100 to start
-from. The digest is over names, shapes, types and bytes of the tensors in ``model.safetensors``. The exit code is 1 where
-a pair differs.
+train/, val/ and test/ with a folder of images per class (60 images of each class are used); FILE is a rexnet_100 to
+start from. The digest is over names, shapes, types and bytes of the tensors in ``model.safetensors``. The exit code is 1
+where a pair differs.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ CASES: tuple[tuple[str, str, tuple[str, ...], tuple[str, ...]], ...] = (
 
 
 def environment(checkout: Path, cache: Path) -> dict[str, str]:
-    """Return an environment in which ``import rexnet_lit`` finds the checkout; one thread, so that sums have one order."""
+    """Return an environment in which ``import rexnet_lit`` finds the checkout, with one thread: sums have one order."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "REXNET_LIT", "MASTER_"))}
     return {
         **kept, "PYTHONPATH": str(checkout), "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1",

@@ -23,6 +23,7 @@ from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.callbacks.nan_guard import NaNGuard
+from rexnet_lit.cli import run_folder as run_folders
 from rexnet_lit.models import checkpoint
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import Stopped, UserError
@@ -345,7 +346,7 @@ def test_a_run_folder_that_cannot_be_written(run, monkeypatch):
     with pytest.raises(UserError, match=r"trainer.default_root_dir: '.*version_0/checkpoints' cannot be written"):
         check_writable("trainer.default_root_dir", folder / "checkpoints" / "last.ckpt")
     with pytest.raises(UserError, match=r"trainer.default_root_dir: '.*lightning_logs' cannot be written; change"):
-        run_folder.claim(folder.parent.parent)
+        run_folders.claim(folder.parent.parent)
     assert seen == [folder / "checkpoints", folder.parent]
 
 
@@ -399,7 +400,7 @@ def test_told_amid_an_import_it_ends_at_once(tmp_path, number):
     lines = ("import os", "try:", f"    os.kill(os.getpid(), {int(number)})", "finally:", "    print('half a package')")
     (tmp_path / "half.py").write_text("\n".join(lines))
     default = "import signal; signal.signal(signal.SIGHUP, signal.SIG_DFL)"  # not ignored, as under nohup
-    code = f"{default}; from rexnet_lit import process; process.answer_signals(); import half"
+    code = f"{default}; from rexnet_lit.utils import process; process.install_signal_handlers(); import half"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (128 + number, "", "")
 
@@ -460,7 +461,7 @@ def test_a_lost_screen_ends_no_training(whole, cwd):
 def test_a_closed_screen_is_no_other_file(tmp_path):
     script = (
         "import os, sys; [os.close(n) for n in (0, 1, 2)]\n"
-        "from rexnet_lit import process; process.have_streams(); print('lost')\n"
+        "from rexnet_lit.utils import process; process.open_missing_streams(); print('lost')\n"
         "file = open('file', 'w'); os.write(1, b'lost'); assert file.fileno() > 2\n"
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=60)
@@ -516,7 +517,7 @@ def test_a_worker_without_shared_memory(cwd):
 def test_logs_that_cannot_be_written_end_no_training(whole, cwd):
     done = fit(cwd, trouble=("no room for logs", 7))
     assert done.code == 0, done.out
-    for name in ("Board", "MetricsLog"):
+    for name in ("RunTensorBoardLogger", "RunCSVLogger"):
         assert done.out.count(f"{name}'s log in ") == 1
     assert "cannot be written (No space left on device); training goes on without it" in done.out
     assert differing(weights(cwd), whole()) == []
@@ -617,7 +618,7 @@ def test_a_resume_may_be_longer(run):
 
 
 def test_nobody_resumes_a_run_that_is_still_running(run):
-    with run_folder.lock(run_folder(run)):
+    with run_folders.lock(run_folder(run)):
         before = contents(run_folder(run))
         failed(fit(run, "--ckpt_path", "last"), "version_0: another process is training in this run folder")
         assert contents(run_folder(run)) == before
@@ -627,9 +628,9 @@ def test_nobody_resumes_a_run_that_is_still_running(run):
 def test_a_lock_that_was_removed_is_none(tmp_path):
     """Its holder had it until after another opened it."""
     lock = tmp_path / ".lock"
-    with run_folder.lock(tmp_path):
+    with run_folders.lock(tmp_path):
         orphan = lock.open("w")
-    with run_folder.lock(tmp_path):
+    with run_folders.lock(tmp_path):
         assert not os.path.samestat(os.fstat(orphan.fileno()), lock.stat())
     orphan.close()
     opened = []
@@ -642,7 +643,7 @@ def test_a_lock_that_was_removed_is_none(tmp_path):
             opened.append(file)
             return file
 
-    file = run_folder._locked(Removed(lock))
+    file = run_folders._locked(Removed(lock))
     assert len(opened) == 2
     assert os.path.samestat(os.fstat(file.fileno()), lock.stat())
     file.close()
@@ -650,17 +651,17 @@ def test_a_lock_that_was_removed_is_none(tmp_path):
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        claimed = list(pool.map(lambda _: run_folder.claim(tmp_path), range(40)))
-    assert sorted(map(run_folder.run_number, claimed)) == list(range(40))
+        claimed = list(pool.map(lambda _: run_folders.claim(tmp_path), range(40)))
+    assert sorted(map(run_folders.run_number, claimed)) == list(range(40))
 
 
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
-    folder, other = run_folder.claim(tmp_path), run_folder.claim(tmp_path)
-    with run_folder.lock(folder):
+    folder, other = run_folders.claim(tmp_path), run_folders.claim(tmp_path)
+    with run_folders.lock(folder):
         pass
-    run_folder.remove_if_empty(folder)
+    run_folders.remove_if_empty(folder)
     (other / "config.yaml").touch()
-    run_folder.remove_if_empty(other)
+    run_folders.remove_if_empty(other)
     assert [f.name for f in (tmp_path / "lightning_logs").iterdir()] == ["version_1"]
 
 
@@ -753,7 +754,7 @@ def test_every_flipped_byte_is_seen(tmp_path):
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint to resume"):
-        run_folder.find_last_checkpoint(tmp_path)
+        run_folders.find_last_checkpoint(tmp_path)
 
 
 def test_weights_cannot_be_resumed(run):

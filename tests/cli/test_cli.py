@@ -828,8 +828,8 @@ def test_a_distributed_run_leaves_its_process_group(tmp_path):
     code = """
 import atexit, sys, torch
 atexit.register(lambda: print("in a group at the end:", torch.distributed.is_initialized()))
-from rexnet_lit import cli
-code = cli.main(sys.argv[1:])
+from rexnet_lit.cli import main
+code = main.main(sys.argv[1:])
 print("in a group:", torch.distributed.is_initialized())
 sys.exit(code)
 """

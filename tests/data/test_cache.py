@@ -153,7 +153,7 @@ def test_killed_while_writing(tmp_path, make_shapes):
     root = make_shapes(tmp_path / "d", train=40, val=0, test=0, size=200)
     paths = sorted(map(str, root.rglob("*.png")))
     code = (
-        "import sys; from pathlib import Path; from rexnet_lit.cache import DiskCache\n"
+        "import sys; from pathlib import Path; from rexnet_lit.data.cache import DiskCache\n"
         "cache = DiskCache(Path(sys.argv[1])); print('ready', flush=True)\n"
         "while True:\n"
         "    for path in sys.argv[2:]: cache.read(path, 32); [p.unlink() for p in Path(sys.argv[1]).rglob('*.npy')]\n"
@@ -178,7 +178,7 @@ def test_runs_that_fill_it_at_once_keep_its_limit(tmp_path, make_shapes):
     paths = sorted(map(str, root.rglob("*.png")))
     one = decode.read(paths[0], 32).nbytes
     code = (
-        "import sys; from pathlib import Path; from rexnet_lit.cache import DiskCache\n"
+        "import sys; from pathlib import Path; from rexnet_lit.data.cache import DiskCache\n"
         "cache = DiskCache(Path(sys.argv[1]), limit=float(sys.argv[2])); print('ready', flush=True); input()\n"
         "for path in sys.argv[3:]: cache.read(path, 32)\n"
     )

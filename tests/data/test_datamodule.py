@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 from conftest import draw_shape
+from image_tools import SAMPLES, mutate
 from PIL import Image
-from test_decode import SAMPLES, mutate
 
 from rexnet_lit.cli.main import user_message
 from rexnet_lit.data.datamodule import ImageFolderDataModule
@@ -32,12 +32,12 @@ def module(root: Path, **settings) -> ImageFolderDataModule:
 
 def epoch_of(loader, epoch: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     loader.sampler.set_epoch(epoch)
-    return list(loader)
+    return [(images, targets) for images, targets, _ in loader]
 
 
 def same(a, b) -> bool:
     return len(a) == len(b) and all(
-        torch.equal(x, u) and torch.equal(y, v) for (x, y), (u, v) in zip(a, b, strict=True)
+        torch.equal(x, u) and torch.equal(y, v) for (x, y, *_), (u, v, *_) in zip(a, b, strict=True)
     )
 
 
@@ -303,7 +303,7 @@ def test_progressive_resizing_is_a_function_of_the_epoch(shapes):
     loader = data.train_dataloader()
     sizes = [epoch_of(loader, epoch)[0][0].shape[-1] for epoch in (0, 1, 2, 5, 0)]
     assert sizes == [32, 32, 48, 48, 32]
-    assert {images.shape[-1] for images, _ in data.val_dataloader()} == {32}
+    assert {images.shape[-1] for images, *_ in data.val_dataloader()} == {32}
     assert data.preview(5).shape == (5, 32, 32, 3)
 
 
@@ -338,7 +338,7 @@ def test_mixup_and_cutmix_by_hand(shapes):
         again = module(shapes, batch_size=6, num_workers=2, augment=data.augment)
         again.setup("fit")
         assert same(epoch_of(data.train_dataloader(), 3), epoch_of(again.train_dataloader(), 3))
-        assert all(targets.ndim == 1 for _, targets in data.val_dataloader())
+        assert all(targets.ndim == 1 for _, targets, _ in data.val_dataloader())
 
 
 def test_wrong_mixes():
@@ -352,7 +352,7 @@ def test_the_cache_reads_no_file_again(tmp_path, make_shapes):
     data.setup("fit")
     loader = data.train_dataloader()
     shutil.rmtree(tmp_path / "d")
-    assert sum(len(y) for _, y in loader) == 24
+    assert sum(len(y) for _, y, _ in loader) == 24
 
 
 def trainer_like(**change) -> SimpleNamespace:
@@ -378,10 +378,10 @@ def test_a_fit_of_several_epochs_decodes_once_what_fits(shapes, monkeypatch, cha
     data.setup("fit")
     data.trainer = trainer_like(**change)
     whole = sum(data._datasets["train"].read(i).nbytes for i in range(24))
-    monkeypatch.setattr(process, "free_memory", lambda: 4 * whole - 4)  # a byte too little
+    monkeypatch.setattr(process, "available_memory", lambda: 4 * whole - 4)  # a byte too little
     data.train_dataloader()
     assert data._datasets["train"].images is None
-    monkeypatch.setattr(process, "free_memory", lambda: 4 * whole)
+    monkeypatch.setattr(process, "available_memory", lambda: 4 * whole)
     data.train_dataloader()
     assert (data._datasets["train"].images is not None) == kept
 
@@ -414,7 +414,7 @@ def test_a_deleted_training_image_is_stood_in_for_by_the_next_of_its_class(tmp_p
     with pytest.warns(UserWarning, match="stands in"):
         assert np.array_equal(data.read(5), first_of_other)  # after the last comes the first
     with pytest.warns(UserWarning, match="stands in"):
-        images, targets = data[BatchKey(0, np.array([0, 5]), np.zeros(2, int))]
+        images, targets, _ = data[BatchKey(0, np.array([0, 5]), np.zeros(2, int))]
     assert images.shape == (2, 3, 32, 32)
     assert targets.tolist() == [0, 1]
 
@@ -488,7 +488,7 @@ def test_unreadable_files_are_left_out_and_remembered(tmp_path, make_shapes):
     assert "truncated" in data.bad_files[0].reason
     assert len(data.splits()["train"]) == 23
     assert bad[0] not in list(data.splits()["train"].paths)
-    assert sum(len(y) for _, y in data.train_dataloader()) == 23
+    assert sum(len(y) for _, y, _ in data.train_dataloader()) == 23
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
@@ -581,7 +581,7 @@ def test_predict_needs_no_labels_and_lists_what_it_cannot_read(tmp_path):
     (tmp_path / "broken.jpg").write_bytes(b"\xff\xd8\xff")
     data = ImageFolderDataModule(predict_path=str(tmp_path), image_size=32, num_workers=0)
     data.setup("predict")
-    ((images, targets),) = list(data.predict_dataloader())
+    ((images, targets, _),) = list(data.predict_dataloader())
     assert images.shape == (3, 3, 32, 32)
     assert targets.tolist() == [-1, -1, -1]
     assert [row.path for row in data.bad_files] == ["broken.jpg"]  # one of four, and yet no error
@@ -644,7 +644,7 @@ def test_a4_mutated_files_in_loader_workers(tmp_path):
     assert 1000 < len(data.bad_files) < 9000
     assert {row.path for row in data.bad_files}.isdisjoint(set(samples.paths))
     assert {f"train/{label}/good.{name}" for label, name in (("a", "png"), ("b", "gif"))} <= set(samples.paths)
-    batches = epoch_of(loader, 0)
-    for indices, (images, targets) in zip(loader.sampler.batches(0), batches, strict=True):
+    loader.sampler.set_epoch(0)
+    for images, targets, indices in loader:
         assert images.isfinite().all()
-        assert targets.tolist() == samples.targets[indices].tolist()
+        assert targets.tolist() == samples.targets[indices.numpy()].tolist()

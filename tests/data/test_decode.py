@@ -17,26 +17,15 @@ import zlib
 import cv2
 import numpy as np
 import pytest
+from image_tools import SAMPLES, encode, mutate, photo
 from PIL import Image, ImageOps
 
-from rexnet_lit.data.decode import BACKGROUND, MAX_BYTES, MAX_PIXELS, DecodeError, decode, from_pil, probe, read
+from rexnet_lit.data import decode as module
+from rexnet_lit.data.decode import BACKGROUND, MAX_BYTES, decode, from_pil, probe, read
+from rexnet_lit.data.image_header import MAX_PIXELS, DecodeError
 
 # The module ignores Pillow's remarks for its callers; pytest's own filters would bring them back.
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
-
-
-def photo(width: int = 120, height: int = 90, seed: int = 0) -> np.ndarray:
-    """A smooth colourful picture without symmetry."""
-    rng = np.random.default_rng(seed)
-    small = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
-    return cv2.resize(small, (width, height), interpolation=cv2.INTER_CUBIC)
-
-
-def encode(pixels: np.ndarray | Image.Image, format: str, **options) -> bytes:
-    image = Image.fromarray(pixels) if isinstance(pixels, np.ndarray) else pixels
-    buffer = io.BytesIO()
-    image.save(buffer, format, **options)
-    return buffer.getvalue()
 
 
 def png_chunk(name: bytes, body: bytes) -> bytes:
@@ -62,32 +51,6 @@ def on_background(rgba: np.ndarray) -> np.ndarray:
     """The definition of compositing, in floating point."""
     alpha = rgba[..., 3:].astype(np.float64) / 255
     return np.floor(rgba[..., :3] * alpha + np.array(BACKGROUND) * (1 - alpha) + 0.5).astype(np.uint8)
-
-
-def samples() -> dict[str, bytes]:
-    """One small file of each format and kind."""
-    picture = Image.fromarray(photo(64, 48))
-    alpha = picture.copy()
-    alpha.putalpha(Image.linear_gradient("L").resize(alpha.size))
-    return {
-        "jpeg": encode(picture, "JPEG", quality=85),
-        "jpeg-progressive": encode(picture, "JPEG", progressive=True),
-        "jpeg-grey": encode(picture.convert("L"), "JPEG"),
-        "jpeg-cmyk": encode(picture.convert("CMYK"), "JPEG"),
-        "png": encode(picture, "PNG"),
-        "png-alpha": encode(alpha, "PNG"),
-        "png-palette": encode(picture.quantize(32), "PNG"),
-        "webp": encode(picture, "WEBP"),
-        "webp-alpha": encode(alpha, "WEBP", lossless=True),
-        "bmp": encode(picture, "BMP"),
-        "tiff": encode(picture, "TIFF"),
-        "tiff-lzw": encode(picture, "TIFF", compression="tiff_lzw"),
-        "tiff-jpeg": encode(picture, "TIFF", compression="jpeg"),
-        "gif": encode(picture.quantize(64), "GIF"),
-    }
-
-
-SAMPLES = samples()
 
 
 # --- ordinary files ------------------------------------------------------------------------------
@@ -124,18 +87,18 @@ def test_interlaced_png():
 @pytest.mark.parametrize("options", [{}, {"progressive": True}, {"subsampling": 0}])
 def test_fast_path_and_pillow_path_agree_bit_for_bit(divisor, options):
     data = encode(photo(403, 301), "JPEG", quality=88, **options)
-    header = decode._header(data)
-    fast = decode._by_opencv(header, data, divisor)
+    header = module._header(data)
+    fast = module._by_opencv(header, data, divisor)
     assert fast is not None
-    assert np.array_equal(fast, decode._by_pillow(header, data, divisor))
+    assert np.array_equal(fast, module._by_pillow(header, data, divisor))
 
 
 @pytest.mark.parametrize("name", ["png", "png-palette", "png-alpha", "webp"])
 def test_fast_path_and_pillow_path_agree_on_other_formats(name):
-    header = decode._header(SAMPLES[name])
-    fast = decode._by_opencv(header, SAMPLES[name], 1)
+    header = module._header(SAMPLES[name])
+    fast = module._by_opencv(header, SAMPLES[name], 1)
     assert fast is not None
-    assert np.array_equal(fast, decode._by_pillow(header, SAMPLES[name], 1))
+    assert np.array_equal(fast, module._by_pillow(header, SAMPLES[name], 1))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -233,7 +196,7 @@ def test_a12_orientation_of_16_bit_tiff(orientation, tmp_path):
         data += struct.pack("<HHII", *entries[tag])
     data += b"\0\0\0\0"
     struct.pack_into("<I", data, 4, start)
-    expected = decode._turn(photo(40, 24), orientation)
+    expected = module._turn(photo(40, 24), orientation)
     assert np.array_equal(decode(bytes(data)), expected)
     assert (probe(bytes(data)).height, probe(bytes(data)).width) == expected.shape[:2]
 
@@ -618,28 +581,6 @@ def test_png_with_missing_rows_is_refused():
         decode(data)
 
 
-def mutate(data: bytes, rng: np.random.Generator) -> bytes:
-    """Flip bits, cut, overwrite, insert, drop, or write a wrong header."""
-    buffer = bytearray(data)
-    kind = rng.integers(0, 6)
-    at = int(rng.integers(0, len(buffer)))
-    if kind == 0:
-        for _ in range(int(rng.integers(1, 30))):
-            buffer[int(rng.integers(0, len(buffer)))] ^= 1 << int(rng.integers(0, 8))
-    elif kind == 1:
-        del buffer[at:]
-    elif kind == 2:
-        buffer[at : at + 40] = rng.bytes(40)
-    elif kind == 3:
-        buffer[at:at] = rng.bytes(int(rng.integers(1, 200)))
-    elif kind == 4:
-        del buffer[at : at + int(rng.integers(1, 200))]
-    else:
-        for _ in range(int(rng.integers(1, 8))):
-            buffer[int(rng.integers(0, min(64, len(buffer))))] = int(rng.choice([0, 1, 127, 128, 255]))
-    return bytes(buffer)
-
-
 def attack(name: str, count: int) -> tuple[int, int]:
     """Decode mutated files; count those refused and those decoded."""
     rng = np.random.default_rng(zlib.crc32(name.encode()))
@@ -671,13 +612,13 @@ def test_memory_error_becomes_a_decode_error(monkeypatch):
     def fail(*_):
         raise MemoryError
 
-    monkeypatch.setattr(decode, "_by_opencv", fail)
+    monkeypatch.setattr(module, "_by_opencv", fail)
     with pytest.raises(DecodeError, match="memory"):
         decode(SAMPLES["jpeg"])
 
 
 def test_import_is_quiet_light_and_without_threads():
-    code = "import sys, rexnet_lit.decode, cv2; print(cv2.getNumThreads(), 'torch' in sys.modules)"
+    code = "import sys, rexnet_lit.data.decode, cv2; print(cv2.getNumThreads(), 'torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() in (["0", "False"], ["1", "False"])
     assert done.stderr == ""
@@ -687,7 +628,7 @@ def test_damaged_png_and_its_metadata_leave_no_trace_on_stderr():
     """libpng would write a line for each file whose colour profile it dislikes; these are everywhere."""
     data = encode(Image.fromarray(photo(8, 8)), "PNG", icc_profile=b"x" * 200)
     code = (
-        "from rexnet_lit.decode import decode, DecodeError\n"
+        "from rexnet_lit.data.decode import decode\nfrom rexnet_lit.data.image_header import DecodeError\n"
         f"decode({data!r})\n"
         f"for file in ({SAMPLES['png']!r}, {SAMPLES['jpeg']!r}):\n"
         "    for cut in (40, 100, 300, 900):\n"

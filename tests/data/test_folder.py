@@ -741,6 +741,6 @@ def test_a27_ten_thousand_classes(tmp_path):
 
 
 def test_scanning_needs_no_torch():
-    code = "import sys, rexnet_lit.folder; print('torch' in sys.modules, 'cv2' in sys.modules)"
+    code = "import sys, rexnet_lit.data.folder; print('torch' in sys.modules, 'cv2' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == ["False", "False"]

@@ -100,7 +100,7 @@ def test_a_shared_model_in_its_run_folder_finds_its_dataset(tmp_path):
     model, last = tmp_path / "model.safetensors", tmp_path / "checkpoints" / "last.ckpt"
     checkpoint.save_model(model, SPEC, STATE)
     assert checkpoint.load_model(model).data == DataRecord()
-    record = DataRecord("/pictures", None, 0.3)
+    record = DataRecord(root="/pictures", val_fraction=0.3)
     checkpoint.write_ckpt({checkpoint.KEY: checkpoint.make_record(SPEC, record)}, last)
     assert checkpoint.load_model(model).data == record
     last.write_bytes(b"damaged")

@@ -59,7 +59,7 @@ def test_logits_equal_validations(classifier, tmp_path, monkeypatch):
     data.eval_recipe = classifier.spec.eval_recipe
     data.setup("validate")
     with torch.inference_mode():
-        batches = [classifier.network(images) for images, _ in data.val_dataloader()]
+        batches = [classifier.network(images) for images, *_ in data.val_dataloader()]
     samples = data.splits()["val"]
     assert len(samples) == 16
     assert len(batches) == 4

@@ -456,13 +456,14 @@ def test_ten_thousand_classes(tmp_path):
 def test_import_is_light_and_drawing_leaves_the_backend_alone(tmp_path):
     code = """
 import sys
-import rexnet_lit.report as report
+from rexnet_lit.report.metrics import Predictions
+from rexnet_lit.report.test_page import write_report
 heavy = {"torch", "lightning", "matplotlib", "jinja2", "cv2"} & set(sys.modules)
 assert not heavy, heavy
 import numpy as np
-p = report.Predictions(["a"], np.array([[0.4, 0.6]], np.float32), np.array([0]), ("x", "y"))
+p = Predictions(["a"], np.array([[0.4, 0.6]], np.float32), np.array([0]), ("x", "y"))
 read = lambda path: np.zeros((9, 9, 3), np.uint8)
-report.write_report(sys.argv[1], p, read_image=read, title="t", facts={})
+write_report(sys.argv[1], p, read_image=read, title="t", facts={})
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], check=True)

@@ -197,7 +197,7 @@ def test_validation_counts_what_scikit_learn_counts(tmp_path, shapes):
     (found,) = trainer_of(tmp_path).validate(module, data, verbose=False)
     module.eval()
     with torch.no_grad():
-        rows = [(module(images), targets) for images, targets in data.val_dataloader()]
+        rows = [(module(images), targets) for images, targets, _ in data.val_dataloader()]
     logits, targets = (torch.cat(parts) for parts in zip(*rows, strict=True))
     probs, truth = logits.double().softmax(1).numpy(), targets.numpy()
     assert len(set(probs.argmax(1))) > 1
@@ -275,7 +275,7 @@ def test_the_gradient_of_accumulated_batches_is_their_mean(tmp_path, shapes):
         def on_before_optimizer_step(self, trainer, module, optimizer) -> None:
             bias = module.network.head.fc.bias
             with torch.enable_grad():
-                loss = sum(module.loss(module(images), targets) for images, targets in self.batches)
+                loss = sum(module.loss(module(images), targets) for images, targets, _ in self.batches)
                 (wanted,) = torch.autograd.grad(loss / len(self.batches), bias)
             self.steps.append((float((bias.grad - wanted).abs().max() / wanted.abs().max()), len(self.batches)))
             self.batches = []
