@@ -1,8 +1,12 @@
-"""Settings given as a name, a mapping or a dataclass."""
+"""Settings: given as a name, a mapping or a dataclass, and checked with one message for each kind of mistake."""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from typing import Any, TypeVar
+
+from rexnet_lit.utils.errors import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -12,3 +16,29 @@ def settings_of(kind: type[T], value: T | str | dict[str, Any]) -> T:
     if isinstance(value, str):
         return kind(name=value)  # type: ignore[call-arg]
     return kind(**value) if isinstance(value, dict) else value
+
+
+def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
+    """Raise `UserError` unless a setting is one of ``choices``, such as the keys of a registry."""
+    known = [str(choice) for choice in choices]
+    if str(value) not in known:
+        raise UserError(f"{key} is {value!r}; expected one of {', '.join(known)}{did_you_mean(str(value), known)}")
+
+
+def check_range(key: str, value: float | None, interval: str, hint: str = "") -> None:
+    """Raise `UserError` unless a number lies in an interval.
+
+    Args:
+        key: The setting, as the user writes it: ``model.ema``.
+        value: What it is set to; None passes.
+        interval: In mathematical notation: ``[0, 1)`` holds 0 but not 1; ``inf`` is no bound.
+        hint: What to do, or an example, for the end of the message.
+    """
+    if value is None:
+        return
+    low, high = (float(bound) for bound in interval[1:-1].split(","))
+    above = value >= low if interval[0] == "[" else value > low
+    below = value <= high if interval[-1] == "]" else value < high
+    if not (above and below) or math.isnan(value):
+        end = f"; {hint}" if hint else ""
+        raise UserError(f"{key} is {value:g}; expected a number in {interval}{end}")

@@ -4,8 +4,8 @@
 
 OLD and NEW are checkouts of this repository; both run in this Python environment, each with its own configs. DIR holds
 train/, val/ and test/ with a folder of images per class (60 images of each class are used); FILE is a rexnet_100 to
-start from. The digest is over names, shapes, types and bytes of the tensors in ``model.safetensors``. The exit code is 1
-where a pair differs.
+start from. The digest is over the names, shapes, types and bytes of the tensors in ``model.safetensors``. The exit code
+is 1 where a pair differs.
 """
 
 from __future__ import annotations
