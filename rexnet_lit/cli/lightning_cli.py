@@ -41,7 +41,7 @@ from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import lists_images_of
 from rexnet_lit.data.transforms import AugmentSettings
 from rexnet_lit.models import checkpoint
-from rexnet_lit.models.spec import HeadSpec
+from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.losses import LossSettings
 from rexnet_lit.training.lr_finder import find_lr

@@ -1,7 +1,7 @@
-"""The best linear head for features that do not change: multinomial logistic regression, solved to convergence.
+"""The best linear head for fixed features: multinomial logistic regression, solved to convergence.
 
-On its own it is a linear probe; as the start of a fine-tuning it spares the backbone the large gradients of a random
-head (Kumar et al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", 2022).
+On its own it is a linear probe; as the start of fine-tuning it avoids the large gradients of a random head (Kumar et
+al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution", 2022).
 """
 
 from __future__ import annotations
@@ -10,7 +10,9 @@ import warnings
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from torch import nn
 
 Floats = NDArray[np.float64]
 
@@ -35,6 +37,12 @@ class LogisticHead(NamedTuple):
     loss: float
     top1: float
 
+    def copy_to(self, linear: nn.Module) -> None:
+        """Overwrite the parameters of a linear layer."""
+        with torch.no_grad():
+            for name, values in (("weight", self.weight), ("bias", self.bias)):
+                linear.get_parameter(name).copy_(torch.from_numpy(values))
+
 
 def fit_logistic_head(
     features: NDArray[np.float32],
@@ -57,8 +65,8 @@ def fit_logistic_head(
     mean, spread = features.mean(0), features.std(0) + 1e-6
     standardised = (features - mean) / spread
     weights = class_weights / class_weights[targets].mean()
-    # L-BFGS, the default solver, takes up to thirty times as long where features outnumber images. At the default
-    # tolerance weak regularisations stop half a logit from their optimum.
+    # L-BFGS, the default solver, takes up to thirty times as long when features outnumber images. With the default
+    # tolerance, weak regularisation stops half a logit from the optimum.
     regression = LogisticRegression(
         solver="newton-cg", warm_start=True, tol=1e-6, max_iter=500, class_weight=dict(enumerate(weights))
     )
@@ -66,10 +74,10 @@ def fit_logistic_head(
     for strength in STRENGTHS:
         regression.C = strength
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it has not converged: at weak regularisations, which do not win
+            warnings.simplefilter("ignore")  # no convergence with weak regularisation, which does not win
             regression.fit(standardised, targets)
         slopes, offsets = regression.coef_.astype(np.float64), regression.intercept_.astype(np.float64)
-        if len(slopes) == 1:  # of two classes scikit-learn keeps the difference
+        if len(slopes) == 1:  # for two classes scikit-learn keeps the difference
             slopes, offsets = np.concatenate([-slopes, slopes]) / 2, np.concatenate([-offsets, offsets]) / 2
         weight, bias = np.zeros((len(weights), features.shape[1])), np.full(len(weights), offsets.min() - 10.0)
         weight[regression.classes_] = slopes / spread

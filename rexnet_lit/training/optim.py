@@ -10,6 +10,13 @@ import torch
 from torch import nn
 
 from rexnet_lit.utils.errors import UserError, did_you_mean
+from rexnet_lit.utils.settings import check_range
+
+_KRON = "compiles itself for minutes, with a compiler that may be missing"
+_UNSUPPORTED = {"adahessian": "needs second derivatives", "kron": _KRON, "kronw": _KRON, "kronc": _KRON}
+
+_LR = {"sgd": (0.05, 0.1), "adamw": (0.0015, 0.004)}
+"""Default learning rates from given weights and from scratch: ``tests/benchmarks/bench_accuracy.py``."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,14 +24,15 @@ class OptimizerSettings:
     """The optimiser.
 
     Args:
-        name: Any of timm's but AdaHessian and Kron: ``sgd`` (Nesterov), ``adamw``, ``lamb``, ``lion``, ``muon``, ...
-        lr: Full learning rate, reached after the warm-up; by default what suits batches of 32: for ``sgd`` 0.05 from
-            given weights and 0.1 from scratch, for all others (it is AdamW's) 0.0015 and 0.004.
+        name: Any of timm's except AdaHessian and Kron: ``sgd`` (Nesterov), ``adamw``, ``lamb``, ``lion``, ``muon``, ...
+        lr: Full learning rate, reached after the warm-up. The default suits batches of 32: for ``sgd`` 0.05 from
+            given weights and 0.1 from scratch, for all others (tuned for AdamW) 0.0015 and 0.004.
         weight_decay: Not applied to biases and normalisation.
-        momentum: Of ``sgd`` and its kin.
-        layer_decay: Each group's rate is this share of the next one's, seen from the head; 1 for none.
-        base_batch_size: The images of a step (of all processes, accumulated ones too) that ``lr`` is meant for: for
-            other numbers the rate changes in proportion, that of Adam's kin with the square root. None leaves it.
+        momentum: For ``sgd`` and similar optimisers.
+        layer_decay: Each group's rate is this share of the next one's, counted from the head; 1 for none.
+        base_batch_size: The images of a step (over all processes and accumulated batches) that ``lr`` is meant for.
+            With other numbers the rate scales in proportion, for adaptive optimisers with the square root. None keeps
+            it.
     """
 
     name: str = "adamw"
@@ -35,29 +43,26 @@ class OptimizerSettings:
     base_batch_size: int | None = None
 
     def __post_init__(self) -> None:
-        for key, high in (("lr", 100), ("layer_decay", 1)):
-            value = getattr(self, key)
-            if value is not None and not 0 < value <= high:
-                raise UserError(f"model.optimizer.{key} is {value}; expected above 0 and up to {high}")
         from timm.optim import list_optimizers
 
-        known = [str(name) for name in list_optimizers()]
-        if self.name.lower() not in known:
+        known, name = [str(name) for name in list_optimizers()], self.name.lower()
+        if name not in known:
             near = did_you_mean(self.name, known)
             raise UserError(f"model.optimizer.name: timm has no optimiser {self.name!r}{near}")
-        if why := _UNFIT.get(self.name.lower()):
-            raise UserError(f"model.optimizer.name: {self.name} {why}; take another, such as adamw")
-        if not self.weight_decay >= 0 or not 0 <= self.momentum < 1:
-            raise UserError("model.optimizer: weight_decay must be 0 or more and momentum from 0 to below 1")
-        if self.base_batch_size is not None and self.base_batch_size < 1:
-            raise UserError(f"model.optimizer.base_batch_size is {self.base_batch_size}; expected 1 or more")
+        if why := _UNSUPPORTED.get(name):
+            raise UserError(f"model.optimizer.name: {self.name} {why}; choose another, such as adamw")
+        check_range("model.optimizer.lr", self.lr, "(0, 100]")
+        check_range("model.optimizer.weight_decay", self.weight_decay, "[0, inf]")
+        check_range("model.optimizer.momentum", self.momentum, "[0, 1)")
+        check_range("model.optimizer.layer_decay", self.layer_decay, "(0, 1]")
+        check_range("model.optimizer.base_batch_size", self.base_batch_size, "[1, inf)")
 
     def full_lr(self, scratch: bool, batch_size: int | None = None) -> float:
         """Return the full learning rate.
 
         Args:
-            scratch: Whether the weights are random at first.
-            batch_size: Images of a step, where they are known; the rate follows them by timm's rule.
+            scratch: Whether training starts from random weights.
+            batch_size: Images of a step, if known; the rate scales with them by timm's rule.
         """
         lr = self.lr
         if lr is None:
@@ -69,33 +74,23 @@ class OptimizerSettings:
         return lr * (math.sqrt(ratio) if adaptive else ratio)
 
 
-_KRON = "compiles itself for minutes, with a compiler that may not be there"
-
-
-_UNFIT = {"adahessian": "needs gradients of gradients", "kron": _KRON, "kronw": _KRON, "kronc": _KRON}
-
-
-_LR = {"sgd": (0.05, 0.1), "adamw": (0.0015, 0.004)}
-"""Default learning rates from given weights and from scratch: ``tests/benchmarks/bench_accuracy.py``."""
-
-
 def build_optimizer(network: nn.Module, settings: OptimizerSettings, lr: float | None = None) -> torch.optim.Optimizer:
-    """Return timm's optimiser over all parameters, decay and layer-wise rates by group.
+    """Return timm's optimiser over all parameters, with weight decay and layer-wise rates by group.
 
     Args:
-        network: What `network.build_network` returned.
-        settings: The optimiser's.
-        lr: The full learning rate (`OptimizerSettings.full_lr`); by default the settings', or that from given weights.
+        network: The network.
+        settings: The optimiser's settings.
+        lr: The full learning rate; by default that of the settings when starting from given weights.
 
     Raises:
-        UserError: The optimiser refuses the settings.
+        UserError: The optimiser rejects the settings.
     """
     from timm import optim
 
     lr = settings.full_lr(scratch=False) if lr is None else lr
     groups: list[dict[str, Any]]
     trains = [(parameter, parameter.requires_grad) for parameter in network.parameters()]
-    network.requires_grad_(True)  # timm leaves out what is frozen now, and a later epoch may unfreeze it
+    network.requires_grad_(True)  # timm leaves out frozen parameters, and a later epoch may unfreeze them
     if settings.layer_decay == 1.0:
         groups = optim.param_groups_weight_decay(network, settings.weight_decay)
     else:
@@ -104,16 +99,16 @@ def build_optimizer(network: nn.Module, settings: OptimizerSettings, lr: float |
         parameter.requires_grad_(flag)
     for group in groups:  # timm leaves the scale to its own schedulers
         group["lr"] = lr * group.pop("lr_scale", 1.0)
-    plain = settings.name.lower() == "sgd" and not settings.momentum  # Nesterov's wants some
+    plain = settings.name.lower() == "sgd" and not settings.momentum  # Nesterov needs some
     try:
         optimizer = optim.create_optimizer_v2(
             groups, opt="momentum" if plain else settings.name, lr=lr, weight_decay=0.0, momentum=settings.momentum
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
-        raise UserError(f"model.optimizer: {settings.name} refuses its settings: {error}") from None
+        raise UserError(f"model.optimizer: {settings.name} rejects its settings: {error}") from None
     if isinstance(optimizer, torch.optim.Adam) and next(network.parameters()).device.type == "cpu":
-        # One call for all parameters. Not on a GPU: Lightning could not clip gradients under 16-mixed then. Not SGD:
-        # torch's fused one fails where only some parameters have a momentum yet.
+        # One call for all parameters. Not on a GPU: Lightning could not clip gradients under 16-mixed. Not for SGD:
+        # torch's fused version fails while only some parameters have a momentum.
         for group in optimizer.param_groups:
             group["fused"] = True
     return optimizer

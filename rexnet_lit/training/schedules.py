@@ -1,16 +1,61 @@
-"""Learning-rate schedules: pure functions of the optimiser step, and one that watches the validation."""
+"""Learning-rate schedules: functions of the optimiser step, and ``plateau``, which follows the validation loss.
+
+To add a schedule, write a function and name it in `SCHEDULES`.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal, cast
 
+import lightning.pytorch as pl
 from torch.optim.lr_scheduler import LambdaLR
 
+from rexnet_lit.data.datamodule import ImageFolderDataModule, any_datamodule
 from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.settings import check_choice, check_range
 
-ScheduleName = Literal["cosine", "one_cycle", "step", "plateau", "constant"]
+
+def _cosine(settings: ScheduleSettings, step: int, total_steps: int, steps_per_epoch: float) -> float:
+    warmup = _warmup_steps(settings, total_steps, steps_per_epoch)
+    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
+    return settings.min_factor + (1 - settings.min_factor) * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _one_cycle(settings: ScheduleSettings, step: int, total_steps: int, steps_per_epoch: float) -> float:
+    """Return the factor of torch's ``OneCycleLR`` with its default bounds."""
+    start, end, total = 1 / 25, 1 / 25 / 1e4, max(1, total_steps)
+    peak = settings.rise * total - 1
+    low, done = (start, step / peak) if step < peak else (end, (total - 1 - step) / (total - 1 - peak))
+    return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * min(1.0, max(0.0, done))))
+
+
+def _step(settings: ScheduleSettings, step: int, total_steps: int, steps_per_epoch: float) -> float:
+    drops = math.floor(step / (steps_per_epoch * settings.step_epochs) + 1e-9)  # 33 / (10 * 1.1) is below 3
+    return float(settings.gamma**drops)
+
+
+def _constant(settings: ScheduleSettings, step: int, total_steps: int, steps_per_epoch: float) -> float:
+    return 1.0
+
+
+SCHEDULES: dict[str, Callable[[ScheduleSettings, int, int, float], float]] = {
+    "cosine": _cosine,
+    "one_cycle": _one_cycle,
+    "step": _step,
+    "plateau": _constant,  # times the factor of `Plateau`
+    "constant": _constant,
+}
+"""Each maps settings, step, steps of the run and steps of an epoch to the share of the full rate after the warm-up."""
+
+_NEED_AN_END = ("cosine", "one_cycle")
+
+if TYPE_CHECKING:
+    ScheduleName = str
+else:
+    ScheduleName = Literal[tuple(SCHEDULES)]  # jsonargparse shows these in --help
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,11 +66,12 @@ class ScheduleSettings:
         name: ``cosine`` falls to ``min_factor`` at the last step (Loshchilov and Hutter 2017); ``one_cycle`` rises
             and falls (Smith and Topin 2018); ``step`` multiplies by ``gamma`` every ``step_epochs``; ``plateau``
             does when the validation loss has not fallen for ``patience`` validations; ``constant`` stays.
-        warmup_epochs: Length of the linear rise to the full rate, in epochs (fractions allowed); not of ``one_cycle``.
+        warmup_epochs: Length of the linear warm-up to the full rate, in epochs (fractions allowed); not for
+            ``one_cycle``.
         min_factor: Where ``cosine`` ends, as a share of the full rate.
         step_epochs: Epochs between two drops of ``step``.
         gamma: Factor of each drop of ``step`` and ``plateau``.
-        patience: Validations without a lower loss that ``plateau`` bears.
+        patience: Validations without a lower loss before ``plateau`` drops the rate.
         rise: Share of the run for which ``one_cycle`` rises, from a 25th of the full rate.
     """
 
@@ -38,29 +84,24 @@ class ScheduleSettings:
     rise: float = 0.3
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(ScheduleName):
-            raise UserError(
-                f"model.schedule.name is {self.name!r}; expected one of {', '.join(get_args(ScheduleName))}"
-            )
-        if not 0 <= self.warmup_epochs < math.inf:
-            raise UserError(f"model.schedule.warmup_epochs is {self.warmup_epochs}; expected 0 or more")
-        if not 0 <= self.min_factor <= 1:
-            raise UserError(f"model.schedule.min_factor is {self.min_factor}; expected a fraction from 0 to 1")
-        if not 0 < self.step_epochs < math.inf or not 0 < self.gamma < math.inf:
-            raise UserError("model.schedule.step_epochs and model.schedule.gamma must be above 0")
-        if self.patience < 0:
-            raise UserError(f"model.schedule.patience is {self.patience}; expected 0 or more")
-        if not 0 < self.rise < 1:
-            raise UserError(f"model.schedule.rise is {self.rise}; expected a fraction between 0 and 1")
+        check_choice("model.schedule.name", self.name, SCHEDULES)
+        check_range("model.schedule.warmup_epochs", self.warmup_epochs, "[0, inf)")
+        check_range("model.schedule.min_factor", self.min_factor, "[0, 1]")
+        check_range("model.schedule.step_epochs", self.step_epochs, "(0, inf)")
+        check_range("model.schedule.gamma", self.gamma, "(0, inf)")
+        check_range("model.schedule.patience", self.patience, "[0, inf)")
+        check_range("model.schedule.rise", self.rise, "(0, 1)")
 
 
 def _warmup_steps(settings: ScheduleSettings, total_steps: int, steps_per_epoch: float) -> int:
+    if settings.name == "one_cycle":
+        return 0
     # Never longer than a quarter of the run, or a short trial would end before the full rate.
     return min(round(settings.warmup_epochs * steps_per_epoch), total_steps // 4)
 
 
 def lr_factor(settings: ScheduleSettings, step: int, total_steps: int, steps_per_epoch: float) -> float:
-    """Return what the full learning rate is multiplied by.
+    """Return the factor of the full learning rate.
 
     Args:
         settings: The schedule.
@@ -68,37 +109,21 @@ def lr_factor(settings: ScheduleSettings, step: int, total_steps: int, steps_per
         total_steps: Optimiser steps of the whole run.
         steps_per_epoch: Optimiser steps of one epoch (fewer than batches under accumulation).
     """
-    if settings.name == "one_cycle":
-        return _one_cycle(step, max(1, total_steps), settings.rise)
     warmup = _warmup_steps(settings, total_steps, steps_per_epoch)
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    if settings.name in ("constant", "plateau"):
-        return 1.0
-    if settings.name == "step":
-        drops = math.floor(step / (steps_per_epoch * settings.step_epochs) + 1e-9)  # 33 / (10 * 1.1) is below 3
-        return float(settings.gamma**drops)
-    done = min(1.0, (step - warmup) / max(1, total_steps - warmup))
-    return settings.min_factor + (1 - settings.min_factor) * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def _one_cycle(step: int, total_steps: int, rise: float) -> float:
-    """Return the factor of torch's ``OneCycleLR`` with its defaults, whose bounds are these."""
-    start, end = 1 / 25, 1 / 25 / 1e4
-    peak = rise * total_steps - 1
-    low, done = (start, step / peak) if step < peak else (end, (total_steps - 1 - step) / (total_steps - 1 - peak))
-    return low + (1 - low) * 0.5 * (1 - math.cos(math.pi * min(1.0, max(0.0, done))))
+    return SCHEDULES[settings.name](settings, step, total_steps, steps_per_epoch)
 
 
 @dataclasses.dataclass
 class Plateau:
-    """The factor of ``plateau``: the only schedule with a memory, in plain numbers that a checkpoint keeps.
+    """The factor of ``plateau``: the only schedule with a state, in plain numbers that a checkpoint keeps.
 
     Args:
-        warmup: Steps of the linear rise.
+        warmup: Steps of the warm-up.
         gamma: Factor of each drop.
-        patience: Validations without a lower loss that are borne.
-        factor: What the drops so far amount to.
+        patience: Validations without a lower loss before a drop.
+        factor: The product of the drops so far.
         best: Lowest validation loss so far.
         bad: Validations since then.
     """
@@ -111,16 +136,16 @@ class Plateau:
     bad: int = 0
 
     @classmethod
-    def of(cls, settings: ScheduleSettings, total_steps: int, steps_per_epoch: float) -> Plateau:
-        """Return a new one."""
+    def start(cls, settings: ScheduleSettings, total_steps: int, steps_per_epoch: float) -> Plateau:
+        """Return the state before the first step."""
         return cls(_warmup_steps(settings, total_steps, steps_per_epoch), settings.gamma, settings.patience)
 
     def __call__(self, step: int) -> float:
-        """Return what the full learning rate is multiplied by, after ``step`` steps."""
+        """Return the factor of the full learning rate after ``step`` steps."""
         return self.factor * min(1.0, (step + 1) / (self.warmup + 1))
 
     def apply(self, scheduler: LambdaLR) -> None:
-        """Have the next step take the factor of now, not of the last step's end."""
+        """Have the next step use the current factor, not that of the last step's end."""
         rates = [rate * self(scheduler.last_epoch) for rate in scheduler.base_lrs]
         for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
             group["lr"] = rate
@@ -131,3 +156,42 @@ class Plateau:
         self.best, self.bad = (loss, 0) if loss < self.best else (self.best, self.bad + 1)
         if self.bad > self.patience:
             self.factor, self.bad = self.factor * self.gamma, 0
+
+
+def images_per_step(trainer: pl.Trainer) -> int | None:
+    """Return the images of an optimiser step, over all processes; None without a known batch size."""
+    data = any_datamodule(trainer)
+    size: int | None = getattr(data, "batch_size", None)
+    if size is None:
+        return None
+    images = size * trainer.accumulate_grad_batches * trainer.world_size
+    return min(images, len(data.splits()["train"])) if isinstance(data, ImageFolderDataModule) else images
+
+
+def count_steps(trainer: pl.Trainer, name: str) -> tuple[int, int]:
+    """Return the optimiser steps of an epoch and of the run.
+
+    Lightning's ``estimated_stepping_batches`` would start the loader's workers, in a resumed run on the batches of
+    the first epoch.
+
+    Args:
+        trainer: What trains.
+        name: The schedule.
+
+    Raises:
+        UserError: The run has no end, and the schedule needs one.
+    """
+    data = any_datamodule(trainer)
+    if data is None:  # the user's own loaders
+        total, epochs = int(trainer.estimated_stepping_batches), trainer.max_epochs
+        return (math.ceil(total / epochs) if epochs and epochs > 0 else total), total
+    folder = isinstance(data, ImageFolderDataModule)
+    batches = cast(ImageFolderDataModule, data).steps_per_epoch() if folder else len(data.train_dataloader())
+    limit = trainer.limit_train_batches
+    batches = min(batches, limit) if isinstance(limit, int) else int(batches * (1.0 if limit is None else limit))
+    per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
+    ends = [] if trainer.max_epochs in (None, -1) else [per_epoch * int(trainer.max_epochs)]
+    ends += [trainer.max_steps] if trainer.max_steps >= 0 else []
+    if not ends and name in _NEED_AN_END:
+        raise UserError(f"model.schedule: {name} needs an end; set trainer.max_epochs or trainer.max_steps")
+    return per_epoch, min(ends, default=2**62)

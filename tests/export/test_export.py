@@ -238,7 +238,8 @@ def test_the_card_of_a_hub_folder_has_the_figures_of_these_weights_only(tmp_path
 def test_a_head_that_timm_lacks_is_refused_as_hub(tmp_path, capsys):
     from rexnet_lit.data.settings import EvalRecipe
     from rexnet_lit.models import rexnet
-    from rexnet_lit.models.spec import HeadSpec, ModelSpec
+    from rexnet_lit.models.heads import HeadSpec
+    from rexnet_lit.models.spec import ModelSpec
 
     spec = ModelSpec("rexnet_100", NAMES, HeadSpec("mlp"), EvalRecipe(image_size=32))
     model = tmp_path / "model.safetensors"

@@ -16,8 +16,9 @@ from PIL import Image
 
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.models import checkpoint
+from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.predictor import load
-from rexnet_lit.models.spec import FORMAT_VERSION, HeadSpec, ModelSpec
+from rexnet_lit.models.spec import FORMAT_VERSION, ModelSpec
 from rexnet_lit.utils.errors import Stopped, UserError
 
 SPEC = ModelSpec("rexnet_100", ("ant", "bee"), HeadSpec("mlp", 8), EvalRecipe(64))

@@ -13,7 +13,8 @@ import pytest
 
 from rexnet_lit.data.sample import write_sample
 from rexnet_lit.data.settings import EvalRecipe
-from rexnet_lit.models.spec import FORMAT_VERSION, HeadSpec, ModelSpec
+from rexnet_lit.models.heads import HeadSpec
+from rexnet_lit.models.spec import FORMAT_VERSION, ModelSpec
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError, did_you_mean
 
@@ -103,7 +104,7 @@ def test_a_newer_format_says_so():
         (lambda: EvalRecipe(crop_pct=0), "crop_pct is 0"),
         (lambda: EvalRecipe(crop_pct=1.01), "crop_pct is 1.01"),
         (lambda: EvalRecipe(interpolation="lanczos"), "interpolation is 'lanczos'"),
-        (lambda: HeadSpec(dropout=1.0), "model.head.dropout is 1.0"),
+        (lambda: HeadSpec(dropout=1.0), "model.head.dropout is 1"),
         (lambda: HeadSpec(hidden=0), "model.head.hidden is 0"),
         (lambda: HeadSpec(layers=0), "model.head.layers is 0"),
         (lambda: HeadSpec(temperature=0), "model.head.temperature is 0"),

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.rexnet import build_network
-from rexnet_lit.models.spec import HeadSpec
 from rexnet_lit.training.freezing import StrategySettings, backbone_groups, freeze, freeze_batchnorm
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.training.optim import OptimizerSettings, build_optimizer
@@ -93,21 +93,21 @@ def test_an_unknown_optimiser_names_its_neighbour():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine on which these optimisers do not work")
 def test_an_optimiser_that_cannot_be_had_here_is_one_line():
-    with pytest.raises(UserError, match=r"model.optimizer: fusedadam refuses its settings"):
+    with pytest.raises(UserError, match=r"model.optimizer: fusedadam"):
         build_optimizer(nn.Linear(1, 1), OptimizerSettings(name="fusedadam"))
 
 
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"lr": 0}, "model.optimizer.lr is 0; expected above 0"),
-        ({"name": "adahessian"}, "model.optimizer.name: adahessian needs gradients of gradients; take another"),
+        ({"lr": 0}, "model.optimizer.lr is 0"),
+        ({"name": "adahessian"}, "model.optimizer.name: adahessian needs"),
         ({"name": "kronw"}, "model.optimizer.name: kronw compiles itself"),
         ({"lr": float("nan")}, "model.optimizer.lr is nan"),
         ({"layer_decay": 0}, "model.optimizer.layer_decay is 0"),
         ({"layer_decay": 1.1}, "model.optimizer.layer_decay is 1.1"),
-        ({"weight_decay": -1}, "weight_decay must be 0 or more"),
-        ({"momentum": 1.0}, "momentum"),
+        ({"weight_decay": -1}, "model.optimizer.weight_decay is -1"),
+        ({"momentum": 1.0}, "model.optimizer.momentum is 1"),
     ],
 )
 def test_wrong_settings(settings, message):
@@ -125,7 +125,7 @@ def test_an_unknown_strategy():
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"frozen": 19}, "model.strategy.frozen is 19; a ReXNet has 18 groups"),
+        ({"frozen": 19}, "model.strategy.frozen is 19"),
         ({"unfreeze_epochs": (3, 1)}, r"unfreeze_epochs is \[3, 1\]; expected two epochs in order"),
         ({"bn": "off"}, "model.strategy.bn is 'off'; expected one of train, frozen"),
         ({"solver": "svm"}, "model.strategy.solver is 'svm'"),

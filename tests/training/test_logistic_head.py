@@ -13,7 +13,7 @@ from sklearn.linear_model import LogisticRegression
 
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.data.transforms import AugmentSettings
-from rexnet_lit.models.spec import HeadSpec
+from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.training import logistic_head
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.utils.errors import UserError

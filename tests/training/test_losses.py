@@ -71,9 +71,9 @@ def test_two_processes_average_to_one():
     ("settings", "message"),
     [
         ({"name": "hinge"}, "model.loss.name is 'hinge'; expected one of cross_entropy, focal, bce"),
-        ({"class_weights": "some"}, "model.loss.class_weights is 'some'; expected none or auto"),
-        ({"label_smoothing": 1.0}, "label_smoothing is 1.0"),
-        ({"label_smoothing": -0.1}, "label_smoothing is -0.1"),
+        ({"class_weights": "some"}, "model.loss.class_weights is 'some'; expected one of none, auto"),
+        ({"label_smoothing": 1.0}, "model.loss.label_smoothing is 1"),
+        ({"label_smoothing": -0.1}, "model.loss.label_smoothing is -0.1"),
         ({"gamma": -1}, "model.loss.gamma is -1"),
     ],
 )

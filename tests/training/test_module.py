@@ -22,8 +22,9 @@ from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.settings import EvalRecipe
 from rexnet_lit.data.transforms import AugmentSettings
 from rexnet_lit.models import checkpoint, rexnet, variants, weights
+from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.rexnet import build_network
-from rexnet_lit.models.spec import HeadSpec, ModelSpec
+from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.training.optim import OptimizerSettings
@@ -508,7 +509,7 @@ def test_what_lightning_would_ask_of_the_data_otherwise(tmp_path, shapes):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        ({"ema": 1.0}, "model.ema is 1.0; expected a decay"),
+        ({"ema": 1.0}, "model.ema is 1"),
         ({"class_names": None}, "needs num_classes or class_names"),
         ({"num_classes": 4}, "num_classes is 4, but there are 3 class_names"),
         ({"backbone": "rexnet_10"}, "no ReXNet is named 'rexnet_10'; did you mean"),
@@ -553,7 +554,8 @@ def test_looks_before_between_and_after_fits(tmp_path, shapes):
     trainer.fit(module, datamodule=data)
     trainer.validate(module, datamodule=data, verbose=False)
     found = trainer.predict(module, dataloaders=data.val_dataloader())
-    assert sum(len(probabilities) for probabilities in found) == 12
+    assert sum(len(batch["logits"]) for batch in found) == 12
+    assert torch.cat([batch["indices"] for batch in found]).tolist() == list(range(12))
     trainer_of(tmp_path, max_epochs=1).fit(module, datamodule=data)
     with pytest.raises(UserError, match="predict_path is not set"):
         trainer_of(tmp_path).predict(module, datamodule=data)

@@ -94,7 +94,7 @@ def test_one_cycle_is_torch_s(total):
 
 def test_plateau_by_hand():
     """Patience 1: the second epoch in a row without a new lowest loss drops the rate."""
-    plateau = Plateau.of(ScheduleSettings("plateau", warmup_epochs=0.3, gamma=0.5, patience=1), 100, 10)
+    plateau = Plateau.start(ScheduleSettings("plateau", warmup_epochs=0.3, gamma=0.5, patience=1), 100, 10)
     assert [plateau(s) for s in (0, 1, 2, 3, 50)] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0])
     factors = []
     for loss in (1.0, 0.9, 0.95, 0.9, 0.91, 0.8, 0.8, 0.8):
@@ -110,12 +110,12 @@ def test_plateau_by_hand():
             {"name": "cosin"},
             "model.schedule.name is 'cosin'; expected one of cosine, one_cycle, step, plateau, constant",
         ),
-        ({"warmup_epochs": -1}, "warmup_epochs is -1; expected 0 or more"),
-        ({"min_factor": 1.5}, "min_factor is 1.5; expected a fraction"),
-        ({"step_epochs": 0}, "step_epochs"),
-        ({"gamma": 0}, "gamma"),
-        ({"patience": -1}, "patience is -1"),
-        ({"rise": 1.0}, "rise is 1.0"),
+        ({"warmup_epochs": -1}, "model.schedule.warmup_epochs is -1"),
+        ({"min_factor": 1.5}, "model.schedule.min_factor is 1.5"),
+        ({"step_epochs": 0}, "model.schedule.step_epochs is 0"),
+        ({"gamma": 0}, "model.schedule.gamma is 0"),
+        ({"patience": -1}, "model.schedule.patience is -1"),
+        ({"rise": 1.0}, "model.schedule.rise is 1"),
     ],
 )
 def test_wrong_settings(settings, message):

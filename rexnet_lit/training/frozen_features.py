@@ -1,0 +1,69 @@
+"""Features of a frozen backbone, computed once before training: to train on, and to solve the head with."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, cast
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
+from rexnet_lit.utils import process
+from rexnet_lit.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from rexnet_lit.training.module import RexNetModule
+
+
+def prepare(module: RexNetModule) -> None:
+    """Compute the features that a fit needs; hand them to the data module, and solve the head with them.
+
+    Raises:
+        UserError: The data or its augmentation does not allow it.
+    """
+    settings, data = module.strategy_settings, find_datamodule(module.trainer)
+    if settings.only_solves:
+        module.trainer.fit_loop.max_epochs = 1
+    if data is None:
+        if settings.solves_head:
+            raise UserError("model.strategy.solver: logistic needs an ImageFolderDataModule")
+        return
+    views = _views(module, data) if settings.name == "linear_probe" else 0
+    train_on_features = views > 0 or settings.only_solves
+    solves = settings.solves_head and module.trainer.ckpt_path is None  # a resumed run has its head
+    if not train_on_features and not solves:
+        return
+    module.eval()
+    embed = module.embedder()
+    val = data.compute_features("val", embed)
+    fixed = data.compute_features("train", embed, evaluate=True) if settings.solves_head else None
+    if train_on_features:
+        again = None if settings.only_solves else data.compute_features("train", embed, views)
+        data.train_on_features(cast(Tensor, fixed if again is None else again), val)
+    nn.Module.train(module)  # Lightning expects this mode; `on_train_start` freezes
+    if fixed is None or not solves:
+        return
+    head = module.solve(fixed[0], val[0])
+    rank_zero_only(print)(
+        f"Solved the head on the frozen features: val top-1 {head.top1:.3f}, loss {head.loss:.3f} "
+        f"(C = {head.strength:g}).",
+        flush=True,
+    )
+    if settings.only_solves:
+        rank_zero_only(print)("Nothing is left to train: one epoch, with a learning rate of 0, writes the files.")
+
+
+def _views(module: RexNetModule, data: ImageFolderDataModule) -> int:
+    """Return how many views of each training image to keep features of; 0 to compute them in each epoch."""
+    views = module.strategy_settings.views
+    if views and (data.augment.mixup or data.augment.cutmix):
+        raise UserError("model.strategy.views keeps features of whole images; set data.augment.mixup and cutmix to 0")
+    if views and data.size_schedule:
+        raise UserError("model.strategy.views keeps features of one size; leave data.size_schedule out")
+    views = views or int(data.augment.fixed and not data.size_schedule)
+    width: int = cast(Any, module.network).head_hidden_size
+    needed = 4 * width * max(views, 1) * len(data.splits()["train"])
+    if views and needed > process.available_memory() / 2:
+        rank_zero_only(print)(f"The features would take {needed / 1e9:.0f} GB: they are computed in each epoch.")
+        return 0
+    return views

@@ -1,0 +1,128 @@
+"""What a model starts from: its weights and classes, and whether a checkpoint or a dataset belongs to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_only
+from torch import Tensor, nn
+
+from rexnet_lit.models import checkpoint, variants
+from rexnet_lit.models.heads import HeadSpec
+from rexnet_lit.models.spec import ModelSpec
+from rexnet_lit.models.weights import describe_mismatch, load_pretrained, load_weights, matching_rows
+from rexnet_lit.utils.errors import UserError, printable
+
+
+def load_start(
+    network: nn.Module, spec: ModelSpec, weights: str | None, pretrained: bool, keep_matching_classes: bool
+) -> None:
+    """Load the weights that training starts from, and print what became of the head.
+
+    Args:
+        network: The network.
+        spec: Its description.
+        weights: A local file, or None.
+        pretrained: Whether to load timm's published weights if there is no file.
+        keep_matching_classes: Whether to copy the head's rows of the classes with the same names.
+    """
+    if weights is not None:
+        _load_file(network, spec, weights, keep_matching_classes)
+    elif pretrained:
+        rows: dict[int, int] = {}
+        if keep_matching_classes:
+            same_head = spec.head.shape == HeadSpec().shape
+            names = variants.published_names(spec.backbone) if same_head else None
+            rows = _matching_rows(spec, names, same_head, "the published model")
+        load_pretrained(network, spec.backbone, rows=rows)
+
+
+def _load_file(network: nn.Module, spec: ModelSpec, path: str, keep_matching_classes: bool) -> None:
+    state, source = checkpoint.load_starting_weights(path)
+    if source is not None and source.backbone.partition(".")[0] != spec.backbone.partition(".")[0]:
+        raise UserError(f"model.weights: {path} is a {source.backbone}, but model.backbone is {spec.backbone}")
+    same_head = source is None or source.head.shape == spec.head.shape
+    same_classes = same_head and (source is None or source.class_names == spec.class_names)
+    rows: dict[int, int] = {}
+    if keep_matching_classes:
+        rows = _matching_rows(spec, None if source is None else source.class_names, same_head, path)
+    kept = load_weights(network, state, f"model.weights: {path}", keep_head=same_classes, rows=rows)
+    old = f"{len(state['head.fc.weight'])} classes" if "head.fc.weight" in state else "of another kind"
+    head = "with its head" if kept else f"its head ({old}) is replaced by a new one ({spec.num_classes})"
+    rank_zero_only(print)(f"Starting from {path}: {head}.")
+
+
+def _matching_rows(spec: ModelSpec, names: Sequence[str] | None, same_head: bool, source: str) -> dict[int, int]:
+    if names is None or not same_head:
+        why = "has another kind of head" if not same_head else "does not name its classes"
+        rank_zero_only(print)(f"model.keep_matching_classes: {source} {why}; none is kept.")
+        return {}
+    rows = matching_rows(names, spec.class_names)
+    known = tuple(spec.class_names[row] for row in rows)
+    rank_zero_only(print)(f"The starting weights know these classes by name ({_short(known)}).")
+    return rows
+
+
+def initial_names(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
+    """Return the class names, or numbers where there are no names yet."""
+    if class_names is None:
+        if num_classes is None:
+            raise UserError("RexNetModule needs num_classes or class_names: pass the data module's")
+        return tuple(str(i) for i in range(num_classes))
+    if num_classes is not None and num_classes != len(class_names):
+        raise UserError(f"num_classes is {num_classes}, but there are {len(class_names)} class_names")
+    return tuple(class_names)
+
+
+def adopt_classes(spec: ModelSpec, names: Sequence[str], numbered: bool) -> ModelSpec:
+    """Return ``spec`` with the data's class names, which it takes over only while its classes are numbered.
+
+    Raises:
+        UserError: The model has other classes.
+    """
+    if len(names) != spec.num_classes:
+        raise UserError(f"the data has {len(names)} classes, but the model was made for {spec.num_classes}")
+    if not numbered:
+        raise UserError(
+            f"the data's classes ({_short(names)}) are not the model's, in its order "
+            f"({_short(spec.class_names)}); to test it, pass class_names=module.spec.class_names to "
+            "ImageFolderDataModule; to train it on other classes, pass its file to RexNetModule as weights"
+        )
+    return dataclasses.replace(spec, class_names=tuple(names))
+
+
+def check_checkpoint(content: Mapping[str, Any], spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
+    """Refuse to resume from the checkpoint of another model.
+
+    Args:
+        content: The checkpoint.
+        spec: The model that is to be resumed.
+        state: The tensors of its module.
+
+    Raises:
+        UserError: The architecture, the classes or the tensors differ.
+    """
+    theirs, _ = checkpoint.read_record(content, "ckpt_path")
+    pairs = {"backbone": (theirs.backbone, spec.backbone)}
+    pairs |= {f"head.{k}": (v, getattr(spec.head, k)) for k, v in dataclasses.asdict(theirs.head).items()}
+    for name, (then, now) in pairs.items():
+        if then != now:
+            raise UserError(
+                f"ckpt_path: the checkpoint's model.{name} is {then}, this run's is {now}; set it to the "
+                "checkpoint's, or start a new run with model.weights"
+            )
+    if theirs.class_names != spec.class_names:
+        raise UserError(
+            f"ckpt_path: the checkpoint's classes ({_short(theirs.class_names)}) differ from the folder's "
+            f"({_short(spec.class_names)}); to start a new run from its weights, use model.weights instead"
+        )
+    tensors = content.get("state_dict")
+    difference = describe_mismatch(state, tensors if isinstance(tensors, dict) else {})
+    if difference:
+        raise UserError(f"ckpt_path: the checkpoint's weights do not fit: {difference}")
+
+
+def _short(names: Sequence[str]) -> str:
+    return f"{len(names)}: {', '.join(map(printable, names[:5]))}{', ...' if len(names) > 5 else ''}"
