@@ -1,10 +1,10 @@
 """timm's ReXNet blocks, with training steps that move less memory: 2 to 11 % faster on a CPU.
 
-The results are timm's but for the order of sums. What timm's own steps do twice:
+The results are timm's except for the order of sums. Where timm's own steps copy memory:
 
-- ``silu_`` in place keeps a copy of its input for the gradient, which out of place needs none.
-- ReLU6 can overwrite its input: its gradient is a function of its output, and nothing else asks for the input.
-- Squeeze and excitation: the mean's gradient is a tensor as large as its input, added to the other one's.
+- ``silu_`` in place keeps a copy of its input for the gradient; out of place it needs none.
+- ReLU6 can overwrite its input: its gradient is a function of its output, and nothing else uses the input.
+- Squeeze and excitation: the gradient of the mean is a tensor as large as its input, added to the other gradient.
 - The partial shortcut slices, adds and concatenates; its gradient fills two tensors with zeros and adds them.
 
 Source: timm's ``rexnet.py``. Measured in tests/benchmarks/bench_blocks.py.
@@ -21,14 +21,14 @@ from torch.nn import functional
 
 
 class _SiLU(nn.SiLU):
-    """In place just where there is no gradient."""
+    """In place only without a gradient."""
 
     def forward(self, input: Tensor) -> Tensor:
         return functional.silu(input, inplace=not (torch.is_grad_enabled() and input.requires_grad))
 
 
 class _Squeeze(torch.autograd.Function):
-    """Passes a tensor on, with the mean of each of its channels: (N, C, H, W) and (N, C, 1, 1)."""
+    """Returns a tensor and the mean of each of its channels: (N, C, H, W) and (N, C, 1, 1)."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> tuple[Tensor, Tensor]:
@@ -38,7 +38,7 @@ class _Squeeze(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Tensor:
         gradient, of_mean = gradients
-        return gradient.add_(of_mean / ctx.pixels)  # which _Excite has made, and nothing else asks for
+        return gradient.add_(of_mean / ctx.pixels)  # made by _Excite, and used nowhere else
 
 
 class _Excite(torch.autograd.Function):
@@ -75,7 +75,7 @@ class _AddToFirst(torch.autograd.Function):
 
 
 class _Bottleneck(LinearBottleneck):
-    """timm's, but for squeeze and excitation and the shortcut while training."""
+    """timm's block with other squeeze and excitation and shortcut in training."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
@@ -95,7 +95,7 @@ class _Bottleneck(LinearBottleneck):
 
 
 def save_memory_traffic(network: nn.Module) -> None:
-    """Exchange the steps of a network that timm has made; its tensors, and their names, stay."""
+    """Replace these steps in a network of timm; its tensors and their names stay."""
     for module in network.modules():
         if isinstance(module, LinearBottleneck):
             module.__class__ = _Bottleneck  # the same tensors, another forward

@@ -1,11 +1,9 @@
 """Reading and writing models: the only place that deserialises.
 
-Two kinds of file hold a model. ``.safetensors`` is for sharing: weights, and the `ModelSpec` as JSON in the file's
-metadata. ``.ckpt`` is Lightning's, for resuming: it is read with ``weights_only=True``, which refuses everything
-but tensors and plain values, and there is no way to ask for less. Nothing in a file ever reaches an import. A SHA-256
-(in the metadata; at the end of a ``.ckpt``, as the zip archive's comment) shows damage, which would be loaded in
-silence. Files are written beside their target, flushed to the disk and renamed, so that an interruption leaves the
-previous one.
+``.safetensors`` files are for sharing: weights, with the `ModelSpec` as JSON in the metadata. ``.ckpt`` files are
+Lightning's, for resuming: they are read with ``weights_only=True``, which accepts only tensors and plain values, and no
+option changes that. A SHA-256 (in the metadata; in a ``.ckpt`` as the comment at the end of its zip archive) detects
+damage that torch and safetensors would not. Writes are atomic: an interruption leaves the previous file.
 """
 
 from __future__ import annotations
@@ -34,21 +32,25 @@ from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import atomic_write
 
 KEY = "rexnet_lit"
-"""Where a ``.ckpt`` and the metadata of a ``.safetensors`` file keep the model's description."""
+"""The key of the model's description in a ``.ckpt`` and in the metadata of a ``.safetensors`` file."""
 
 PREVIOUS = "last.previous.ckpt"
 """The generation before ``last.ckpt``."""
 
+_DIGEST = f"{KEY}_sha256"
+_SEAL = b"sha256:"
+_SEAL_BYTES = len(_SEAL) + 64
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """What a model file holds.
+    """The content of a model file.
 
     Args:
         path: The file.
         spec: The model's description.
         state: The network's weights.
-        data: The dataset it was trained on, where the file says so.
+        data: The dataset it was trained on, if the file names it.
     """
 
     path: Path
@@ -58,38 +60,34 @@ class Model:
 
 
 def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
-    """Write a Lightning checkpoint in the place of ``path``; of ``last.ckpt``, keep the generation before.
+    """Write a Lightning checkpoint; keep the previous generation of ``last.ckpt``.
 
     Raises:
-        UserError: The file cannot be written; what was at ``path`` is still there.
+        UserError: The file cannot be written; the file that was at ``path`` is still there.
     """
     file = Path(path)
     buffer = io.BytesIO()
-    torch.save(content, buffer)  # into memory first: written straight to a full disk, torch does not say why it fails
-    sealed = buffer.getbuffer()
-    sealed[-2:] = _SEAL_BYTES.to_bytes(2, "little")  # the archive ends with the length of its comment, 0
+    torch.save(content, buffer)  # into memory: on a full disk torch does not report the reason
+    body = buffer.getbuffer()
+    body[-2:] = _SEAL_BYTES.to_bytes(2, "little")  # the archive ends with the length of its comment, 0
     try:
         with atomic_write(file, file.with_name(PREVIOUS) if file.name == "last.ckpt" else None) as stream:
-            stream.write(sealed)
-            stream.write(_SEAL + hashlib.sha256(sealed).hexdigest().encode())
+            stream.write(body)
+            stream.write(_SEAL + hashlib.sha256(body).hexdigest().encode())
     except OSError as error:
+        before = "the previous one is unchanged" if file.exists() else "there is no previous one"
         raise UserError(
-            f"{file}: the checkpoint cannot be written ({error.strerror or error}); "
-            f"{'the one before is untouched' if file.exists() else 'there is none before it'}: "
-            "make room, or set another trainer.default_root_dir, and go on from what there is"
+            f"{file}: the checkpoint cannot be written ({error.strerror or error}); {before}: "
+            "free some space, or set another trainer.default_root_dir, and resume"
         ) from None
 
 
-_SEAL = b"sha256:"
-_SEAL_BYTES = len(_SEAL) + 64
-
-
 def _intact(content: bytes) -> bool:
-    """Say whether a checkpoint is as it was written: by its seal, or where it has none by zip's own checksums."""
+    """Whether a checkpoint is as it was written: by its SHA-256, or without one by zip's own checksums."""
     body, seal = content[:-_SEAL_BYTES], content[-_SEAL_BYTES:]
     if seal.startswith(_SEAL):
         return seal == _SEAL + hashlib.sha256(body).hexdigest().encode()
-    if content[-22:-18] != b"PK\5\6":  # what ends an archive without a comment
+    if content[-22:-18] != b"PK\5\6":  # the end of an archive without a comment
         return False
     try:
         with zipfile.ZipFile(io.BytesIO(content)) as archive:
@@ -100,7 +98,7 @@ def _intact(content: bytes) -> bool:
 
 def _local_file(path: str | os.PathLike[str], key: str) -> Path:
     if "://" in os.fspath(path):
-        raise UserError(f"{key}: {os.fspath(path)!r} is an address; models are read from local files only")
+        raise UserError(f"{key}: {os.fspath(path)!r} is a URL; models are read from local files only")
     file = Path(path)
     if file.is_dir():
         raise UserError(f"{key}: {os.fspath(path)!r} is a folder; name a model file, such as model.safetensors in it")
@@ -112,27 +110,27 @@ def _local_file(path: str | os.PathLike[str], key: str) -> Path:
 
 
 def read_ckpt(path: str) -> dict[str, Any]:
-    """Read a Lightning checkpoint: a local file of tensors and plain values.
+    """Read a Lightning checkpoint.
 
     Raises:
-        UserError: It is missing, damaged, or holds anything that could run code.
+        UserError: It is missing, damaged, or holds anything but tensors and plain values.
     """
     file = _local_file(path, "ckpt_path")
     raw = file.read_bytes()
-    if raw.startswith(b"\x80"):  # torch's format of old, and any pickle
-        raise UserError(f"{path}: refused, it is a pickle, which could run code; no checkpoint of ours is one")
+    if raw.startswith(b"\x80"):  # torch's old format, or any pickle
+        raise UserError(f"{path}: refused, it is a pickle, which could run code; use a checkpoint of rexnet_lit")
     if not _intact(raw):
         raise UserError(f"{path}: damaged or not a checkpoint (its checksum does not match); use another of the run")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # a file that torch did not write is refused below, with a reason
+            warnings.simplefilter("ignore")  # such a file is refused below, with a reason
             content = torch.load(io.BytesIO(raw), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError:
         raise UserError(
             f"{path}: refused, it holds pickled objects, which could run code; "
             "only checkpoints of tensors and plain values are read"
         ) from None
-    except Exception as error:  # torch raises anything on a file that was made to be odd
+    except Exception as error:  # torch raises any kind on a crafted file
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: damaged or not a checkpoint ({reason})") from None
     if not isinstance(content, dict):
@@ -141,7 +139,7 @@ def read_ckpt(path: str) -> dict[str, Any]:
 
 
 def read_record(checkpoint: Mapping[str, Any], where: str) -> tuple[ModelSpec, DataRecord]:
-    """Return what a Lightning checkpoint says of its model and its dataset.
+    """Return the descriptions of the model and the dataset in a Lightning checkpoint.
 
     Raises:
         UserError: rexnet_lit did not write it.
@@ -150,7 +148,7 @@ def read_record(checkpoint: Mapping[str, Any], where: str) -> tuple[ModelSpec, D
         record = checkpoint[KEY]
         spec, data = ModelSpec.from_json(record["spec"], where), DataRecord(**json.loads(record["data"]))
     except (KeyError, TypeError, ValueError, RecursionError):
-        raise UserError(f"{where}: rexnet_lit did not write this checkpoint; it says nothing of the model") from None
+        raise UserError(f"{where}: not a checkpoint of rexnet_lit; it has no description of the model") from None
     return spec, data
 
 
@@ -160,7 +158,7 @@ def make_record(spec: ModelSpec, data: DataRecord) -> dict[str, str]:
 
 
 def save_model(path: str | os.PathLike[str], spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
-    """Write a ``.safetensors`` file: the weights, and the description in its metadata. It names no dataset."""
+    """Write a ``.safetensors`` file: the weights and their description, without the dataset."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     description = spec.to_json()
     metadata = {"format": "pt", KEY: description, _DIGEST: digest(tensors, description)}
@@ -168,11 +166,8 @@ def save_model(path: str | os.PathLike[str], spec: ModelSpec, state: Mapping[str
         file.write(serialise(tensors, metadata=metadata))
 
 
-_DIGEST = f"{KEY}_sha256"
-
-
 def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
-    """Return a SHA-256 over a model's weights, whatever their order and device, and its description."""
+    """Return a SHA-256 of a model's weights, whatever their order and device, and its description."""
     total = hashlib.sha256(description.encode())
     for name, tensor in sorted(tensors.items()):
         total.update(f"\0{name}\0{tensor.dtype}{tuple(tensor.shape)}\0".encode())
@@ -181,7 +176,7 @@ def digest(tensors: Mapping[str, Tensor], description: str = "") -> str:
 
 
 def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
-    """Return the tensors, and the description's JSON where there is one."""
+    """Return the tensors, and the description's JSON if there is one."""
     try:
         with safe_open(file, framework="pt") as content:
             metadata = content.metadata() or {}
@@ -195,21 +190,21 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
 
 
 def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
-    """Read a model of ours: a ``.ckpt`` of a run or a ``.safetensors`` file.
+    """Read a model of rexnet_lit: a ``.ckpt`` of a run or a ``.safetensors`` file.
 
     Args:
         path: The file.
-        key: What the user gave it as, for the errors.
+        key: The setting that names it, for the errors.
 
     Raises:
-        UserError: It is missing, damaged, unsafe, of a newer format, or not ours.
+        UserError: It is missing, damaged, unsafe, of a newer format, or not of rexnet_lit.
     """
     file = _local_file(path, key)
     if file.suffix == ".safetensors":
         state, description = _read_safetensors(file)
         if description is None:
             raise UserError(
-                f"{file}: no model of ours (its metadata says nothing of it); to start from these weights, "
+                f"{file}: not a model of rexnet_lit (no description in its metadata); to start from these weights, "
                 "use fit with model.weights"
             )
         return Model(file, ModelSpec.from_json(description, str(file)), state, _run_data(file))
@@ -218,19 +213,19 @@ def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
     tensors, prefix = content.get("state_dict"), "network."
     pairs = tensors.items() if isinstance(tensors, dict) else ()
     state = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
-    if not state or not all(isinstance(t, Tensor) and _is_plain(t) for t in state.values()):
+    if not state or not all(map(_is_dense_tensor, state.values())):
         raise UserError(f"{file}: it holds no weights of a network; use another checkpoint of the run")
     return Model(file, spec, state, data)
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Say whether a tensor is dense and in memory, as all of ours are."""
-    odd = tensor.is_nested or tensor.is_quantized or tensor.layout is not torch.strided
-    return not odd and tensor.device.type == "cpu"
+def _is_dense_tensor(value: object) -> bool:
+    if not isinstance(value, Tensor) or value.is_nested or value.is_quantized:
+        return False
+    return value.layout is torch.strided and value.device.type == "cpu"
 
 
 def _run_data(file: Path) -> DataRecord:
-    """Return what the run folder around a shared model file says of the dataset; nothing where there is none."""
+    """Return the dataset that the run folder of a shared model file was trained on, if it is in one."""
     for name in ("last.ckpt", "best.ckpt"):
         with contextlib.suppress(UserError, OSError):
             path = str(file.parent / "checkpoints" / name)
@@ -239,11 +234,7 @@ def _run_data(file: Path) -> DataRecord:
 
 
 def load_starting_weights(path: str) -> tuple[dict[str, Tensor], ModelSpec | None]:
-    """Read ``model.weights``: a timm state dict as ``.safetensors``, or a model of ours.
-
-    Returns:
-        The weights, and the description where the file is ours.
-    """
+    """Return the weights in ``model.weights``, and their description unless the file is a timm state dict."""
     file = _local_file(path, "model.weights")
     if file.suffix != ".safetensors":
         model = load_model(file, "model.weights")

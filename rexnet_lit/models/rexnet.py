@@ -1,7 +1,7 @@
 """The network: timm's ReXNet with a replaceable head, in plain PyTorch.
 
-The network *is* timm's model: its state dict with a linear head is timm's own, so weights travel both ways. Only
-``head.fc``, the last layer, is replaced. To add a head, write a function and name it in `HEADS`.
+With a linear head its state dict is timm's own, so weights can be exchanged both ways. Only ``head.fc``, the last
+layer, is replaced (`models.heads`).
 
 Source: Han et al., "Rethinking Channel Dimensions for Efficient Model Design" (arXiv:2007.00992), and timm's
 ``rexnet.py``.
@@ -50,12 +50,12 @@ def build_network(
     save_memory_traffic(network)
     for block in network.features:
         if getattr(block, "use_shortcut", False):
-            # At first it passes on what it is given (Goyal et al., "Accurate, Large Minibatch SGD", 2017). Measured in
-            # tests/benchmarks/recipe.md: what scratch trainings gain most by.
+            # Start as the identity (Goyal et al., "Accurate, Large Minibatch SGD", 2017): the largest gain of trainings
+            # from scratch in tests/benchmarks/recipe.md.
             nn.init.zeros_(block.conv_pwl.bn.weight)
     network.head.fc = HEADS[head.name](network.head_hidden_size, num_classes, head)
     last = next(m for m in reversed(list(network.head.fc.modules())) if isinstance(m, nn.Linear))
-    # timm draws this layer for 1,000 classes: for ten, the first loss is three times that of guessing.
+    # timm initialises this layer for 1,000 classes: for ten, the first loss would be three times that of chance.
     nn.init.trunc_normal_(last.weight, std=0.01)
     if last.bias is not None:
         nn.init.zeros_(last.bias)
@@ -71,7 +71,7 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
 def match_memory_format(images: Tensor, network: nn.Module) -> Tensor:
     """Return images (B, 3, H, W) in the memory format of the network's weights.
 
-    torch would compute in channels_last if either were, and a GPU would turn the weights round in each step.
+    If only one were in channels_last, a GPU would convert the weights in each step.
     """
     stem = next(network.parameters())  # (C, 3, 3, 3)
     last = stem.is_contiguous(memory_format=torch.channels_last)
@@ -79,9 +79,9 @@ def match_memory_format(images: Tensor, network: nn.Module) -> Tensor:
 
 
 def fuse_batchnorm(network: nn.Module) -> nn.Module:
-    """Return a copy for inference, each BatchNorm folded into the convolution before it: a quarter less time on a CPU.
+    """Return a copy for inference, with each BatchNorm folded into its convolution: a quarter less time on a CPU.
 
-    Its outputs are ``network``'s in eval mode but for rounding.
+    Its outputs are those of ``network`` in eval mode, except for rounding.
     """
     copied = copy.deepcopy(network).eval().requires_grad_(False)
     for block in list(copied.modules()):
@@ -95,6 +95,6 @@ def fuse_batchnorm(network: nn.Module) -> nn.Module:
 
 
 def classify(network: nn.Module, features: Tensor) -> Tensor:
-    """Return the logits (B, K) of what `embed` returned, with the head's dropout while training."""
+    """Return the logits (B, K) of features (B, C), with the head's dropout in training mode."""
     head = cast(Any, network).head
     return cast(Tensor, head.fc(head.drop(features)))

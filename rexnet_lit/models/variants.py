@@ -1,4 +1,4 @@
-"""The ReXNet variants that timm has: names, published weights, preprocessing."""
+"""timm's ReXNet variants: names, published weights, preprocessing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import torch
 from rexnet_lit.data.settings import EvalRecipe
 from rexnet_lit.utils.errors import UserError, did_you_mean
 
-# Top-1 in percent at 224 and 288 px: timm's results/results-imagenet.csv.
+_FAMILIES = ["rexnet_*", "rexnetr_*"]
+
+# Top-1 in percent at 224 and 288 px: timm's results/results-imagenet.csv, which is not in its wheel.
 _TOP1 = {
     "rexnet_100.nav_in1k": "77.862",
     "rexnet_130.nav_in1k": "79.492",
@@ -25,11 +27,11 @@ _TOP1 = {
 
 
 def check_backbone(backbone: str) -> None:
-    """Raise `UserError` with the nearest names unless ``backbone`` is a ReXNet of timm, with or without a tag."""
-    names = timm.list_models(["rexnet_*", "rexnetr_*"])
-    tagged = timm.list_models(["rexnet_*", "rexnetr_*"], include_tags=True)
-    if backbone not in names and backbone not in tagged:
-        near = did_you_mean(backbone, [*names, *tagged]) or f"; known: {', '.join(names)}"
+    """Raise `UserError` unless ``backbone`` is a ReXNet of timm, with or without a tag."""
+    names = timm.list_models(_FAMILIES)
+    known = [*names, *timm.list_models(_FAMILIES, include_tags=True)]
+    if backbone not in known:
+        near = did_you_mean(backbone, known) or f"; known: {', '.join(names)}"
         raise UserError(f"model.backbone: no ReXNet is named {backbone!r}{near}")
 
 
@@ -44,7 +46,7 @@ def eval_recipe(backbone: str, image_size: int | None = None) -> EvalRecipe:
 
     Args:
         backbone: timm's name; its ``pretrained_cfg`` decides.
-        image_size: Height and width in pixels; None for the weights' own test size.
+        image_size: Height and width in pixels; by default the test size of the weights.
     """
     cfg = published_config(backbone)
     test_size = (cfg.test_input_size or cfg.input_size)[-1]
@@ -101,8 +103,8 @@ def variants() -> list[Variant]:
     from torch.utils.flop_counter import FlopCounterMode
 
     rows = []
-    tagged = timm.list_pretrained(["rexnet_*", "rexnetr_*"])
-    for name in sorted(timm.list_models(["rexnet_*", "rexnetr_*"]), key=lambda n: re.split(r"_", n)):
+    tagged = timm.list_pretrained(_FAMILIES)
+    for name in sorted(timm.list_models(_FAMILIES), key=lambda n: re.split(r"_", n)):
         with torch.device("meta"):  # shapes only: no memory, no arithmetic
             network: Any = timm.create_model(name).eval()
             image = torch.empty(1, 3, 224, 224)

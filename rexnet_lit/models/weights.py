@@ -1,4 +1,4 @@
-"""Loading weights into a network: a state dict, a file, timm's published weights."""
+"""Loading weights into a network: a state dict, or timm's published weights."""
 
 from __future__ import annotations
 
@@ -19,19 +19,22 @@ from rexnet_lit.models.variants import published_config
 from rexnet_lit.utils.errors import UserError
 
 
-def matching_rows(theirs: Sequence[str], ours: Sequence[str]) -> dict[int, int]:
-    """Return which of our classes is which of theirs, by name: ``golden_retriever`` is "Golden Retriever, ..."."""
+def matching_rows(source: Sequence[str], target: Sequence[str]) -> dict[int, int]:
+    """Map the index of each target class to that of the source class with the same name or synonym.
+
+    Case and punctuation do not matter: ``golden_retriever`` matches "Golden Retriever, ...".
+    """
 
     def plain(name: str) -> str:
         return re.sub(r"[\W_]+", " ", name.casefold()).strip()
 
-    rows = {plain(synonym): row for row, name in reversed([*enumerate(theirs)]) for synonym in name.split(",")}
-    rows |= {plain(name): row for row, name in enumerate(theirs)}
-    return {row: rows[plain(name)] for row, name in enumerate(ours) if plain(name) in rows}
+    rows = {plain(synonym): row for row, name in reversed([*enumerate(source)]) for synonym in name.split(",")}
+    rows |= {plain(name): row for row, name in enumerate(source)}
+    return {row: rows[plain(name)] for row, name in enumerate(target) if plain(name) in rows}
 
 
 def describe_mismatch(own: Mapping[str, Tensor], state: Mapping[str, Any]) -> str:
-    """Count what keeps ``state`` from being loaded as ``own``; an empty string where nothing does."""
+    """Describe why ``state`` cannot be loaded as ``own``; an empty string if it can."""
     missing, unknown = sorted(own.keys() - state.keys()), sorted(map(str, state.keys() - own.keys()))
     other = sorted(k for k in own.keys() & state.keys() if getattr(state[k], "shape", None) != own[k].shape)
     if not (missing or unknown or other):
@@ -50,14 +53,14 @@ def load_weights(
     keep_head: bool = True,
     rows: Mapping[int, int] | None = None,
 ) -> bool:
-    """Copy ``state`` into ``network``; a head of another shape is left as it was built.
+    """Load ``state`` into ``network``; a head of another shape is left as it was built.
 
     Args:
         network: What `build_network` returned.
         state: A timm or rexnet_lit state dict.
         where: The file it came from, for the errors.
-        keep_head: Whether the head is wanted too where it fits.
-        rows: Where it is not taken over: which of its rows to take for our classes, ours to theirs (`matching_rows`).
+        keep_head: Whether to load the head too if it fits.
+        rows: The rows to copy from a head that is not loaded (`matching_rows`).
 
     Returns:
         Whether the head was loaded.
@@ -76,10 +79,10 @@ def load_weights(
     own_head = {k: v.shape for k, v in own.items() if k.startswith("head.fc.")}
     fits = keep_head and {k: v.shape for k, v in head.items()} == own_head
     network.load_state_dict({**given, **head} if fits else given, strict=fits)
-    if not fits and rows and head.keys() == own_head.keys():  # of another kind of head no row is of use
+    if not fits and rows and head.keys() == own_head.keys():  # rows of another kind of head do not fit
         with torch.no_grad():
-            last = list(own_head)[-1].rpartition(".")[0]  # of an mlp, the layers before it are kept whole
-            for name in own_head:  # these share the network's memory
+            last = list(own_head)[-1].rpartition(".")[0]  # of an mlp, the layers before it are copied whole
+            for name in own_head:  # these tensors share the network's memory
                 if name.rpartition(".")[0] == last:
                     own[name][list(rows)] = head[name][list(rows.values())].to(own[name].dtype)
                 else:
@@ -90,12 +93,12 @@ def load_weights(
 def load_pretrained(
     network: nn.Module, backbone: str, *, keep_head: bool = False, rows: Mapping[int, int] | None = None
 ) -> None:
-    """Load timm's published weights from the local hub cache, or else from the hub; the head as in `load_weights`.
+    """Load timm's published weights from the local hub cache or the hub; for the head see `load_weights`.
 
-    Only ``model.safetensors`` is ever read, so nothing is unpickled.
+    Only ``model.safetensors`` is read, so nothing is unpickled.
 
     Raises:
-        UserError: The variant has no published weights, or they can be had neither here nor there.
+        UserError: There are no published weights, or they are neither in the cache nor can be downloaded.
     """
     cfg = published_config(backbone)
     if not cfg.hf_hub_id:
@@ -115,24 +118,24 @@ def load_pretrained(
 
 
 def _hub_file(cfg: Any, backbone: str) -> str:
-    """Return the local path of a variant's weights, downloading them when they are not in the cache."""
+    """Return the local path of a variant's weights; download them if they are not in the cache."""
     from huggingface_hub import constants, hf_hub_download, try_to_load_from_cache
 
     repository, _, revision = cfg.hf_hub_id.partition("@")
     if repository.endswith("/"):
         repository += f"{cfg.architecture}.{cfg.tag}"
-    wanted = {"repo_id": repository, "filename": "model.safetensors", "revision": revision or None}
-    # Not hf_hub_download(local_files_only=True): it asks the hub who we are, and waits 3 s where there is no network.
-    cached = try_to_load_from_cache(**wanted)
+    file = {"repo_id": repository, "filename": "model.safetensors", "revision": revision or None}
+    # Not hf_hub_download(local_files_only=True): it sends a request, and waits 3 s without a network.
+    cached = try_to_load_from_cache(**file)
     if isinstance(cached, str):
         return cached
     try:
         if not urllib.request.getproxies():  # fail at once, not after half a minute of retries
             socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
-        return str(hf_hub_download(**wanted))
-    except Exception as error:  # the hub's client raises dozens of kinds; all mean the same to the user
+        return str(hf_hub_download(**file))
+    except Exception as error:  # the hub's client raises dozens of kinds
         raise UserError(
-            f"model.pretrained: the weights of {backbone} are neither in the local cache nor to be had from the "
-            f"hub ({type(error).__name__}); either run once with a network (or copy the cache folder here), or set "
+            f"model.pretrained: the weights of {backbone} are neither in the local cache nor available from "
+            f"the hub ({type(error).__name__}); either run once with a network (or copy the cache folder here), or set "
             "model.weights to a local .safetensors file, or model.pretrained to false to train from scratch"
         ) from None
