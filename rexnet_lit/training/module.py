@@ -25,7 +25,7 @@ from rexnet_lit.models import checkpoint, rexnet, variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.models.weights import load_weights
-from rexnet_lit.training import checkpoint_io, freezing, frozen_features, optim, schedules, start, sync_batchnorm
+from rexnet_lit.training import freezing, frozen_features, optim, plugins, schedules, start
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.logistic_head import LogisticHead, fit_logistic_head
 from rexnet_lit.training.losses import LossSettings, build_loss
@@ -148,8 +148,7 @@ class RexNetModule(pl.LightningModule):
     def setup(self, stage: str) -> None:
         """Take over the data's class names, choose the memory format, and prepare the loss and the strategy."""
         strategy = self.trainer.strategy
-        checkpoint_io.install(strategy)
-        sync_batchnorm.install(strategy)
+        plugins.install(strategy)
         names = tuple(getattr(any_datamodule(self.trainer), "class_names", None) or ())
         if stage != "predict" and names and names != self.spec.class_names:  # prediction needs no targets
             self.spec, self._numbered = start.adopt_classes(self.spec, names, self._numbered), False

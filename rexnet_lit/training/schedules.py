@@ -117,23 +117,16 @@ def lr_factor(settings: ScheduleSettings, step: int, total_steps: int, steps_per
 
 @dataclasses.dataclass
 class Plateau:
-    """The factor of ``plateau``: the only schedule with a state, in plain numbers that a checkpoint keeps.
-
-    Args:
-        warmup: Steps of the warm-up.
-        gamma: Factor of each drop.
-        patience: Validations without a lower loss before a drop.
-        factor: The product of the drops so far.
-        best: Lowest validation loss so far.
-        bad: Validations since then.
-    """
+    """The factor of ``plateau``: the only schedule with a state, in plain numbers that a checkpoint keeps."""
 
     warmup: int
     gamma: float
     patience: int
     factor: float = 1.0
+    """The product of the drops so far."""
     best: float = math.inf
     bad: int = 0
+    """Validations since the best one."""
 
     @classmethod
     def start(cls, settings: ScheduleSettings, total_steps: int, steps_per_epoch: float) -> Plateau:

@@ -15,7 +15,7 @@ from rexnet_lit.models import checkpoint, predictor, rexnet, variants, weights
 from rexnet_lit.models.blocks import save_memory_traffic
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
-from rexnet_lit.training.sync_batchnorm import TimmSyncBatchNorm
+from rexnet_lit.training.plugins import TimmSyncBatchNorm
 from rexnet_lit.utils.errors import UserError
 
 # Parameters with 1000 classes, and the pooled features' width: timm's, as listed in shared/features.md.
