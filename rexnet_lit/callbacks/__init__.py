@@ -1,4 +1,4 @@
-"""What happens around training, on Lightning's hooks: checkpoints, logs, console output, reports.
+"""What happens around training, as Lightning callbacks: checkpoints, logs, console output, the test report.
 
 May import `training`, `models`, `data`, `report` and `utils`.
 """

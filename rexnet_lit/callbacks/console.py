@@ -1,7 +1,4 @@
-"""What happens around training: the run folder's files, the lines on the screen, the report, the predictions.
-
-Everything here hangs on Lightning's hooks and writes on the first process only.
-"""
+"""What a fit prints: a line per epoch, and a summary at the end."""
 
 from __future__ import annotations
 
@@ -20,28 +17,25 @@ from rexnet_lit.callbacks.checkpoint import find_model_checkpoint, stopped_early
 from rexnet_lit.callbacks.weight_selection import WeightSelection
 from rexnet_lit.data.datamodule import find_datamodule
 
+SHOWN_METRICS = tuple(
+    f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "top1", "top5", "macro_f1", "ece")
+)
+
+
+def main_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics to show, the most important first."""
+    return {name: float(metrics[name]) for name in SHOWN_METRICS if name in metrics}
+
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
-    """Print names and values in two columns, alike in a terminal and in a log file."""
+    """Print names and values in two columns, the same in a terminal and in a log file."""
     rows = list(rows)
     width = max(len(name) for name, _ in rows)
     print("\n".join([title, *(f"  {name:<{width}}  {value}" for name, value in rows)]), flush=True)  # noqa: T201
 
 
-def main_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics worth showing, the most important first."""
-    return {name: float(metrics[name]) for name in SHOWN_METRICS if name in metrics}
-
-
-SHOWN_METRICS = tuple(
-    f"{stage}/{name}"
-    for stage in ("train", "val", "test")
-    for name in ("loss", "top1", "top5", "macro_f1", "ece")
-)  # fmt: skip
-
-
 class ConsoleSummary(Callback):
-    """Says how each epoch went, and at the end of a fit where everything is.
+    """Prints the metrics of each epoch, and at the end of a fit those of the model, the files and the next command.
 
     Args:
         lines: Print a line per epoch, for a log file; a terminal has a progress bar.
@@ -54,16 +48,14 @@ class ConsoleSummary(Callback):
         self._best: dict[str, float] = {}
         self._best_epoch = -1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the time: a run that is resumed within an epoch does not start that epoch."""
-        self.on_train_epoch_start(trainer, pl_module)
-
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Note the time: the epoch's first batch is loaded after this."""
+        """Start the clock: the first batch of the epoch is loaded after this."""
         self._start, self._images, self._validated = time.monotonic(), 0, False
 
+    on_train_start = on_train_epoch_start  # a run that is resumed within an epoch does not start that epoch
+
     def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Remember the best figures; there may be several validations in an epoch."""
+        """Keep the best metrics; there may be several validations in an epoch."""
         if trainer.sanity_checking:
             return
         self._validated = True
@@ -78,13 +70,13 @@ class ConsoleSummary(Callback):
         self._trained = time.monotonic()
 
     def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Print the epoch's figures."""
+        """Print the metrics of the epoch."""
         values = main_metrics(trainer.callback_metrics)
-        if not self._validated:  # they would be an earlier epoch's
+        if not self._validated:  # they are those of an earlier epoch
             values = {name: value for name, value in values.items() if not name.startswith("val/")}
         if self._best_epoch in (trainer.current_epoch, -1):
-            self._best = {**self._best, **{k: v for k, v in values.items() if k.startswith("train/")}}
-        if self._lines and trainer.is_global_zero and values:  # a run resumed where its epoch ended has none
+            self._best |= {name: value for name, value in values.items() if name.startswith("train/")}
+        if self._lines and trainer.is_global_zero and values:  # none in a run that is resumed at the end of an epoch
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             end = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
             took = f"{time.monotonic() - self._start:.1f} s"
@@ -93,47 +85,48 @@ class ConsoleSummary(Callback):
             print(f"epoch {trainer.current_epoch + 1}{end}  {shown}  ({took})", flush=True)  # noqa: T201
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the best epoch so far, for a resumed run's summary."""
+        """Return the best epoch so far, for the summary of a resumed run."""
         return {"best": self._best, "best_epoch": self._best_epoch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take the best epoch of the run that is resumed."""
+        """Restore the best epoch of the run that is resumed."""
         self._best, self._best_epoch = dict(state_dict["best"]), int(state_dict["best_epoch"])
 
+    @rank_zero_only
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say which epoch was best, where the files are, and what to type next."""
+        """Print the summary."""
         saver = find_model_checkpoint(trainer)
         if saver is None and not getattr(trainer, "fast_dev_run", False):
-            rank_zero_only(print)("Fit finished. Nothing was saved: trainer.enable_checkpointing is false.", flush=True)
+            print("Fit finished. Nothing was saved: trainer.enable_checkpointing is false.", flush=True)  # noqa: T201
         saved = (saver.best_model_path or saver.last_model_path) if saver is not None else ""
         model = Path(saved).parent.parent / "model.safetensors"
-        if not trainer.is_global_zero or not saved or not model.is_file():
+        if not saved or not model.is_file():
             return
-        data = find_datamodule(trainer)
-        command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
-        ends: list[Any] = [c for c in trainer.callbacks if isinstance(c, WeightSelection | Calibrate)]  # type: ignore[attr-defined]
-        kept = next((c.kept for c in ends if isinstance(c, WeightSelection)), "")
-        shown = {} if kept else self._best  # the training loss is of other weights
+        ends = [c for c in trainer.callbacks if isinstance(c, WeightSelection | Calibrate)]  # type: ignore[attr-defined]
+        selected = next((c.kept for c in ends if isinstance(c, WeightSelection)), "")
+        metrics: dict[str, Any] = {} if selected else dict(self._best)  # the training loss is of other weights
         for end in ends:
-            shown = {**shown, **end.metrics}
-        timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
-        title = "Fit finished"
-        if stopped_early(trainer):
-            title += " by EarlyStopping"
-        elif any((timer.time_remaining() or 0) < 0 for timer in timers):
-            title += " by trainer.max_time"
-        if kept:
-            title += f". Instead of the best epoch: {kept}"
-        elif self._best_epoch >= 0:
-            title += f". Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
-        else:
-            title += ", without a validation"
-        print_table(
-            title,
-            [
-                *((name, f"{value:.4f}") for name, value in main_metrics(shown).items()),
-                ("run folder", str(model.parent)),
-                ("model", str(model)),
-                ("next", f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"),
-            ],
-        )
+            metrics |= end.metrics
+        rows = [(name, f"{value:.4f}") for name, value in main_metrics(metrics).items()]
+        rows += [("run folder", str(model.parent)), ("model", str(model)), ("next", _next_command(trainer, model))]
+        print_table(f"Fit finished{_why_ended(trainer)}{self._which_weights(trainer, selected)}", rows)
+
+    def _which_weights(self, trainer: pl.Trainer, selected: str) -> str:
+        if selected:
+            return f". Selected weights: {selected}"
+        if self._best_epoch >= 0:
+            return f". Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
+        return ", without a validation"
+
+
+def _why_ended(trainer: pl.Trainer) -> str:
+    timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
+    if stopped_early(trainer):
+        return " by EarlyStopping"
+    return " by trainer.max_time" if any((timer.time_remaining() or 0) < 0 for timer in timers) else ""
+
+
+def _next_command(trainer: pl.Trainer, model: Path) -> str:
+    data = find_datamodule(trainer)
+    command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
+    return f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"

@@ -1,9 +1,13 @@
-"""What happens once, at the end of training, with the weights that were saved."""
+"""What happens once, when training ends, to the weights that were saved."""
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
 import lightning.pytorch as pl
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from torch import Tensor
 
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint, find_model_checkpoint
 from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
@@ -11,24 +15,41 @@ from rexnet_lit.training.module import RexNetModule
 
 
 class EndOfTraining(Callback):
-    """Does something with what a run has saved, once, when its training ends."""
+    """Calls `finish` once, when the training of a run ends."""
 
     def finish(
         self, trainer: pl.Trainer, pl_module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
     ) -> None:
-        """Do it, on all processes."""
+        """Do the work, in all processes."""
         raise NotImplementedError
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do it where model, data and saver are such as we know."""
+        """Finish, unless the model or the data are of a user's own class, or nothing is saved."""
         saver, data = find_model_checkpoint(trainer), find_datamodule(trainer)
         if isinstance(saver, RunCheckpoint):
             saver.end_training(trainer)
-        if isinstance(pl_module, RexNetModule) and isinstance(data, ImageFolderDataModule) and saver is not None:
+        if isinstance(pl_module, RexNetModule) and data is not None and saver is not None:
             self.finish(trainer, pl_module, data, saver)
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Do it for a run that was killed after its last epoch, and resumed: there is no training to end."""
+        """Finish a run that was killed after its last epoch, and resumed: it trains no more."""
         if isinstance(pl_module, RexNetModule) and not pl_module.started:
-            pl_module.to(trainer.strategy.root_device)  # whence Lightning has taken it
+            pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             self.on_train_end(trainer, pl_module)
+
+
+def copy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a copy of weights that further training does not change."""
+    return {name: tensor.detach().clone() for name, tensor in state.items()}
+
+
+@contextlib.contextmanager
+def network_restored(pl_module: RexNetModule) -> Iterator[None]:
+    """Put the module in eval mode, and afterwards restore its mode and the weights of its network."""
+    weights, training = copy_state(pl_module.network.state_dict()), pl_module.training
+    pl_module.eval()
+    try:
+        yield
+    finally:
+        pl_module.network.load_state_dict(weights)
+        pl_module.train(training)

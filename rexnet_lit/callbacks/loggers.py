@@ -1,4 +1,4 @@
-"""The run's logs: TensorBoard and ``metrics.csv``. A log that cannot be written ends no training."""
+"""The logs of a run: TensorBoard and ``metrics.csv``. A log that cannot be written does not stop the training."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ from torch import Tensor
 from rexnet_lit.utils.files import atomic_write
 
 
-def _forgiving(method: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a logger's method say once what the system refuses, and go on."""
+def _warn_on_failure(method: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a logger's method warn once when the log cannot be written, instead of raising."""
 
     @functools.wraps(method)
     def guarded(self: Any, *args: Any, **kwargs: Any) -> Any:
         try:
             return method(self, *args, **kwargs)
-        except (OSError, ValueError) as raised:  # Lightning takes any fault of TensorBoard's for a wrong value
+        except (OSError, ValueError) as raised:  # Lightning reraises any error of TensorBoard as a ValueError
             error = raised if isinstance(raised, OSError) else raised.__cause__
             if not isinstance(error, OSError):
                 raise
             if not getattr(self, "_has_failed", False):
                 self._has_failed = True
+                what = f"{type(self).__name__}: the log in {self.log_dir} cannot be written"
                 reason = error.strerror or type(error).__name__
-                what = f"{type(self).__name__}'s log in {self.log_dir}"
-                warnings.warn(f"{what} cannot be written ({reason}); training goes on without it", stacklevel=2)
+                warnings.warn(f"{what} ({reason}); training continues without it", stacklevel=2)
 
     return guarded
 
@@ -41,19 +41,19 @@ def _forgiving(method: Callable[..., Any]) -> Callable[..., Any]:
 class RunTensorBoardLogger(TensorBoardLogger):
     """TensorBoard's event files."""
 
-    log_metrics = _forgiving(TensorBoardLogger.log_metrics)
-    log_hyperparams = _forgiving(TensorBoardLogger.log_hyperparams)
-    save = _forgiving(TensorBoardLogger.save)
-    finalize = _forgiving(TensorBoardLogger.finalize)
+    log_metrics = _warn_on_failure(TensorBoardLogger.log_metrics)
+    log_hyperparams = _warn_on_failure(TensorBoardLogger.log_hyperparams)
+    save = _warn_on_failure(TensorBoardLogger.save)
+    finalize = _warn_on_failure(TensorBoardLogger.finalize)
 
-    def _draw(self, tag: str, image: Tensor, step: int) -> None:
+    @_warn_on_failure
+    def add_image(self, tag: str, image: Tensor, step: int) -> None:
+        """Log an image (3, H, W)."""
         self.experiment.add_image(tag, image, step)
-
-    add_image = _forgiving(_draw)
 
 
 class RunCSVLogger(CSVLogger):
-    """``metrics.csv``, on the disk at once, which a resumed run carries on.
+    """``metrics.csv``, written at every step; a resumed run appends to it.
 
     Args:
         root: The folder that holds ``lightning_logs/``.
@@ -65,37 +65,37 @@ class RunCSVLogger(CSVLogger):
         super().__init__(root, version=version, flush_logs_every_n_steps=1)
         self._keep = keep
 
-    log_metrics = _forgiving(CSVLogger.log_metrics)
-    save = _forgiving(CSVLogger.save)
-    finalize = _forgiving(CSVLogger.finalize)
+    log_metrics = _warn_on_failure(CSVLogger.log_metrics)
+    save = _warn_on_failure(CSVLogger.save)
+    finalize = _warn_on_failure(CSVLogger.finalize)
 
     @property
     @rank_zero_experiment
     def experiment(self) -> _Rows:
-        """What writes the rows; made when the first is due."""
+        """What writes the rows."""
         if self._experiment is None:
             self._experiment = _Rows(self.log_dir, self._keep)
         return self._experiment  # type: ignore[return-value]
 
 
 class _Rows(ExperimentWriter):
-    """Rows behind those of an existing file, which Lightning's own would delete; cut back when the first is due."""
+    """Appends to an existing file, which Lightning's would delete; drops its rows from step ``keep`` on."""
 
     def __init__(self, folder: str, keep: int) -> None:
         super().__init__(folder)
         self._keep: int | None = keep
 
     def _check_log_dir_exists(self) -> None:
-        """Leave what is there."""
+        """Keep what is there."""
 
     def log_metrics(self, metrics_dict: dict[str, float], step: int | None = None) -> None:
-        """Take a row."""
+        """Add a row; before the first one, drop those that are logged again."""
         if self._keep is not None:
-            self._cut_back(Path(self.metrics_file_path), self._keep)
+            self._drop_rows(Path(self.metrics_file_path), self._keep)
             self._keep = None
         super().log_metrics(metrics_dict, step)
 
-    def _cut_back(self, path: Path, keep: int) -> None:
+    def _drop_rows(self, path: Path, keep: int) -> None:
         if not path.is_file():
             return
         with path.open(encoding="utf-8", newline="") as file:

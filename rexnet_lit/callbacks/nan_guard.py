@@ -1,7 +1,7 @@
-"""Losses that are no numbers: they end a run, with the batch's files named.
+"""Stops a run whose loss is NaN or infinite, and names the images of the batch.
 
-A broken picture, a rate that is too high or 16 bits that overflow make them; trained on, they would end in a model that
-says nothing, successfully.
+A broken image, a learning rate that is too high or a 16-bit overflow can cause it. Training would go on and end with a
+useless model, without an error.
 """
 
 from __future__ import annotations
@@ -19,16 +19,21 @@ from rexnet_lit.callbacks.checkpoint import find_model_checkpoint
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.utils.errors import UserError
 
+_REMEDY = "set a smaller model.optimizer.lr or a longer model.schedule.warmup_epochs, or trainer.gradient_clip_val: 1.0"
+
+_LEAST_SCALE = 2.0**-10
+"""The scale of the loss, 2^16 at first, at which no smaller one will help."""
+
 
 class NaNGuard(Callback):
-    """Ends a run whose loss is no number, before it reaches the weights (on a GPU: within ten steps) or a file.
+    """Stops a run with a NaN or infinite loss before it reaches the weights (on a GPU: within ten steps) or a file.
 
-    Under ``16-mixed`` a step whose gradients overflow is skipped, and the loss's scale halved: such steps are counted,
-    and a scale that has lost all its reserve ends the run.
+    Under ``16-mixed`` a step whose gradients overflow is skipped, and the scale of the loss halved. Such steps are
+    counted, and a scale that has become too small stops the run.
     """
 
     def __init__(self) -> None:
-        self._unseen: list[tuple[int, int, Tensor | None, Tensor]] = []
+        self._unchecked: list[tuple[int, int, Tensor | None, Tensor]] = []
         """Epoch, batch, indices of the images, and loss of the steps since the last check."""
         self._indices: Tensor | None = None
         self._steps = 0
@@ -45,7 +50,7 @@ class NaNGuard(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
-        if scaler is None or self._steps % 10:  # looking waits for the GPU
+        if scaler is None or self._steps % 10:  # reading the scale waits for the GPU
             return
         before, self._scale = self._scale, float(scaler.get_scale())
         if before is not None and self._scale < before:
@@ -58,46 +63,35 @@ class NaNGuard(Callback):
             )
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Say how many steps were skipped."""
+        """Print how many steps were skipped."""
         if self._skipped:
             rank_zero_only(print)(f"note: {self._skipped} steps were skipped because 16-bit gradients overflowed")
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
-        """Look at the loss; on a GPU, where looking waits for the step, now and then."""
+        """Check the loss; on a GPU, where that waits for the step, ten at a time."""
         batch = trainer.fit_loop.epoch_loop.batch_idx
-        self._unseen.append((trainer.current_epoch, batch, self._indices, loss.detach()))
+        self._unchecked.append((trainer.current_epoch, batch, self._indices, loss.detach()))
         self._steps += 1
         if loss.device.type == "cpu" or self._steps % 10 == 0:
-            self._look(trainer)
+            self._check(trainer)
 
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Look before anything is written, at the weights too: a finite loss may have had other gradients."""
-        self._look(trainer)
+        """Check before anything is written, the weights too: a finite loss can have infinite gradients."""
+        self._check(trainer)
         bad = [name for name, p in pl_module.named_parameters() if not bool(torch.isfinite(p).all())]
         if bad:
-            raise UserError(
-                f"{len(bad)} tensors of the model are no numbers any more (such as {bad[0]}) in epoch "
-                f"{trainer.current_epoch + 1}; {_REMEDY}; {_what_is_saved(trainer)}"
-            )
+            where = f"{len(bad)} tensors of the model (such as {bad[0]}) in epoch {trainer.current_epoch + 1}"
+            raise UserError(f"NaN or infinite values in {where}; {_REMEDY}; {_what_is_saved(trainer)}")
 
-    def _look(self, trainer: pl.Trainer) -> None:
-        seen, self._unseen = self._unseen, []
-        finite = torch.isfinite(torch.stack([loss for *_, loss in seen])).tolist() if seen else []
-        if all(finite):
-            return
-        epoch, batch, indices, loss = seen[finite.index(False)]
-        raise UserError(
-            f"the loss is {float(loss):g} at epoch {epoch + 1}, batch {batch + 1}"
-            f"{_files(trainer, indices)}; {_REMEDY}; {_what_is_saved(trainer)}"
-        )
-
-
-_REMEDY = "set a smaller model.optimizer.lr or a longer model.schedule.warmup_epochs, or trainer.gradient_clip_val: 1.0"
-
-_LEAST_SCALE = 2.0**-10
-"""Where torch's scale of the loss, 2^16 at first, shows that no scale will do."""
+    def _check(self, trainer: pl.Trainer) -> None:
+        steps, self._unchecked = self._unchecked, []
+        finite = torch.isfinite(torch.stack([loss for *_, loss in steps])).tolist() if steps else []
+        if not all(finite):
+            epoch, batch, indices, loss = steps[finite.index(False)]
+            where = f"epoch {epoch + 1}, batch {batch + 1}{_image_names(trainer, indices)}"
+            raise UserError(f"the loss is {float(loss):g} at {where}; {_REMEDY}; {_what_is_saved(trainer)}")
 
 
 def _what_is_saved(trainer: pl.Trainer) -> str:
@@ -105,7 +99,7 @@ def _what_is_saved(trainer: pl.Trainer) -> str:
     return "the last checkpoint is from before" if saver and saver.last_model_path else "nothing was saved yet"
 
 
-def _files(trainer: pl.Trainer, indices: Tensor | None) -> str:
+def _image_names(trainer: pl.Trainer, indices: Tensor | None) -> str:
     """Return the names of a training batch's images, where the batch has their indices."""
     data = find_datamodule(trainer)
     if data is None or indices is None:

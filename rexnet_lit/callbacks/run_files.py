@@ -1,4 +1,4 @@
-"""The files of a run folder: split.csv, quarantine.csv, model.safetensors."""
+"""The files of a run folder: split.csv, quarantine.csv and model.safetensors; and TensorBoard's sample images."""
 
 from __future__ import annotations
 
@@ -25,15 +25,10 @@ class RunFiles(Callback):
     """Writes ``split.csv``, ``quarantine.csv`` and ``model.safetensors`` into the run folder."""
 
     def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write down who is in which split, where the folders do not say, and which files were left out."""
-        data, log_dir = find_datamodule(trainer), trainer.log_dir  # log_dir is agreed on by all processes
-        if (
-            data is None
-            or data.folder is None
-            or log_dir is None
-            or getattr(trainer, "fast_dev_run", False)
-            or not trainer.is_global_zero
-        ):
+        """Record the split, where folders do not determine it, and the files that were left out."""
+        data, log_dir = find_datamodule(trainer), trainer.log_dir  # all processes agree on log_dir
+        dry_run = getattr(trainer, "fast_dev_run", False)
+        if data is None or data.folder is None or log_dir is None or dry_run or not trainer.is_global_zero:
             return
         Path(log_dir).mkdir(parents=True, exist_ok=True)
         if data.folder.pooled:
@@ -45,8 +40,8 @@ class RunFiles(Callback):
             print(f"left out as unreadable: {many}, listed in {target}", flush=True)  # noqa: T201
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Write the best weights, with the model's description, as the file to share; list files lost meanwhile."""
-        self._ship(trainer, pl_module)
+        """Write the model; list the files that became unreadable during the run."""
+        self._write_model(trainer)
         data = find_datamodule(trainer)
         if data is None or trainer.log_dir is None or not trainer.is_global_zero:
             return
@@ -55,24 +50,24 @@ class RunFiles(Callback):
             target = Path(trainer.log_dir) / "quarantine.csv"
             verify.write_quarantine([*data.bad_files, *lost], target)
             many = plural(len(lost), "image was", "images were")
-            print(f"{many} lost during the run, others of the class stood in: {target}", flush=True)  # noqa: T201
+            print(f"{many} lost during the run and replaced by others of the class: {target}", flush=True)  # noqa: T201
 
     def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Ship what a run that was killed after its last save has not."""
+        """Write the model of a run that was killed after its last save."""
         if isinstance(pl_module, RexNetModule) and not pl_module.started:
-            rank_zero_only(print)("Nothing was left to train: the checkpoint is of the run's end.")
-            self._ship(trainer, pl_module)
+            rank_zero_only(print)("Nothing was left to train: the checkpoint is from the end of the run.")
+            self._write_model(trainer)
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Ship what there is when the run is stopped early; what stopped it is told, not what this may meet."""
+        """Write the best model so far when the run is stopped; its own errors must not hide what stopped the run."""
         if trainer.state.fn == "fit":
             with contextlib.suppress(OSError, UserError):
-                self._ship(trainer, pl_module)
+                self._write_model(trainer)
 
     @rank_zero_only
-    def _ship(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def _write_model(self, trainer: pl.Trainer) -> None:
+        """Write the best weights (without a validation, the last ones) with the model's description."""
         saver = find_model_checkpoint(trainer)
-        # Without validation nothing is best, and the last weights are what there is.
         best = saver.best_model_path or saver.last_model_path if saver is not None else ""
         if best and Path(best).is_file():
             model = checkpoint.load_model(best)
@@ -80,11 +75,11 @@ class RunFiles(Callback):
 
 
 class AugmentedSamples(Callback):
-    """Shows TensorBoard what the first epoch's augmentation makes of 16 training images."""
+    """Shows 16 training images in TensorBoard, augmented as in the first epoch."""
 
     @rank_zero_only
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Draw them."""
+        """Log them."""
         data = find_datamodule(trainer)
         boards = [logger for logger in trainer.loggers if isinstance(logger, RunTensorBoardLogger)]
         if data is None or not boards:

@@ -25,12 +25,13 @@ from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit.callbacks.calibration import Calibrate
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint, StopOnSignal
+from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.callbacks.console import ConsoleSummary, main_metrics, print_table
 from rexnet_lit.callbacks.loggers import RunCSVLogger, RunTensorBoardLogger
 from rexnet_lit.callbacks.nan_guard import NaNGuard
 from rexnet_lit.callbacks.predictions import PredictionWriter
 from rexnet_lit.callbacks.run_files import AugmentedSamples, RunFiles
+from rexnet_lit.callbacks.signals import StopOnSignal
 from rexnet_lit.callbacks.test_report import TestReport
 from rexnet_lit.callbacks.weight_selection import WeightSelection
 from rexnet_lit.cli import run_folder, trainer_checks

@@ -1,4 +1,4 @@
-"""A run's folder, ``lightning_logs/version_N``: claimed by one process, held while it trains, found again."""
+"""The folder of a run, ``lightning_logs/version_N``: created for one process, locked while it trains, found later."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
 
 from rexnet_lit.models import checkpoint
 from rexnet_lit.utils.errors import UserError
@@ -15,11 +14,8 @@ from rexnet_lit.utils.files import check_writable
 
 try:
     import fcntl
-except ImportError:  # Windows; nothing is locked there
+except ImportError:  # Windows, where nothing is locked
     fcntl = None  # type: ignore[assignment]
-
-
-_LOCK = ".lock"
 
 
 def run_folder_of(model: Path) -> Path | None:
@@ -36,7 +32,7 @@ def run_number(folder: Path) -> int:
 
 
 def claim(root: Path) -> Path:
-    """Make a new run folder below ``root``; of runs that start at once, each gets its own."""
+    """Make a new run folder below ``root``; runs that start at the same time each get their own."""
     runs = root / "lightning_logs"
     check_writable("trainer.default_root_dir", runs / "version_0")
     found = runs.iterdir() if runs.is_dir() else ()
@@ -54,50 +50,35 @@ def claim(root: Path) -> Path:
 
 @contextlib.contextmanager
 def lock(folder: Path) -> Iterator[None]:
-    """Let no other process train in a run folder meanwhile, where the file system has locks.
+    """Keep other processes from training in a run folder, where the file system has locks.
 
-    The lock is the process's own: its children do not inherit it, and the kernel drops it however the process ends.
+    The lock belongs to this process alone, unlike one of flock(2), which the workers of its loader would inherit: a new
+    run may start as soon as this one has ended, even when it was killed.
 
     Raises:
         UserError: Another process trains there.
     """
-    path = folder / _LOCK
+    path = folder / ".lock"
     with contextlib.ExitStack() as stack:
-        with contextlib.suppress(OSError):  # not for us to say: what the run cannot write, it will say itself
-            try:
-                stack.enter_context(_locked(path))
-            except BlockingIOError:
-                raise UserError(
-                    f"{folder}: another process is training in this run folder; wait for it, stop it, or leave "
-                    "--ckpt_path out to start a new run"
-                ) from None
+        try:
+            file = stack.enter_context(path.open("w", encoding="utf-8"))
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if not os.fstat(file.fileno()).st_nlink:  # the run that held the lock has just ended and removed the file
+                raise BlockingIOError
             stack.callback(path.unlink, missing_ok=True)
+        except BlockingIOError:
+            raise UserError(
+                f"{folder}: another process is training in this run folder; wait for it, stop it, or leave "
+                "--ckpt_path out to start a new run"
+            ) from None
+        except OSError:  # no locks here, or a folder that cannot be written, which the run reports itself
+            pass
         yield
 
 
-def _locked(path: Path) -> TextIO:
-    """Open a file and lock it; not one that its holder has removed in between.
-
-    Raises:
-        BlockingIOError: Another process holds the lock.
-    """
-    while True:
-        file = path.open("w", encoding="utf-8")
-        try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.path.samestat(os.fstat(file.fileno()), path.stat()):
-                return file
-        except FileNotFoundError:
-            pass
-        except OSError:
-            file.close()
-            raise
-        file.close()
-
-
 def remove_if_empty(folder: Path) -> None:
-    """Remove a claimed folder of a run that has written nothing, but for TensorBoard's file, which comes first."""
+    """Remove the folder of a run that has written nothing but TensorBoard's file, which comes first."""
     with contextlib.suppress(OSError):
         files = list(folder.iterdir())
         if all(file.name.startswith("events.out.tfevents.") for file in files):
@@ -111,19 +92,15 @@ def find_last_checkpoint(root: Path) -> tuple[Path, list[str]]:
     """Find the newest checkpoint that can be resumed, in the run folders below ``root``.
 
     Returns:
-        The ``last.ckpt`` (or the generation before it), and why newer files were passed over, a line each.
+        The ``last.ckpt`` (or the generation before it), and a line for each newer file that was skipped.
 
     Raises:
         UserError: There is none.
     """
     runs = root / "lightning_logs"
-    found = sorted(
-        (file for name in ("last.ckpt", checkpoint.PREVIOUS) for file in runs.glob(f"version_*/checkpoints/{name}")),
-        key=lambda file: file.stat().st_mtime_ns,
-        reverse=True,
-    )
+    found = [file for name in ("last.ckpt", checkpoint.PREVIOUS) for file in runs.glob(f"version_*/checkpoints/{name}")]
     skipped: list[str] = []
-    for file in found:
+    for file in sorted(found, key=lambda file: file.stat().st_mtime_ns, reverse=True):
         try:
             checkpoint.read_record(checkpoint.read_ckpt(str(file)), str(file))
         except UserError as error:

@@ -188,7 +188,7 @@ def test_told_while_it_blends(cwd, trouble, code):
     assert fit(cwd, *settings).code == 0
     done = fit(cwd, *settings, trouble=(trouble, 6))
     assert done.code == code
-    assert "stopped after the last epoch; go on with: python -m rexnet_lit fit" in done.out
+    assert "stopped after the last epoch; resume with: python -m rexnet_lit fit" in done.out
     done = fit(cwd, *settings, "--ckpt_path", run_folder(cwd, 1) / "checkpoints" / "last.ckpt")
     assert "Nothing was left to train" in done.out
     whole, resumed = (checkpoint.load_model(run_folder(cwd, n) / "model.safetensors").state for n in (0, 1))
@@ -198,7 +198,7 @@ def test_told_while_it_blends(cwd, trouble, code):
 def test_told_in_the_last_epoch(whole, cwd):
     done = fit(cwd, trouble=("term in validation", STEPS))
     assert done.code == 143
-    assert "stopped by SIGTERM after batch 6 of 6 of epoch 3; go on with" in done.out
+    assert "stopped by SIGTERM after batch 6 of 6 of epoch 3; resume with" in done.out
     done = fit(cwd, "--ckpt_path", "last")
     assert "Nothing was left to train" in done.out
     assert (run_folder(cwd) / "model.safetensors").is_file()
@@ -238,7 +238,7 @@ def test_a_run_that_stopped_early_stays_so(cwd):
     (run_folder(cwd) / "model.safetensors").unlink()
     done = fit(cwd, *settings, "--ckpt_path", "last")
     assert done.code == 0, done.out
-    assert "EarlyStopping has told this run to end" in done.out
+    assert "EarlyStopping has ended this run" in done.out
     assert differing(before, weights(cwd)) == []
     assert (run_folder(cwd) / "model.safetensors").is_file()
 
@@ -267,7 +267,7 @@ def test_a_validation_within_an_accumulated_step(whole, cwd):
     assert fit(cwd, *settings).code == 0
     best = run_folder(cwd, 1) / "checkpoints" / "best.ckpt"
     failed(
-        fit(cwd, *settings, "--ckpt_path", best), "was saved amid a step of accumulated batches", "last.ckpt beside it"
+        fit(cwd, *settings, "--ckpt_path", best), "was saved within a step of accumulated batches", "last.ckpt beside it"
     )
 
 
@@ -380,7 +380,7 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(whole_run, cwd, trouble, co
     assert where in done.out
     assert "Traceback" not in done.out
     config, last = re.search(
-        r"go on with: python -m rexnet_lit fit --config (\S+) --ckpt_path (\S+)$", done.out, re.M
+        r"resume with: python -m rexnet_lit fit --config (\S+) --ckpt_path (\S+)$", done.out, re.M
     ).groups()
     assert (cwd / config).is_file()
     assert checkpoint.read_ckpt(str(cwd / last))["global_step"] == int(where.split()[3]) + 6
@@ -423,7 +423,7 @@ def test_told_where_each_step_is_validated(whole, cwd):
 
 def test_the_command_that_it_prints_goes_on(whole, cwd):
     done = fit(cwd, trouble=("term", 8))
-    command = done.out.rpartition("go on with: python -m rexnet_lit ")[2].split()
+    command = done.out.rpartition("resume with: python -m rexnet_lit ")[2].split()
     done = command_line(cwd, *command)
     assert done.code == 0, done.out
     assert differing(weights(cwd), whole()) == []
@@ -448,7 +448,7 @@ def test_told_in_another_run(run):
 def test_told_where_python_drops_it(cwd):
     done = fit(cwd, "--data.num_workers", 1, trouble=("term in a fork", 0))
     assert done.code == 143, done.out
-    assert "SIGTERM after batch 1 of 6 of epoch 1; go on with" in done.out
+    assert "SIGTERM after batch 1 of 6 of epoch 1; resume with" in done.out
 
 
 def test_a_lost_screen_ends_no_training(whole, cwd):
@@ -518,8 +518,8 @@ def test_logs_that_cannot_be_written_end_no_training(whole, cwd):
     done = fit(cwd, trouble=("no room for logs", 7))
     assert done.code == 0, done.out
     for name in ("RunTensorBoardLogger", "RunCSVLogger"):
-        assert done.out.count(f"{name}'s log in ") == 1
-    assert "cannot be written (No space left on device); training goes on without it" in done.out
+        assert done.out.count(f"{name}: the log in ") == 1
+    assert "cannot be written (No space left on device); training continues without it" in done.out
     assert differing(weights(cwd), whole()) == []
     with (run_folder(cwd) / "metrics.csv").open() as file:  # what was written before is still there
         assert [row for row in csv.DictReader(file) if row["val/loss"]]
@@ -633,20 +633,22 @@ def test_a_lock_that_was_removed_is_none(tmp_path):
     with run_folders.lock(tmp_path):
         assert not os.path.samestat(os.fstat(orphan.fileno()), lock.stat())
     orphan.close()
-    opened = []
 
-    class Removed(type(tmp_path)):
-        def open(self, *args, **kwargs):
-            file = super().open(*args, **kwargs)
-            if not opened:
-                lock.unlink()  # by the holder that was
-            opened.append(file)
-            return file
 
-    file = run_folders._locked(Removed(lock))
-    assert len(opened) == 2
-    assert os.path.samestat(os.fstat(file.fileno()), lock.stat())
-    file.close()
+def test_a_lock_file_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch):
+    """Its holder has ended after this process opened the file, and before it locks it."""
+
+    def remove_then_lock(file, operation):
+        (tmp_path / ".lock").unlink()
+        lockf(file, operation)
+
+    lockf = run_folders.fcntl.lockf
+    monkeypatch.setattr(run_folders.fcntl, "lockf", remove_then_lock)
+    with pytest.raises(UserError, match="another process is training"), run_folders.lock(tmp_path):
+        pass
+    monkeypatch.undo()
+    with run_folders.lock(tmp_path):
+        assert (tmp_path / ".lock").is_file()
 
 
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
@@ -920,7 +922,7 @@ def test_a62_a68_a_signal_to_one_of_two_processes_ends_both(cwd, number, rank, s
     assert not Path(f"/proc/{child}").exists()
     if number == 15:
         assert code == 143
-        assert re.search(r"stopped by SIGTERM after batch \d+ of \d+ of epoch \d+; go on with", text)
+        assert re.search(r"stopped by SIGTERM after batch \d+ of \d+ of epoch \d+; resume with", text)
         checkpoint.read_ckpt(str(run_folder(cwd) / "checkpoints" / "last.ckpt"))
     else:  # it misses the other, or Lightning, which looks every five seconds, does
         assert code in ((-9,) if rank == 0 else (2, -9)), text

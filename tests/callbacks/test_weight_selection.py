@@ -44,15 +44,15 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     module, best, last = fit(tmp_path, shapes, weights=weights, optimizer={"lr": 5.0})
     out = capsys.readouterr().out
     found = re.search(
-        r"(\S+) for the given weights, (\S+) for the last epoch; kept, for its loss: (.+) \((\S+)\)\.", out
+        r"(\S+) for the starting weights, (\S+) for the last epoch; selected: (.+) \((\S+)\), lowest val loss\.", out
     )
     start, end, kept, chosen = found.groups()
     assert float(chosen) > float(end) < float(start)
-    summary = out.partition("Instead of the best epoch: ")[2]
+    summary = out.partition("Fit finished. Selected weights: ")[2]
     assert summary.startswith(kept)
     assert float(re.search(r"val/top1 +(\S+)", summary)[1]) == pytest.approx(float(chosen), abs=5e-4)
-    ends = {"the given weights": 0, "the last epoch with a solved head": 100}
-    share = ends[kept] if kept in ends else float(kept.removesuffix("% of the way from these to the last"))
+    ends = {"the starting weights": 0, "the last epoch with a solved head": 100}
+    share = ends[kept] if kept in ends else float(kept.removesuffix("% of the way from the starting weights to the last epoch"))
     for name, begun in module.start.items():
         if name.startswith("head.fc") or not begun.is_floating_point():
             continue
@@ -64,7 +64,7 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
 def test_from_scratch_the_last_epoch_may_be_better_than_the_best(tmp_path, shapes, capsys):
     saver = saver_of_the_worst()
     _, best, last = fit(tmp_path, shapes, saver, epochs=12, head="mlp", optimizer={"lr": 0.004})
-    assert "kept, for its loss: the last epoch" in capsys.readouterr().out
+    assert "selected: the last epoch" in capsys.readouterr().out
     assert float(saver.best_model_score) < 1
     for name, tensor in best.items():
         assert torch.equal(tensor, last[name])
@@ -74,7 +74,7 @@ def test_from_scratch_a_solved_head_may_be_better_than_the_learned_one(tmp_path,
     module, best, last = fit(tmp_path, shapes, epochs=4)
     out = capsys.readouterr().out
     end, chosen = re.search(
-        r"(\S+) for the last epoch; kept, for its loss: .+ with a solved head \((\S+)\)", out
+        r"(\S+) for the last epoch; selected: .+ with a solved head \((\S+)\)", out
     ).groups()
     assert float(chosen) >= float(end)
     assert module.start is None
@@ -91,8 +91,8 @@ def test_a_best_epoch_that_may_be_luck_is_told(tmp_path, shapes, capsys, monkeyp
     monkeypatch.setattr("rexnet_lit.training.module.RexNetModule.logits", lambda self, features: next(found))
     fit(tmp_path, shapes, saver_of_the_worst(), epochs=6, head="cosine")
     out = capsys.readouterr().out
-    assert "kept: the last epoch (0.917), for the lower loss of the best epoch may be luck." in out
-    assert "Fit finished. Instead of the best epoch: the last epoch\n" in out
+    assert "selected: the last epoch (0.917), the lower val loss of the best epoch may be chance." in out
+    assert "Fit finished. Selected weights: the last epoch\n" in out
 
 
 def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys, monkeypatch):
@@ -106,13 +106,13 @@ def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys
             "rexnet_lit.training.module.RexNetModule.logits", lambda self, features, found=found: next(found)
         )
         fit(tmp_path / str(calibrate), shapes, saver_of_the_worst(), epochs=6, head="mlp", calibrate=calibrate)
-        kept = re.search("kept.*: (.*) \\(", capsys.readouterr().out)[1]
+        kept = re.search("selected: (.*) \\(", capsys.readouterr().out)[1]
         assert kept == ("the last epoch" if calibrate else "the best epoch")
 
 
 def test_one_epoch_of_another_head_is_compared_with_nothing(tmp_path, shapes, capsys):
     fit(tmp_path, shapes, head="mlp")
-    assert "Blend" not in capsys.readouterr().out
+    assert "Weight selection" not in capsys.readouterr().out
 
 
 def test_other_starting_weights_are_another_run(weights, tmp_path):

@@ -583,7 +583,7 @@ def test_a24_a29_copies_and_images_lost_in_a_run_are_said(tmp_path, capsys, monk
     with pytest.warns(UserWarning, match="can no longer be read"):
         assert main.main([*map(str, fit), "--data.num_workers", "0", "--data.cache", "none"]) == 0
     out = capsys.readouterr().out
-    assert "1 image was lost during the run, others of the class stood in" in out
+    assert "1 image was lost during the run" in out
     for where in ("splits", "classes"):  # A24
         assert f"warning: 2 images stand with the same content in several {where}: " in out
     reason = "No such file or directory"

@@ -74,7 +74,7 @@ def test_the_last_layer_is_divided(head, layer, shapes, tmp_path, capsys):
     ratios = last[f"{layer}.weight"] / best[f"{layer}.weight"]
     assert float(ratios.std()) < 1e-5
     out = capsys.readouterr().out
-    assert f"logits divided by {float(ratios.mean()):.2f};" in out
+    assert f"temperature {float(ratios.mean()):.2f};" in out
     now = re.search(r"ece \S+ -> (\d\.\d+)", out)[1]
     summary = out.partition("Fit finished")[2]
     assert float(re.search(r"val/ece +(\S+)", summary)[1]) == pytest.approx(float(now), abs=6e-4)
@@ -89,7 +89,7 @@ def test_the_last_layer_is_divided(head, layer, shapes, tmp_path, capsys):
 
 def test_half_precision(shapes, tmp_path, capsys):
     _, best, last = fit(tmp_path, shapes, "bf16-true", strategy={"blend": True})
-    assert "Calibrated: logits divided by" in capsys.readouterr().out
+    assert "Calibrated: temperature" in capsys.readouterr().out
     assert not torch.equal(best["head.fc.weight"], last["head.fc.weight"])
 
 
@@ -98,7 +98,7 @@ def test_a_loss_that_rises_is_explained(sure, told, shapes, tmp_path, capsys, mo
     right = sure * torch.eye(3).repeat_interleave(4, dim=0)
     monkeypatch.setattr("rexnet_lit.training.module.RexNetModule.logits", lambda self, features: right)
     fit(tmp_path, shapes)
-    assert ("12 validation images are too few to be so sure" in capsys.readouterr().out) is told
+    assert ("12 validation images are too few for such confidence" in capsys.readouterr().out) is told
 
 
 def test_weights_that_know_nothing_are_left_alone(shapes, tmp_path, capsys, monkeypatch):
@@ -116,7 +116,7 @@ def test_a_rewritten_best_is_not_resumed_from(shapes, tmp_path):
         enable_checkpointing=True,
         callbacks=[ConsoleSummary(lines=False), RunCheckpoint()],
     )
-    with pytest.raises(UserError, match=r"go on with the last\.ckpt beside it"):
+    with pytest.raises(UserError, match=r"resume the last\.ckpt beside it"):
         trainer.fit(module, data_of(shapes), ckpt_path=next(tmp_path.rglob("best.ckpt")))
 
 

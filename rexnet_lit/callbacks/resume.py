@@ -1,0 +1,98 @@
+"""What an exact resume depends on: recorded in each checkpoint, and compared before a run is resumed.
+
+A checkpoint holds no random state, because there is none: order, augmentation and dropout are functions of (seed,
+epoch, position). So a run that is resumed from ``last.ckpt`` ends with the weights of one that was never interrupted,
+bit for bit on a CPU, unless something that decides the weights has changed.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import lightning.pytorch as pl
+from lightning.pytorch.utilities import rank_zero_only
+
+from rexnet_lit.data.datamodule import ImageFolderDataModule, run_seed
+from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.utils.errors import UserError
+
+REPLACED = "rexnet_lit_rewritten"
+"""Marks a ``best.ckpt`` whose weights were replaced when its run ended."""
+
+_CONDITIONS, _LENGTH = "rexnet_lit_run", "rexnet_lit_run_length"
+_ABSENT = "not recorded"
+_FIXED = ("model.optimizer.", "model.ema", "model.schedule.name")
+"""Settings whose state a resume takes from the checkpoint: changing them would have no effect, or fail."""
+
+
+def record(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, str]:
+    """Return what a checkpoint records of its run."""
+    conditions = _conditions(trainer, module, data)
+    return {_CONDITIONS: json.dumps(conditions, default=str), _LENGTH: json.dumps(_length(trainer))}
+
+
+def refuse_changes(trainer: pl.Trainer, module: pl.LightningModule, data: Any, content: Any, accept: bool) -> None:
+    """Compare a run with the one that wrote a checkpoint's ``content``; ``accept`` what a resume can follow.
+
+    Raises:
+        UserError: Settings or images have changed, all of which are named, or the checkpoint cannot be resumed exactly.
+    """
+    then = json.loads(content.get(_CONDITIONS, "{}"))
+    now = json.loads(json.dumps(_conditions(trainer, module, data), default=str))
+    changed = [name for name in now if then.get(name, _ABSENT) != now[name]]
+    fixed = [name for name in changed if name.startswith(_FIXED) and name in then]
+    refused = fixed + [name for name in changed if name not in fixed and not accept]
+    if not refused:
+        _refuse_inexact(trainer, content)
+        return
+    named = "; ".join(f"{name} ({then.get(name, _ABSENT)} then, {now[name]} now)" for name in refused[:8])
+    more = f" and {len(refused) - 8} more" if len(refused) > 8 else ""
+    remedy = "or resume with --accept_changes true"
+    if fixed:
+        remedy = "(the run folder's config.yaml has them), or start a new run from its weights with model.weights"
+    raise UserError(f"ckpt_path: these have changed since the checkpoint: {named}{more}; set them back {remedy}")
+
+
+def _refuse_inexact(trainer: pl.Trainer, content: Any) -> None:
+    batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+    if content.get(REPLACED):
+        why = "holds the weights that were selected and calibrated when its run ended, not those of an epoch"
+    elif batches["current"]["processed"] % trainer.accumulate_grad_batches and not batches["is_last_batch"]:
+        why = "was saved within a step of accumulated batches, without their gradients"
+    else:
+        return
+    remedy = "resume the last.ckpt beside it, or start a new run from it with model.weights"
+    raise UserError(f"ckpt_path: this best.ckpt {why}; {remedy}")
+
+
+def print_length_changes(trainer: pl.Trainer, content: Any) -> None:
+    """Say that a run is made longer or shorter, which a user may do."""
+    then = json.loads(content.get(_LENGTH, "{}"))
+    for key, now in _length(trainer).items():
+        if then.get(key, now) != now:
+            rank_zero_only(print)(f"note: trainer.{key} was {then[key]} and is {now}: the schedule changes with it")
+
+
+def _length(trainer: pl.Trainer) -> dict[str, int | None]:
+    return {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
+
+
+def _conditions(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, Any]:
+    """Return, by setting, what decides the weights of a run."""
+    keys = ["accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches"]
+    settings: dict[str, Any] = {}
+    if isinstance(module, RexNetModule):
+        settings |= {f"model.{key}": value for key, value in module.settings().items()}
+        if module.schedule_settings.name == "plateau":  # what is validated, and when, decides the learning rate
+            keys += ["check_val_every_n_epoch", "val_check_interval", "limit_val_batches"]
+    if isinstance(data, ImageFolderDataModule):
+        settings |= {f"data.{key}": value for key, value in data.settings().items()} | data.fingerprints()
+    return {
+        "seed_everything": run_seed(),
+        "processes": trainer.world_size,
+        **{f"trainer.{key}": getattr(trainer, key) for key in keys},
+        "trainer.precision": trainer.precision,
+        "trainer.sync_batchnorm": getattr(trainer.strategy, "_layer_sync", None) is not None,
+        **settings,
+    }
