@@ -11,8 +11,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
@@ -36,36 +36,36 @@ class Calibrate(EndOfTraining):
         """The validation metrics of the calibrated model."""
 
     def finish(
-        self, trainer: pl.Trainer, pl_module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
+        self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
     ) -> None:
         """Fit the temperature of the best weights, and save them divided by it."""
-        if not pl_module.calibrate or pl_module.spec.num_classes == 1:
+        if not module.calibrate or module.spec.num_classes == 1:
             return
         if not saver.best_model_path:
             message = "Not calibrated: no validated weights were saved."
-        elif not pl_module.calibrates:
+        elif not module.calibrates:
             message = "Not calibrated: a cosine head has a temperature of its own."
         else:
-            message = self._calibrate(trainer, pl_module, data, Path(saver.best_model_path))
+            message = self._calibrate(trainer, module, data, Path(saver.best_model_path))
         rank_zero_only(print)(message, flush=True)
 
-    def _calibrate(self, trainer: pl.Trainer, pl_module: RexNetModule, data: ImageFolderDataModule, path: Path) -> str:
+    def _calibrate(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, path: Path) -> str:
         best = checkpoint.load_model(path).state if trainer.is_global_zero else None
         best = trainer.strategy.broadcast(best)
         assert best is not None  # noqa: S101 (for the type checker)
-        with network_restored(pl_module):
-            pl_module.network.load_state_dict(best)
-            features = data.compute_features("val", pl_module.embedder())[0]
-            logits = pl_module.logits(features)
+        with network_restored(module):
+            module.network.load_state_dict(best)
+            features = data.compute_features("val", module.embedder())[0]
+            logits = module.logits(features)
         targets = torch.from_numpy(data.splits()["val"].targets)
         temperature, _ = fit_temperature(logits, targets)
         if abs(math.log10(temperature)) > LARGEST_FACTOR - 0.01:
             return "Not calibrated: on the validation images these weights do no better than chance."
         if trainer.is_global_zero and temperature != 1:
-            last = [name for name, part in pl_module.network.named_modules() if isinstance(part, nn.Linear)][-1]
+            last = [name for name, part in module.network.named_modules() if isinstance(part, nn.Linear)][-1]
             scaled = {f"network.{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")}
             replace_weights(path, scaled)
-        before, self.metrics = (pl_module.measure(scores, targets) for scores in (logits, logits / temperature))
+        before, self.metrics = (module.measure(scores, targets) for scores in (logits, logits / temperature))
         changes = (f"{key} {before[f'val/{key}']:.3f} -> {self.metrics[f'val/{key}']:.3f}" for key in ("loss", "ece"))
         message = f"Calibrated: temperature {temperature:.2f}; val {', '.join(changes)}"
         if self.metrics["val/loss"] > before["val/loss"]:

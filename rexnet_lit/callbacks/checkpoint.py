@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -50,7 +50,7 @@ class RunCheckpoint(ModelCheckpoint):
         """The best checkpoint, while it holds the present weights."""
         self._validated = -1
 
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the temporary files of a save that was killed, and handle the signals."""
         if trainer.is_global_zero and self.dirpath:
             for temporary in Path(self.dirpath).glob(".*.ckpt.*"):
@@ -58,7 +58,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._signals.install(trainer)
 
     def on_train_batch_end(  # noqa: D102
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # A checkpoint does not hold the gradients of half a step.
         if _is_dry_run(trainer) or trainer.is_last_batch or (batch_idx + 1) % trainer.accumulate_grad_batches:
@@ -69,7 +69,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
             self._stop = self._signals.stop(trainer)
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Within an epoch, save the best weights, and the last ones when it is time; its end saves both anyway."""
         self._validated = trainer.global_step
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.is_last_batch or _is_dry_run(trainer):
@@ -80,7 +80,7 @@ class RunCheckpoint(ModelCheckpoint):
             self._save_last(trainer)
         self._new_best = None  # the next step changes the weights
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save the last weights, and the best ones if this epoch has validated them."""
         if _is_dry_run(trainer):
             return
@@ -98,7 +98,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     on_train_batch_start = on_train_epoch_start = on_validation_start = _raise_stop
 
-    def end_training(self, trainer: pl.Trainer) -> None:
+    def end_training(self, trainer: Trainer) -> None:
         """Stop if a signal has come in the last epoch; from now on, signals stop the run at once.
 
         Raises:
@@ -108,7 +108,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._stop = self._stop or self._signals.stop(trainer)
         self._raise_stop()
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Take the last weights for the best ones if none were validated."""
         if _is_dry_run(trainer):
             return
@@ -119,18 +119,18 @@ class RunCheckpoint(ModelCheckpoint):
             best.unlink(missing_ok=True)
             link_or_copy(last, best, best)
 
-    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the signal handlers."""
         self._signals.uninstall()
 
     def _is_time(self) -> bool:
         return time.monotonic() - self._saved > self._every
 
-    def _is_due(self, trainer: pl.Trainer, here: bool) -> bool:
+    def _is_due(self, trainer: Trainer, here: bool) -> bool:
         """Return whether a save is due in any process: all save together."""
         return trainer.strategy.reduce_boolean_decision(here, all=False)
 
-    def _save_checkpoint(self, trainer: pl.Trainer, filepath: str) -> None:
+    def _save_checkpoint(self, trainer: Trainer, filepath: str) -> None:
         """Write a checkpoint, or link to the best one if that was just written with the same content."""
         best, self._new_best = self._new_best, None
         path = Path(filepath)
@@ -142,12 +142,12 @@ class RunCheckpoint(ModelCheckpoint):
             link_or_copy(best, path, path.with_name(checkpoint.PREVIOUS))
         trainer.strategy.barrier()
 
-    def _save_best(self, trainer: pl.Trainer) -> None:
+    def _save_best(self, trainer: Trainer) -> None:
         candidates = self._monitor_candidates(trainer)
         if self.monitor in candidates:
             self._save_topk_checkpoint(trainer, candidates)
 
-    def _save_last(self, trainer: pl.Trainer) -> None:
+    def _save_last(self, trainer: Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
         self._saved = time.monotonic()
 
@@ -161,31 +161,27 @@ class RunCheckpoint(ModelCheckpoint):
         command = ["python", "-m", "rexnet_lit", "fit", "--config", str(config), "--ckpt_path", str(last)]
         return f"resume with: {shlex.join(command)}"
 
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not train a resumed run that had stopped early."""
         if stopped_early(trainer):
             trainer.should_stop = True
             rank_zero_only(print)("note: EarlyStopping has ended this run; remove it from trainer.callbacks to resume")
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Record what an exact resume depends on."""
         checkpoint |= resume.record(trainer, pl_module, find_datamodule(trainer))
 
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a resume that would silently be another run; find the best weights so far."""
         self.refuse_changes(trainer, pl_module, find_datamodule(trainer), checkpoint)
         self._restore_best(trainer, checkpoint)
         resume.print_length_changes(trainer, checkpoint)
 
-    def refuse_changes(self, trainer: pl.Trainer, module: pl.LightningModule, data: Any, content: Any) -> None:
+    def refuse_changes(self, trainer: Trainer, module: LightningModule, data: Any, content: Any) -> None:
         """Compare a run with the one that wrote a checkpoint, see `resume.refuse_changes`."""
         resume.refuse_changes(trainer, module, data, content, self._accept_changes)
 
-    def _restore_best(self, trainer: pl.Trainer, content: dict[str, Any]) -> None:
+    def _restore_best(self, trainer: Trainer, content: dict[str, Any]) -> None:
         """Make a checkpoint's record of the best weights agree with the ``best.ckpt`` of the run folder.
 
         A user's own `ModelCheckpoint` writes before this one, so its file does not know the newest best; a checkpoint
@@ -219,20 +215,20 @@ def replace_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     checkpoint.write_ckpt({**content, resume.REPLACED: True}, path)
 
 
-def find_model_checkpoint(trainer: pl.Trainer) -> ModelCheckpoint | None:
+def find_model_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
     """Return the callback that keeps a run's best and last weights: a `RunCheckpoint` before any that a user added."""
     found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
     return next((c for c in found if isinstance(c, RunCheckpoint)), found[0] if found else None)
 
 
-def stopped_early(trainer: pl.Trainer) -> bool:
+def stopped_early(trainer: Trainer) -> bool:
     """Return whether EarlyStopping has ended the run."""
     early = [c for c in trainer.callbacks if isinstance(c, EarlyStopping)]  # type: ignore[attr-defined]
     return any(c.stopped_epoch or c.stopping_reason_message for c in early)
 
 
 @contextlib.contextmanager
-def _within_epoch(trainer: pl.Trainer) -> Iterator[None]:
+def _within_epoch(trainer: Trainer) -> Iterator[None]:
     """Save an epoch that ``max_steps`` cuts short as unfinished, which Lightning counts as done."""
     progress: Any = trainer.fit_loop.epoch_progress
     for count in (progress.current, progress.total):
@@ -244,5 +240,5 @@ def _within_epoch(trainer: pl.Trainer) -> Iterator[None]:
             count.processed += 1
 
 
-def _is_dry_run(trainer: pl.Trainer) -> bool:
+def _is_dry_run(trainer: Trainer) -> bool:
     return bool(trainer.fast_dev_run)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_only
 
@@ -48,13 +48,13 @@ class ConsoleSummary(Callback):
         self._best: dict[str, float] = {}
         self._best_epoch = -1
 
-    def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock: the first batch of the epoch is loaded after this."""
         self._start, self._images, self._validated = time.monotonic(), 0, False
 
     on_train_start = on_train_epoch_start  # a run that is resumed within an epoch does not start that epoch
 
-    def on_validation_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Keep the best metrics; there may be several validations in an epoch."""
         if trainer.sanity_checking:
             return
@@ -64,12 +64,12 @@ class ConsoleSummary(Callback):
             self._best, self._best_epoch = found, trainer.current_epoch
 
     def on_train_batch_end(  # noqa: D102
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._images += len(batch[1]) * trainer.world_size
         self._trained = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics of the epoch."""
         values = main_metrics(trainer.callback_metrics)
         if not self._validated:  # they are those of an earlier epoch
@@ -93,7 +93,7 @@ class ConsoleSummary(Callback):
         self._best, self._best_epoch = dict(state_dict["best"]), int(state_dict["best_epoch"])
 
     @rank_zero_only
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary."""
         saver = find_model_checkpoint(trainer)
         if saver is None and not getattr(trainer, "fast_dev_run", False):
@@ -111,7 +111,7 @@ class ConsoleSummary(Callback):
         rows += [("run folder", str(model.parent)), ("model", str(model)), ("next", _next_command(trainer, model))]
         print_table(f"Fit finished{_why_ended(trainer)}{self._which_weights(trainer, selected)}", rows)
 
-    def _which_weights(self, trainer: pl.Trainer, selected: str) -> str:
+    def _which_weights(self, trainer: Trainer, selected: str) -> str:
         if selected:
             return f". Selected weights: {selected}"
         if self._best_epoch >= 0:
@@ -119,14 +119,14 @@ class ConsoleSummary(Callback):
         return ", without a validation"
 
 
-def _why_ended(trainer: pl.Trainer) -> str:
+def _why_ended(trainer: Trainer) -> str:
     timers = [c for c in trainer.callbacks if isinstance(c, Timer)]  # type: ignore[attr-defined]
     if stopped_early(trainer):
         return " by EarlyStopping"
     return " by trainer.max_time" if any((timer.time_remaining() or 0) < 0 for timer in timers) else ""
 
 
-def _next_command(trainer: pl.Trainer, model: Path) -> str:
+def _next_command(trainer: Trainer, model: Path) -> str:
     data = find_datamodule(trainer)
     command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
     return f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"

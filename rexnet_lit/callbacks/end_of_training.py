@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 
@@ -18,12 +18,12 @@ class EndOfTraining(Callback):
     """Calls `finish` once, when the training of a run ends."""
 
     def finish(
-        self, trainer: pl.Trainer, pl_module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
+        self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
     ) -> None:
         """Do the work, in all processes."""
         raise NotImplementedError
 
-    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish, unless the model or the data are of a user's own class, or nothing is saved."""
         saver, data = find_model_checkpoint(trainer), find_datamodule(trainer)
         if isinstance(saver, RunCheckpoint):
@@ -31,7 +31,7 @@ class EndOfTraining(Callback):
         if isinstance(pl_module, RexNetModule) and data is not None and saver is not None:
             self.finish(trainer, pl_module, data, saver)
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish a run that was killed after its last epoch, and resumed: it trains no more."""
         if isinstance(pl_module, RexNetModule) and not pl_module.started:
             pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
@@ -44,12 +44,12 @@ def copy_state(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 @contextlib.contextmanager
-def network_restored(pl_module: RexNetModule) -> Iterator[None]:
+def network_restored(module: RexNetModule) -> Iterator[None]:
     """Put the module in eval mode, and afterwards restore its mode and the weights of its network."""
-    weights, training = copy_state(pl_module.network.state_dict()), pl_module.training
-    pl_module.eval()
+    weights, training = copy_state(module.network.state_dict()), module.training
+    module.eval()
     try:
         yield
     finally:
-        pl_module.network.load_state_dict(weights)
-        pl_module.train(training)
+        module.network.load_state_dict(weights)
+        module.train(training)

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from typing import Any
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -40,14 +40,12 @@ class NaNGuard(Callback):
         self._scale: float | None = None
         self._skipped = 0
 
-    def on_train_batch_start(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Remember which images the batch holds."""
         self._indices = batch[2] if isinstance(batch, list | tuple) and len(batch) > 2 else None
 
     def on_train_batch_end(  # noqa: D102
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is None or self._steps % 10:  # reading the scale waits for the GPU
@@ -62,12 +60,12 @@ class NaNGuard(Callback):
                 "or a smaller model.optimizer.lr"
             )
 
-    def on_fit_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print how many steps were skipped."""
         if self._skipped:
             rank_zero_only(print)(f"note: {self._skipped} steps were skipped because 16-bit gradients overflowed")
 
-    def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Check the loss; on a GPU, where that waits for the step, ten at a time."""
         batch = trainer.fit_loop.epoch_loop.batch_idx
         self._unchecked.append((trainer.current_epoch, batch, self._indices, loss.detach()))
@@ -75,9 +73,7 @@ class NaNGuard(Callback):
         if loss.device.type == "cpu" or self._steps % 10 == 0:
             self._check(trainer)
 
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Check before anything is written, the weights too: a finite loss can have infinite gradients."""
         self._check(trainer)
         bad = [name for name, p in pl_module.named_parameters() if not bool(torch.isfinite(p).all())]
@@ -85,7 +81,7 @@ class NaNGuard(Callback):
             where = f"{len(bad)} tensors of the model (such as {bad[0]}) in epoch {trainer.current_epoch + 1}"
             raise UserError(f"NaN or infinite values in {where}; {_REMEDY}; {_what_is_saved(trainer)}")
 
-    def _check(self, trainer: pl.Trainer) -> None:
+    def _check(self, trainer: Trainer) -> None:
         steps, self._unchecked = self._unchecked, []
         finite = torch.isfinite(torch.stack([loss for *_, loss in steps])).tolist() if steps else []
         if not all(finite):
@@ -94,12 +90,12 @@ class NaNGuard(Callback):
             raise UserError(f"the loss is {float(loss):g} at {where}; {_REMEDY}; {_what_is_saved(trainer)}")
 
 
-def _what_is_saved(trainer: pl.Trainer) -> str:
+def _what_is_saved(trainer: Trainer) -> str:
     saver = find_model_checkpoint(trainer)
     return "the last checkpoint is from before" if saver and saver.last_model_path else "nothing was saved yet"
 
 
-def _image_names(trainer: pl.Trainer, indices: Tensor | None) -> str:
+def _image_names(trainer: Trainer, indices: Tensor | None) -> str:
     """Return the names of a training batch's images, where the batch has their indices."""
     data = find_datamodule(trainer)
     if data is None or indices is None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule, run_seed
@@ -26,13 +26,13 @@ _FIXED = ("model.optimizer.", "model.ema", "model.schedule.name")
 """Settings whose state a resume takes from the checkpoint: changing them would have no effect, or fail."""
 
 
-def record(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, str]:
+def record(trainer: Trainer, module: LightningModule, data: Any) -> dict[str, str]:
     """Return what a checkpoint records of its run."""
     conditions = _conditions(trainer, module, data)
     return {_CONDITIONS: json.dumps(conditions, default=str), _LENGTH: json.dumps(_length(trainer))}
 
 
-def refuse_changes(trainer: pl.Trainer, module: pl.LightningModule, data: Any, content: Any, accept: bool) -> None:
+def refuse_changes(trainer: Trainer, module: LightningModule, data: Any, content: Any, accept: bool) -> None:
     """Compare a run with the one that wrote a checkpoint's ``content``; ``accept`` what a resume can follow.
 
     Raises:
@@ -54,7 +54,7 @@ def refuse_changes(trainer: pl.Trainer, module: pl.LightningModule, data: Any, c
     raise UserError(f"ckpt_path: these have changed since the checkpoint: {named}{more}; set them back {remedy}")
 
 
-def _refuse_inexact(trainer: pl.Trainer, content: Any) -> None:
+def _refuse_inexact(trainer: Trainer, content: Any) -> None:
     batches = content["loops"]["fit_loop"]["epoch_loop.batch_progress"]
     if content.get(REPLACED):
         why = "holds the weights that were selected and calibrated when its run ended, not those of an epoch"
@@ -66,7 +66,7 @@ def _refuse_inexact(trainer: pl.Trainer, content: Any) -> None:
     raise UserError(f"ckpt_path: this best.ckpt {why}; {remedy}")
 
 
-def print_length_changes(trainer: pl.Trainer, content: Any) -> None:
+def print_length_changes(trainer: Trainer, content: Any) -> None:
     """Say that a run is made longer or shorter, which a user may do."""
     then = json.loads(content.get(_LENGTH, "{}"))
     for key, now in _length(trainer).items():
@@ -74,11 +74,11 @@ def print_length_changes(trainer: pl.Trainer, content: Any) -> None:
             rank_zero_only(print)(f"note: trainer.{key} was {then[key]} and is {now}: the schedule changes with it")
 
 
-def _length(trainer: pl.Trainer) -> dict[str, int | None]:
+def _length(trainer: Trainer) -> dict[str, int | None]:
     return {"max_epochs": trainer.max_epochs, "max_steps": trainer.max_steps}
 
 
-def _conditions(trainer: pl.Trainer, module: pl.LightningModule, data: Any) -> dict[str, Any]:
+def _conditions(trainer: Trainer, module: LightningModule, data: Any) -> dict[str, Any]:
     """Return, by setting, what decides the weights of a run."""
     keys = ["accumulate_grad_batches", "gradient_clip_val", "gradient_clip_algorithm", "limit_train_batches"]
     settings: dict[str, Any] = {}

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
 
 from rexnet_lit.utils import process
@@ -30,7 +30,7 @@ class StopSignals:
         self.training_ended = False
         """Whether there is nothing left to save first: a signal stops the run at once."""
 
-    def install(self, trainer: pl.Trainer) -> None:
+    def install(self, trainer: Trainer) -> None:
         """Handle the signals, instead of Lightning, which would not save."""
         if threading.current_thread() is not threading.main_thread():
             return
@@ -59,7 +59,7 @@ class StopSignals:
             signal.signal(number, handler)
         self._replaced = {}
 
-    def stop(self, trainer: pl.Trainer) -> Stopped | None:
+    def stop(self, trainer: Trainer) -> Stopped | None:
         """Return what to raise when any process of the run has received a signal. All processes call this."""
         if not trainer.strategy.reduce_boolean_decision(self.received is not None, all=False):
             return None

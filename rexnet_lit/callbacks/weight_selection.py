@@ -19,8 +19,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import lightning.pytorch as pl
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
@@ -70,28 +70,28 @@ class WeightSelection(EndOfTraining):
         """The validation metrics of the selected weights, if there was a choice."""
 
     def finish(
-        self, trainer: pl.Trainer, pl_module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
+        self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
     ) -> None:
         """Compare the candidates on the validation images, and save the best."""
         # A user's own ModelCheckpoint may keep no last.ckpt.
-        if not pl_module.blends or not saver.best_model_path or not saver.last_model_path:
+        if not module.blends or not saver.best_model_path or not saver.last_model_path:
             return
         files = [Path(saver.best_model_path), Path(saver.last_model_path)]
         states = [checkpoint.load_model(file).state for file in files] if trainer.is_global_zero else []
         best, last = trainer.strategy.broadcast(states)
         line: dict[str, State] = {}
-        if pl_module.spec.head.name == "linear" and len(data.splits()["train"]) <= MAX_IMAGES:
-            start = pl_module.start
+        if module.spec.head.name == "linear" and len(data.splits()["train"]) <= MAX_IMAGES:
+            start = module.start
             line = {name: _interpolate(start, last, share) for share, name in SHARES.items()} if start else {}
             line[SHARES[1.0]] = last
         if not line and all(torch.equal(tensor, last[name]) for name, tensor in best.items()):
             return
-        with network_restored(pl_module):
-            candidates = _candidates(pl_module, data, best, last, line)
+        with network_restored(module):
+            candidates = _candidates(module, data, best, last, line)
             targets = torch.from_numpy(data.splits()["val"].targets)
-            scores = {name: _score(pl_module, *candidate, targets) for name, candidate in candidates.items()}
+            scores = {name: _score(module, *candidate, targets) for name, candidate in candidates.items()}
         chosen = _select(scores)
-        self.metrics = pl_module.measure(scores[chosen].logits, targets)
+        self.metrics = module.measure(scores[chosen].logits, targets)
         if chosen == "the best epoch":
             return
         self.kept = chosen
@@ -100,16 +100,16 @@ class WeightSelection(EndOfTraining):
 
 
 def _candidates(
-    pl_module: RexNetModule, data: ImageFolderDataModule, best: State, last: State, line: Mapping[str, State]
+    module: RexNetModule, data: ImageFolderDataModule, best: State, last: State, line: Mapping[str, State]
 ) -> dict[str, tuple[State, Tensor]]:
     """Return, by name, the weights of each candidate and its features of the validation images, (N, C).
 
     A head is solved for each of the weights in ``line``, of which those of the last epoch come last.
     """
-    network, embedders = pl_module.network, []
+    network, embedders = module.network, []
     for state in (*(line.values() or [last]), best):
         network.load_state_dict(state)
-        embedders.append(pl_module.embedder())
+        embedders.append(module.embedder())
     # One pass for all networks, because reading the images may take the longest.
     val = data.compute_features("val", _side_by_side(embedders))[0].chunk(len(embedders), dim=1)
     candidates = {"the best epoch": (best, val[-1]), "the last epoch": (last, val[-2])}
@@ -117,17 +117,17 @@ def _candidates(
         train = data.compute_features("train", _side_by_side(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
         for (name, state), features, val_features in zip(line.items(), train, val[:-1], strict=True):
             network.load_state_dict(state)
-            pl_module.solve(features, val_features)
+            module.solve(features, val_features)
             candidates[name] = copy_state(network.state_dict()), val_features
     return candidates
 
 
-def _score(pl_module: RexNetModule, state: State, features: Tensor, targets: Tensor) -> _Score:
-    pl_module.network.load_state_dict(state)
-    logits, weights = pl_module.logits(features), torch.from_numpy(pl_module.class_weights()).float()
+def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor) -> _Score:
+    module.network.load_state_dict(state)
+    logits, weights = module.logits(features), torch.from_numpy(module.class_weights()).float()
     top1 = float((logits.argmax(1) == targets).float().mean())
     temperature, loss = 1.0, float(functional.cross_entropy(logits, targets, weights))
-    if pl_module.calibrates:
+    if module.calibrates:
         temperature, loss = fit_temperature(logits, targets, weights)
     losses = functional.cross_entropy(logits / temperature, targets, reduction="none") * weights[targets]
     return _Score(logits, top1, loss, losses)

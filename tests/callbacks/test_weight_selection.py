@@ -52,7 +52,7 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     assert summary.startswith(kept)
     assert float(re.search(r"val/top1 +(\S+)", summary)[1]) == pytest.approx(float(chosen), abs=5e-4)
     ends = {"the starting weights": 0, "the last epoch with a solved head": 100}
-    share = ends[kept] if kept in ends else float(kept.removesuffix("% of the way from the starting weights to the last epoch"))
+    share = ends[kept] if kept in ends else float(kept.partition("% of the way from the starting weights")[0])
     for name, begun in module.start.items():
         if name.startswith("head.fc") or not begun.is_floating_point():
             continue
@@ -73,9 +73,7 @@ def test_from_scratch_the_last_epoch_may_be_better_than_the_best(tmp_path, shape
 def test_from_scratch_a_solved_head_may_be_better_than_the_learned_one(tmp_path, shapes, capsys):
     module, best, last = fit(tmp_path, shapes, epochs=4)
     out = capsys.readouterr().out
-    end, chosen = re.search(
-        r"(\S+) for the last epoch; selected: .+ with a solved head \((\S+)\)", out
-    ).groups()
+    end, chosen = re.search(r"(\S+) for the last epoch; selected: .+ with a solved head \((\S+)\)", out).groups()
     assert float(chosen) >= float(end)
     assert module.start is None
     assert {name for name, tensor in best.items() if not torch.equal(tensor, last[name])} == {
