@@ -142,7 +142,7 @@ def test_what_really_gets_imported():
         "import sys, rexnet_lit.data.folder, rexnet_lit.data.decode, rexnet_lit.inspect.check\n"
         "import rexnet_lit.report.test_page\n"
         "assert not {'torch', 'lightning', 'timm'} & sys.modules.keys(), 'torch is imported'\n"
-        "import rexnet_lit.models.rexnet, rexnet_lit.models.predictor, rexnet_lit.export.formats\n"
+        "import rexnet_lit.models.rexnet, rexnet_lit.models.predictor, rexnet_lit.export.export\n"
         "assert 'torch' in sys.modules\n"
         "assert not {'lightning', 'pytorch_lightning'} & sys.modules.keys(), 'lightning is imported'\n"
     )

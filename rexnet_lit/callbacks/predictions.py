@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rexnet_lit.data import verify
 from rexnet_lit.data.datamodule import find_datamodule
-from rexnet_lit.report import metrics
+from rexnet_lit.report.predictions import Predictions, write_predictions
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.files import unused_path
 
@@ -58,7 +58,7 @@ class PredictionWriter(PredictionCollector):
     def __init__(self, path: Path) -> None:
         super().__init__()
         self.path = path
-        self.predictions: metrics.Predictions | None = None
+        self.predictions: Predictions | None = None
         self.quarantined: Path | None = None
 
     def on_predict_batch_end(  # noqa: D102
@@ -76,8 +76,8 @@ class PredictionWriter(PredictionCollector):
         samples = trainer.predict_dataloaders.dataset.samples.take(found)  # type: ignore[union-attr]
         if not trainer.is_global_zero:
             return
-        self.predictions = metrics.Predictions(samples.paths, probs, None, pl_module.spec.class_names)
-        metrics.write_predictions(self.predictions, self.path)
+        self.predictions = Predictions(samples.paths, probs, None, pl_module.spec.class_names)
+        write_predictions(self.predictions, self.path)
         if data.bad_files and self.path.is_file():  # a device has no place beside it
             self.quarantined = unused_path(self.path.with_name("quarantine.csv"))
             verify.write_quarantine(data.bad_files, self.quarantined)

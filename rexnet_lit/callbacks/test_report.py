@@ -14,7 +14,9 @@ from rexnet_lit.callbacks.predictions import PredictionCollector
 from rexnet_lit.data import decode, verify
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.models import checkpoint
-from rexnet_lit.report import metrics, test_page
+from rexnet_lit.report.predictions import Predictions
+from rexnet_lit.report.test_page import write_report
+from rexnet_lit.training.metrics import test_results
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.files import unused_path
 
@@ -45,12 +47,13 @@ class TestReport(PredictionCollector):
         if data is None or not isinstance(pl_module, RexNetModule):
             return
         found, probs = self._gather(trainer)
+        results = test_results(pl_module.test_metrics)  # gathers, so on every process
         total = len(data.splits()["test"])
         samples = data.splits()["test"].take(found)
         if not trainer.is_global_zero:
             return
         spec = pl_module.spec
-        predictions = metrics.Predictions(samples.paths, probs, samples.targets, spec.class_names)
+        predictions = Predictions(samples.paths, probs, samples.targets, spec.class_names)
         facts = {
             "Model": f"{spec.backbone}, {spec.head.name} head",
             "Input": f"{spec.eval_recipe.image_size} x {spec.eval_recipe.image_size} pixels",
@@ -62,9 +65,10 @@ class TestReport(PredictionCollector):
         if target.exists():  # the newest report has the name, and no earlier one is lost
             target.rename(unused_path(target))
         root = samples.root
-        self.metrics = test_page.write_report(
+        self.metrics = write_report(
             target,
             predictions,
+            results,
             read_image=lambda path: decode.read(root / path, 160),
             title=f"Test report: {Path(root).name}",
             facts=facts,

@@ -16,7 +16,7 @@ from torch import nn
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.predictor import Classifier
 from rexnet_lit.models.spec import ModelSpec
-from rexnet_lit.report.metrics import percent, wilson
+from rexnet_lit.report.tables import percent, wilson_interval
 from rexnet_lit.utils.errors import UserError, printable
 
 _SHOWN_CLASSES = 100
@@ -144,7 +144,7 @@ def _figures(figures: dict[str, Any]) -> str:
     if not figures:
         return "Not measured: these weights were not tested before they were exported.\n"
     count = figures["count"]
-    low, high = (percent(end) for end in wilson(round(figures["top1"] * count), count))
+    low, high = (percent(end) for end in wilson_interval(round(figures["top1"] * count), count))
     rows = {"Top-1 accuracy": f"{percent(figures['top1'])} ({low} to {high}, a 95 % interval)"}
     if "top5" in figures:
         rows["Top-5 accuracy"] = percent(figures["top5"])

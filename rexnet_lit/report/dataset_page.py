@@ -1,4 +1,4 @@
-"""The dataset doctor's findings as one HTML page, with pictures of every class."""
+"""What `check` found in a dataset as one HTML page, with images of every class."""
 
 from __future__ import annotations
 
@@ -7,81 +7,57 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rexnet_lit.report.figures import SMALL, thumbnail, thumbnail_uri
-from rexnet_lit.report.test_page import render_page
+from rexnet_lit.report.html import gallery_entry, render_page, thumbnail
 from rexnet_lit.utils.errors import printable
 from rexnet_lit.utils.files import write_file
 
 if TYPE_CHECKING:
     from rexnet_lit.inspect.findings import CheckResult
-    from rexnet_lit.report.figures import Image
+    from rexnet_lit.report.html import Image
 
 
-CLASSES, PICTURES, GROUPS, COPIES, PATHS = 100, 12, 24, 6, 5
-"""How many classes, pictures of each, groups of copies, pictures of each, and paths of a finding are shown."""
+# What the page shows at most: classes, images of each, groups of duplicates, images of each, and paths of a finding.
+CLASSES, IMAGES, GROUPS, DUPLICATES, PATHS = 100, 12, 24, 6, 5
 
 
 def write_dataset_page(
     file: str | os.PathLike[str],
-    checkup: CheckResult,
+    result: CheckResult,
     *,
     read_image: Callable[[str], Image],
     augmented: Sequence[tuple[str, str, Image]] = (),
     config: str = "",
 ) -> None:
-    """Write the page: no scripts, no links, fit to be mailed.
+    """Write the page: no scripts, no links, so it can be sent by mail.
 
     Args:
         file: The HTML file.
-        checkup: What `doctor.check` found.
+        result: What `check` found.
         read_image: Turns a path below the dataset's folder into RGB, (H, W, 3). If it raises, a grey square is shown.
-        augmented: Path, caption and picture of what the training recipe makes of images.
-        config: Where that recipe is from.
+        augmented: Path, caption and image, (H, W, 3), of examples of the training augmentation.
+        config: The config that the augmentation is from.
 
     Raises:
         UserError: The file cannot be written.
     """
 
-    def picture(path: str, caption: str = "", image: Image | None = None) -> dict[str, Any]:
-        small = thumbnail(read_image if image is None else lambda _: image, path)
-        return {
-            "image": thumbnail_uri(small),
-            "pixelated": max(small.shape) <= SMALL,
-            "path": printable(path),
-            "caption": printable(caption),
-        }
+    def entry(path: str, caption: str = "") -> dict[str, Any]:
+        return gallery_entry(thumbnail(read_image, path), path) | {"caption": printable(caption)}
 
-    where = {path: (split, name) for split, name, path in checkup.examples}
-    groups = [*checkup.duplicates, *checkup.near_duplicates]
-    torn = [group for group in groups if len({where.get(path) for path in group}) > 1]
-    harmless = [group for group in groups if len({where.get(path) for path in group}) == 1]
+    def shown(groups: Sequence[tuple[str, ...]]) -> list[list[dict[str, Any]]]:
+        return [[entry(path, "/".join(where[path])) for path in group[:DUPLICATES]] for group in groups[:GROUPS]]
 
-    def shown(these: Sequence[tuple[str, ...]]) -> list[list[dict[str, Any]]]:
-        return [[picture(path, "/".join(where[path])) for path in group[:COPIES]] for group in these[:GROUPS]]
-
-    by_class: dict[str, list[str]] = {}
-    for _, name, path in checkup.examples:
-        by_class.setdefault(name, []).append(path)
-    bad = {row.path for row in checkup.bad}
-    sheets = []
-    for name in checkup.class_names[:CLASSES]:
-        paths = [path for path in by_class.get(name, ()) if path not in bad]
-        step = max(1, len(paths) // PICTURES)
-        sheets.append(
-            {
-                "name": printable(name),
-                "counts": [(split, counts[name]) for split, counts in checkup.counts.items()],
-                "pictures": [picture(path) for path in paths[::step][:PICTURES]],
-            }
-        )
+    where = {path: (split, name) for split, name, path in result.examples}
+    groups = [(len({where.get(path) for path in g}), g) for g in (*result.duplicates, *result.near_duplicates)]
+    conflicts, harmless = [g for n, g in groups if n > 1], [g for n, g in groups if n == 1]
     view = {
-        "title": printable(Path(checkup.root).name),
-        "verdict": checkup.verdict.capitalize(),
-        "class_count": len(checkup.class_names),
-        "totals": [(split, sum(counts.values())) for split, counts in checkup.counts.items()],
-        "formats": list(checkup.formats.items()),
-        "width": checkup.sizes["width"] if checkup.formats else None,
-        "height": checkup.sizes["height"],
+        "title": printable(Path(result.root).name),
+        "verdict": result.verdict.capitalize(),
+        "class_count": len(result.class_names),
+        "totals": [(split, sum(counts.values())) for split, counts in result.counts.items()],
+        "formats": list(result.formats.items()),
+        "width": result.sizes["width"] if result.formats else None,
+        "height": result.sizes["height"],
         "findings": [
             {
                 "severity": finding.severity,
@@ -90,14 +66,34 @@ def write_dataset_page(
                 "paths": [printable(path) for path in finding.paths[:PATHS]],
                 "more": max(0, len(finding.paths) - PATHS),
             }
-            for finding in checkup.findings
+            for finding in result.findings
         ],
-        "conflicts": shown(torn),
-        "conflict_count": len(torn),
+        "conflicts": shown(conflicts),
+        "conflict_count": len(conflicts),
         "harmless": shown(harmless),
         "harmless_count": len(harmless),
-        "augmented": [picture(path, caption, image) for path, caption, image in augmented],
+        "augmented": [
+            gallery_entry(thumbnail(lambda _, image=image: image, path), path) | {"caption": printable(caption)}
+            for path, caption, image in augmented
+        ],
         "config": printable(config),
-        "sheets": sheets,
+        "sheets": [
+            {
+                "name": printable(name),
+                "counts": [(split, counts[name]) for split, counts in result.counts.items()],
+                "images": [entry(path) for path in paths],
+            }
+            for name, paths in _examples(result).items()
+        ],
     }
     write_file(Path(file), render_page("dataset.html", view))
+
+
+def _examples(result: CheckResult) -> dict[str, list[str]]:
+    """Return up to 12 paths of each of the first 100 classes, spread over the class."""
+    unreadable = {row.path for row in result.bad}
+    paths: dict[str, list[str]] = {name: [] for name in result.class_names[:CLASSES]}
+    for _, name, path in result.examples:
+        if name in paths and path not in unreadable:
+            paths[name].append(path)
+    return {name: these[:: max(1, len(these) // IMAGES)][:IMAGES] for name, these in paths.items()}

@@ -1,44 +1,41 @@
-"""The report's pictures, as PNG bytes.
+"""The report's figures, as PNG bytes.
 
 matplotlib's Figure without pyplot has no global state: any thread may draw, and a notebook keeps its backend.
 """
 
 from __future__ import annotations
 
-import base64
 import io
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from rexnet_lit.report.metrics import BINS
 from rexnet_lit.utils.errors import printable
+from rexnet_lit.utils.reliability import BINS
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from numpy.typing import NDArray
 
-    Image = NDArray[np.uint8]
+    from rexnet_lit.report.html import Image
 
 
-THUMBNAIL = 160  # pixels of the longer side
-SMALL = 64  # up to here a picture is shown blown up, pixel by pixel
 NAME_LENGTH = 18  # characters of a class name in a figure
-FEW = 10  # pictures below which a share is chance
+FEW = 10  # with fewer images, the accuracy of a bin means little
 
-# Right is blue and wrong is orange everywhere: the colour-blind tell them apart.
+# Right is blue and wrong is orange everywhere: colour-blind people can tell them apart.
 LIGHT = {"face": "#ffffff", "text": "#1f2328", "muted": "#8b949e", "right": "#2563eb", "wrong": "#c2410c"}
 DARK = {"face": "#161b22", "text": "#e6edf3", "muted": "#7d8590", "right": "#6ea8fe", "wrong": "#fb923c"}
 
 
 @cache
 def _font() -> tuple[str, frozenset[int]]:
-    """Return matplotlib's own font, the same on every machine, and the characters it can draw."""
+    """Return matplotlib's own font, which is the same on every machine, and the characters it has."""
     from matplotlib import font_manager, get_data_path
 
     path = str(Path(get_data_path(), "fonts", "ttf", "DejaVuSans.ttf"))
@@ -46,20 +43,20 @@ def _font() -> tuple[str, frozenset[int]]:
 
 
 def short_name(name: str) -> str:
-    """Cut a name in its middle: related classes tend to start alike."""
+    """Cut a long name in the middle: related classes often start alike."""
     half = NAME_LENGTH // 2
     return name if len(name) <= NAME_LENGTH else f"{name[:half]}…{name[1 - half :]}"
 
 
 def figure_name(name: str, index: int) -> str:
-    """Shorten a class name; one that the font cannot draw becomes its index (the page has it in full)."""
+    """Shorten a class name; one that the font cannot draw becomes its index (the page shows it in full)."""
     if not all(ord(char) in _font()[1] for char in name):
         return f"#{index}"
     return short_name(name)
 
 
 def _text_style(theme: Mapping[str, str], size: float = 9) -> dict[str, Any]:
-    """Return how text is drawn: never as mathtext (`$` is a character), never by a user's matplotlibrc."""
+    """Return how text is drawn: `$` is not mathtext, and a user's matplotlibrc has no effect."""
     from matplotlib.font_manager import FontProperties
 
     return {
@@ -70,10 +67,9 @@ def _text_style(theme: Mapping[str, str], size: float = 9) -> dict[str, Any]:
     }
 
 
-def _figure(width: float, height: float, theme: Mapping[str, str], *, constrained: bool = True) -> Figure:
+def _figure(width: float, height: float, theme: Mapping[str, str], layout: Any = "constrained") -> Figure:
     from matplotlib.figure import Figure
 
-    layout: Literal["constrained"] | None = "constrained" if constrained else None
     return Figure(figsize=(width, height), dpi=144, facecolor=theme["face"], layout=layout)
 
 
@@ -94,7 +90,7 @@ def _png(figure: Figure) -> bytes:
 
 
 def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], shares: NDArray[np.float64]) -> bytes:
-    """Draw counts (n, n), a row per true class: blue where right, orange where wrong, darker for larger shares."""
+    """Draw counts (n, n), a row per true class: blue if right, orange if wrong, darker for larger shares."""
     from matplotlib.colors import to_rgb
 
     n, size = len(names), max(4.0, 1.6 + 0.36 * len(names))
@@ -103,7 +99,7 @@ def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], shares: NDAr
     _style_axes(ax, LIGHT, "predicted", "true")
     diagonal = np.eye(n, dtype=bool)[..., None]
     colours = np.where(diagonal, to_rgb(LIGHT["right"]), to_rgb(LIGHT["wrong"]))
-    # A single mistake among many pictures must still be seen.
+    # A single mistake among many images must be visible.
     strength = np.where(counts > 0, 0.1 + 0.9 * shares, 0)[..., None]
     ax.imshow(1 + (colours - 1) * strength, interpolation="nearest")
     ax.set_xticks(range(n), names, rotation=90, **_text_style(LIGHT, 8))
@@ -115,11 +111,11 @@ def draw_confusion(names: Sequence[str], counts: NDArray[np.int64], shares: NDAr
 
 
 def draw_mistakes(images: Sequence[Image], captions: Sequence[str]) -> bytes:
-    """Draw pictures with their captions, six in a row."""
+    """Draw images with their captions, six in a row."""
     columns = 6
     rows = max(1, -(-len(images) // columns))
-    figure = _figure(10, 2 * rows, LIGHT, constrained=False)
-    # Laying out 24 axes by constraints takes longer than all the rest of the report.
+    figure = _figure(10, 2 * rows, LIGHT, layout=None)
+    # Constrained layout of 24 axes takes longer than the rest of the report.
     figure.subplots_adjust(left=0.01, right=0.99, bottom=0.02 / rows, top=1 - 0.2 / rows, wspace=0.1, hspace=0.27)
     for ax in figure.subplots(rows, columns, squeeze=False).flat:
         ax.set_axis_off()
@@ -133,79 +129,45 @@ def draw_mistakes(images: Sequence[Image], captions: Sequence[str]) -> bytes:
 
 
 def draw_calibration(bins: NDArray[np.float64], ece: float, theme: Mapping[str, str]) -> bytes:
-    """Draw how often answers of a confidence are right, from `metrics.calibration`'s bins, and how many there are."""
+    """Draw a reliability diagram, from `reliability.confidence_bins`: the accuracy and image count of each bin."""
     count, _, accuracy = bins
     figure = _figure(5, 5, theme)
     top, bottom = figure.subplots(2, 1, sharex=True, height_ratios=(3, 1))
     left, style = np.arange(BINS) / BINS, {"width": 1 / BINS, "align": "edge", "edgecolor": theme["face"]}
-    # Bins of a few pictures are pale: their height is chance.
-    for bar, pictures in zip(top.bar(left, accuracy, color=theme["right"], **style), count, strict=True):
-        bar.set_alpha(0.35 if pictures < FEW else 1)
+    for bar, images in zip(top.bar(left, accuracy, color=theme["right"], **style), count, strict=True):
+        bar.set_alpha(0.35 if images < FEW else 1)
     top.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=theme["muted"])
     top.set(xlim=(0, 1), ylim=(0, 1.02))
     top.set_title(f"ECE {ece:.3f}", loc="left", **_text_style(theme, 10))
     bottom.bar(left, count, color=theme["muted"], **style)
-    _style_axes(top, theme, "", "share right")
-    _style_axes(bottom, theme, "confidence: how sure the model says it is", "pictures")
+    _style_axes(top, theme, "", "accuracy")
+    _style_axes(bottom, theme, "confidence", "images")
     return _png(figure)
 
 
 def draw_history(history: Sequence[Mapping[str, float]], theme: Mapping[str, str]) -> bytes | None:
-    """Draw losses, and beside them what was measured as a fraction; None where `history` has neither."""
+    """Draw losses and, beside them, metrics that are fractions; None if `history` has neither."""
     from matplotlib.ticker import MaxNLocator
 
     keys = sorted({key for row in history for key in row if key.startswith(("train/", "val/"))})
-    epochs = [row.get("epoch", index) + 1 for index, row in enumerate(history)]  # as the screen counts them
+    epochs = [row.get("epoch", index) + 1 for index, row in enumerate(history)]  # shown from 1, as on the screen
     curves = {key: np.array([row.get(key, np.nan) for row in history], np.float64) for key in keys}
     curves = {key: np.where(np.isfinite(y), y, np.nan) for key, y in curves.items() if np.isfinite(y).any()}
     losses = {key: y for key, y in curves.items() if re.search("loss|nll", key)}
     shares = {k: y for k, y in curves.items() if k not in losses and np.nanmin(y) >= 0 and np.nanmax(y) <= 1}
-    panels = [(label, group) for label, group in (("loss", losses), ("fraction", shares)) if group]
+    panels = [(unit, group) for unit, group in (("loss", losses), ("fraction", shares)) if group]
     if not panels:
         return None
     figure = _figure(8, 3.2, theme)
     palette = (theme["right"], theme["wrong"], "#2da44e", "#a371f7", theme["muted"])
-    for ax, (label, group) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
+    for ax, (unit, group) in zip(figure.subplots(1, len(panels), squeeze=False).flat, panels, strict=True):
         measures = sorted({key.partition("/")[2] for key in group})
         for key, y in group.items():
-            # One colour a measure; training is dashed, validation solid.
-            index = measures.index(key.partition("/")[2])
-            line = {
-                "color": palette[index % len(palette)],
-                "linestyle": "--" if key.startswith("train/") else "-",
-            }
-            ax.plot(epochs, y, marker="o", markersize=3, label=figure_name(printable(key), index), **line)
-        _style_axes(ax, theme, "epoch", label)
+            index, style = measures.index(key.partition("/")[2]), "--" if key.startswith("train/") else "-"
+            label, colour = figure_name(printable(key), index), palette[index % len(palette)]
+            ax.plot(epochs, y, style, marker="o", markersize=3, label=label, color=colour)
+        _style_axes(ax, theme, "epoch", unit)
         ax.xaxis.set_major_locator(MaxNLocator(integer=True))
         for text in ax.legend(frameon=False, fontsize=8, labelcolor=theme["text"]).get_texts():
             text.set_parse_math(False)
     return _png(figure)
-
-
-def thumbnail(read_image: Callable[[str], Image], path: str) -> Image:
-    """Read an image and shrink it to at most 160 pixels a side; one that cannot be read is a grey square."""
-    import cv2
-
-    try:
-        image = read_image(path)
-    except Exception:  # whatever a reader raises, a report of the other pictures is worth having
-        return np.full((THUMBNAIL, THUMBNAIL, 3), 160, np.uint8)
-    height, width = image.shape[:2]
-    scale = THUMBNAIL / max(height, width)
-    if scale >= 1:
-        return image
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
-
-
-def data_uri(data: bytes, kind: str = "png") -> str:
-    """Return an image as a URI that an HTML page can hold."""
-    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"
-
-
-def thumbnail_uri(image: Image) -> str:
-    """Encode for the page: small pictures without loss, photographs as JPEG (a fifth of the size)."""
-    import cv2
-
-    kind = "png" if max(image.shape) <= SMALL else "jpeg"
-    return data_uri(cv2.imencode(f".{kind}", np.ascontiguousarray(image[..., ::-1]))[1].tobytes(), kind)

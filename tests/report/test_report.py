@@ -1,4 +1,4 @@
-"""The report: numbers against scikit-learn and torchmetrics, escaping, size, and whole files or none."""
+"""The report: its numbers against scikit-learn, escaping, size, and atomic writes."""
 
 from __future__ import annotations
 
@@ -14,10 +14,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from rexnet_lit.report import figures, metrics, test_page
-from rexnet_lit.report.metrics import Predictions, compute_metrics, write_predictions
-from rexnet_lit.report.test_page import write_report
-from rexnet_lit.utils import files
+from rexnet_lit.report import figures, html, tables, test_page
+from rexnet_lit.report.predictions import Predictions, top_k_classes, write_predictions
+from rexnet_lit.utils import files, reliability
 from rexnet_lit.utils.errors import UserError, printable
 
 HOSTILE = ("<script>alert(1)</script>", "=cmd()", "$x_1$", "猫", "line\nbreak\u202e", "raw\udcff", "a;b,\"c'")
@@ -36,6 +35,31 @@ def predictions(n, names, seed=0, pull=2.0):
     logits[np.arange(n), targets] += pull
     paths = [f"test/{names[t]}/img {i}.png" for i, t in enumerate(targets)]
     return Predictions(paths, softmax(logits), targets.astype(np.int64), tuple(names))
+
+
+def results_of(p):
+    """What `training.metrics.test_results` returns for predictions, by scikit-learn."""
+    from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support, top_k_accuracy_score
+
+    labels, correct = np.arange(len(p.class_names)), p.predicted == p.targets
+    columns = precision_recall_fscore_support(p.targets, p.predicted, labels=labels, zero_division=0)
+    top5 = {"top5": float(top_k_accuracy_score(p.targets, p.probs, k=5, labels=labels))} if len(labels) > 5 else {}
+    return {
+        "top1": float(accuracy_score(p.targets, p.predicted)),
+        **top5,
+        "macro_f1": float(f1_score(p.targets, p.predicted, average="macro", zero_division=0)),
+        "nll": float(-np.log(p.probs[np.arange(len(p.targets)), p.targets].astype(float).clip(1e-38)).mean()),
+        "ece": reliability.expected_calibration_error(reliability.confidence_bins(p.confidence, correct)),
+        "count": len(p.targets),
+        **{name: column.tolist() for name, column in zip(test_page.COLUMNS, columns, strict=True)},
+    }
+
+
+def write_report(folder, p, *, results=None, read_image=None, title="t", facts=None, **more):
+    results = results or results_of(p)
+    return test_page.write_report(
+        folder, p, results, read_image=read_image or grey, title=title, facts=facts or {}, **more
+    )
 
 
 def grey(path):
@@ -71,59 +95,42 @@ def words(folder):
 # Numbers
 
 
-def test_metrics_by_hand():
-    # Answers 0, 1, 1; truth 0, 1, 0. Class 2 never occurs.
-    probs = np.array([[0.8, 0.1, 0.1], [0.3, 0.7, 0.0], [0.4, 0.6, 0.0]], np.float32)
-    metrics = compute_metrics(Predictions(["a", "b", "c"], probs, np.array([0, 1, 0]), ("x", "y", "z")))
-    assert metrics["top1"] == pytest.approx(2 / 3)
-    assert "top5" not in metrics
-    assert metrics["count"] == 3
-    assert metrics["nll"] == pytest.approx(-(np.log(0.8) + np.log(0.7) + np.log(0.4)) / 3, abs=1e-6)
-    # Each answer has a bin of its own: gaps 0.2, 0.3 and 0.6.
-    assert metrics["ece"] == pytest.approx((0.2 + 0.3 + 0.6) / 3, abs=1e-6)
-    # x: precision 1/1, recall 1/2; y: precision 1/2, recall 1/1; both F1 2/3; z does not count.
-    assert metrics["macro_f1"] == pytest.approx(2 / 3)
-    assert metrics["per_class"]["x"] == {
-        "precision": 1,
-        "recall": 0.5,
-        "f1": pytest.approx(2 / 3),
-        "support": 2,
-    }
-    assert metrics["per_class"]["z"] == {"precision": 0, "recall": 0, "f1": 0, "support": 0}
+def test_the_report_shows_the_given_numbers(tmp_path):
+    """It computes no metrics of its own: even impossible ones are written as they are."""
+    p = predictions(40, [f"class {i}" for i in range(7)], pull=1.0)
+    columns = {name: [0.01 * i + j for i in range(7)] for j, name in enumerate(test_page.COLUMNS[:3])}
+    results = {"top1": 0.1234567890123, "top5": 0.5, "macro_f1": 0.31, "nll": 7.654321, "ece": 0.271, "count": 40}
+    results |= {**columns, "support": [3, 1, 4, 1, 5, 9, 2]}
+    metrics = write_report(tmp_path, p, results=results)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
+    assert list(metrics) == ["top1", "top5", "macro_f1", "nll", "ece", "count", "per_class"]
+    assert {key: results[key] for key in list(metrics)[:6]} == {key: metrics[key] for key in list(metrics)[:6]}
+    expected = {"precision": 0.02, "recall": 1.02, "f1": 2.02, "support": 4}
+    assert metrics["per_class"]["class 2"] == pytest.approx(expected)
+    assert rows_of(tmp_path / "per_class.csv")[3] == ["class 2", *map(str, metrics["per_class"]["class 2"].values())]
+    text = words(tmp_path)
+    for shown in ("12.3\u00a0%", "31.0\u00a0%", "27.1\u00a0%", "7.654"):
+        assert " ".join(shown.split()) in text
 
 
-def test_metrics_equal_scikit_learn_and_torchmetrics():
+def test_confidence_bins_by_hand():
+    # 1/15 belongs to the first bin and 1.0 to the last.
+    confidence, correct = np.array([1 / 15, 0.99, 1.0, 1.0, 0.5]), np.array([True, True, False, True, False])
+    count, mean, accuracy = reliability.confidence_bins(confidence, correct)
+    assert count.tolist() == [1, 0, 0, 0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0, 3]
+    assert (mean[14], accuracy[14]) == pytest.approx((2.99 / 3, 2 / 3))
+    ece = reliability.expected_calibration_error(np.stack([count, mean, accuracy]))
+    assert ece == pytest.approx((14 / 15 + 0.5 + 3 * (2.99 - 2) / 3) / 5)
+
+
+def test_ece_equals_torchmetrics():
     import torch
-    from sklearn.metrics import f1_score, log_loss, precision_recall_fscore_support, top_k_accuracy_score
     from torchmetrics.functional import classification as tm
 
-    # Classes 10 and 11 occur neither as truth nor as answer: both libraries leave them out of the mean.
-    names = [f"class {i}" for i in range(12)]
-    p = predictions(400, names[:10], seed=3, pull=1.0)
-    p = Predictions(p.paths, np.pad(p.probs, ((0, 0), (0, 2))), p.targets, tuple(names))
-    answers, metrics = p.probs.argmax(1), compute_metrics(p)
+    p = predictions(400, [f"class {i}" for i in range(10)], seed=3, pull=1.0)
+    ece = reliability.expected_calibration_error(reliability.confidence_bins(p.confidence, p.predicted == p.targets))
     probs, targets = torch.from_numpy(p.probs), torch.from_numpy(p.targets)
-    labels = np.arange(12)
-
-    assert metrics["macro_f1"] == pytest.approx(f1_score(p.targets, answers, average="macro"))
-    assert metrics["macro_f1"] == pytest.approx(float(tm.multiclass_f1_score(probs, targets, 12)), abs=1e-6)
-    assert metrics["ece"] == pytest.approx(float(tm.multiclass_calibration_error(probs, targets, 12)), abs=1e-6)
-    assert metrics["top5"] == pytest.approx(top_k_accuracy_score(p.targets, p.probs, k=5, labels=labels))
-    clipped = np.clip(p.probs.astype(np.float64), np.finfo(np.float32).tiny, 1)
-    assert metrics["nll"] == pytest.approx(log_loss(p.targets, clipped / clipped.sum(1, keepdims=True), labels=labels))
-    expected = precision_recall_fscore_support(p.targets, answers, labels=labels, zero_division=0)
-    for column, values in zip(("precision", "recall", "f1", "support"), expected, strict=True):
-        assert [row[column] for row in metrics["per_class"].values()] == pytest.approx(values)
-    assert sum(row["support"] for row in metrics["per_class"].values()) == metrics["count"]
-
-
-def test_ece_of_certain_answers():
-    # 4 answers at exactly 1.0, one wrong: |3/4 - 1|, in the last bin.
-    probs = np.eye(2, dtype=np.float32)[[0, 0, 1, 1]]
-    metrics = compute_metrics(Predictions(list("abcd"), probs, np.array([0, 0, 1, 0]), ("x", "y")))
-    assert metrics["ece"] == pytest.approx(0.25)
-    # The certain mistake costs -log(2^-126), float32's smallest normal number, not infinity.
-    assert metrics["nll"] == pytest.approx(126 * np.log(2) / 4)
+    assert ece == pytest.approx(float(tm.multiclass_calibration_error(probs, targets, 10)), abs=1e-6)
 
 
 def test_wilson_interval():
@@ -131,29 +138,29 @@ def test_wilson_interval():
 
     for right, count in ((350, 360), (1, 1), (0, 7), (5, 10)):
         expected = binomtest(right, count).proportion_ci(0.95, method="wilson")
-        assert metrics.wilson(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
+        assert tables.wilson_interval(right, count) == pytest.approx((expected.low, expected.high), abs=1e-6)
 
 
 def test_percentages_are_never_rounded_to_all_or_nothing():
     nbsp = "\u00a0"
     shares = (0, 0.0001, 0.9722, 0.99999, 1)
-    assert [metrics.percent(s) for s in shares] == [x + nbsp + "%" for x in ("0", "0.1", "97.2", "99.9", "100")]
+    assert [tables.percent(s) for s in shares] == [x + nbsp + "%" for x in ("0", "0.1", "97.2", "99.9", "100")]
 
 
 def test_top_k_takes_the_first_of_equals_as_argmax_does():
     probs = np.full((2, 8), 1 / 8, np.float32)
-    assert metrics.top_k_classes(probs, 3).tolist() == [[0, 1, 2]] * 2
+    assert top_k_classes(probs, 3).tolist() == [[0, 1, 2]] * 2
     probs = np.random.default_rng(0).random((3000, 20), np.float32)
-    np.testing.assert_array_equal(metrics.top_k_classes(probs, 5), np.argsort(-probs, axis=1, kind="stable")[:, :5])
+    np.testing.assert_array_equal(top_k_classes(probs, 5), np.argsort(-probs, axis=1, kind="stable")[:, :5])
 
 
-def test_confusion_equals_scikit_learn():
+def test_confusion_matrix_equals_scikit_learn():
     from sklearn.metrics import confusion_matrix
 
     p = predictions(300, list("abcdefg"), pull=1.0)
     answers = p.probs.argmax(1)
-    pairs = metrics.confused_pairs(p.targets, answers, 7)
-    classes, counts, shares = metrics.confusion(p.targets, answers, 7, pairs)
+    pairs = tables.confused_pairs(p.targets, answers)
+    classes, counts, shares = tables.confusion_matrix(p.targets, answers, 7, pairs)
     expected = confusion_matrix(p.targets, answers)
     np.testing.assert_array_equal(counts, expected)
     np.testing.assert_allclose(shares, confusion_matrix(p.targets, answers, normalize="true"))
@@ -166,17 +173,17 @@ def test_many_classes_show_the_most_confused():
     targets, answers = np.arange(40).repeat(3), np.arange(40).repeat(3)
     answers[:] = targets
     answers[targets == 30] = 7
-    pairs = metrics.confused_pairs(targets, answers, 40)
+    pairs = tables.confused_pairs(targets, answers)
     assert pairs == [(30, 7, 3)]
-    classes, counts, _ = metrics.confusion(targets, answers, 40, pairs)
+    classes, counts, _ = tables.confusion_matrix(targets, answers, 40, pairs)
     assert len(classes) == 25
     assert counts[classes.index(30), classes.index(7)] == 3
 
 
-# What cannot be reported
+# Invalid input
 
 
-def test_predictions_that_do_not_fit_together_are_refused():
+def test_predictions_of_different_lengths_are_refused():
     probs = np.full((2, 3), 1 / 3, np.float32)
     with pytest.raises(ValueError, match="shape"):
         Predictions(["a"], probs, None, ("x", "y", "z"))
@@ -185,22 +192,23 @@ def test_predictions_that_do_not_fit_together_are_refused():
     with pytest.raises(ValueError, match="run from 0 to 3"):
         Predictions(["a", "b"], probs, np.array([0, 3]), ("x", "y", "z"))
     probs[1, 0] = np.nan
-    with pytest.raises(UserError, match=r"b\\nc: the model's output is not finite.* 1 of 2"):
+    with pytest.raises(UserError, match=r"b\\nc: the model's output is NaN.* 1 of 2"):
         Predictions(["a", "b\nc"], probs, None, ("x", "y", "z"))
 
 
-def test_metrics_need_targets_and_images():
+def test_a_report_needs_targets_and_images(tmp_path):
     probs = np.full((1, 2), 0.5, np.float32)
     with pytest.raises(ValueError, match="unlabelled"):
-        compute_metrics(Predictions(["a"], probs, None, ("x", "y")))
-    with pytest.raises(UserError, match="no picture"):
-        compute_metrics(Predictions([], probs[:0], np.zeros(0, np.int64), ("x", "y")))
+        write_report(tmp_path, Predictions(["a"], probs, None, ("x", "y")), results={"top1": 0})
+    with pytest.raises(UserError, match="no images"):
+        write_report(tmp_path, Predictions([], probs[:0], np.zeros(0, np.int64), ("x", "y")), results={"top1": 0})
+    assert not list(tmp_path.iterdir())
 
 
 def test_absolute_paths_are_refused(tmp_path):
     p = Predictions(["/home/me/a.png"], np.array([[0.5, 0.5]], np.float32), np.array([0]), ("x", "y"))
     with pytest.raises(ValueError, match="relative"):
-        write_report(tmp_path / "report", p, read_image=grey, title="t", facts={})
+        write_report(tmp_path / "report", p)
     assert not (tmp_path / "report").exists()
 
 
@@ -217,7 +225,7 @@ def test_absolute_paths_are_refused(tmp_path):
         ("gpj.\u202eexe", r"gpj.\u202eexe"),
     ],
 )
-def test_visible(text, shown):
+def test_printable(text, shown):
     assert printable(text) == shown
     printable(text).encode()
 
@@ -233,7 +241,7 @@ def test_predictions_csv(tmp_path):
 
 
 @pytest.mark.parametrize("start", ["=", "+", "-", "@", "\t", "\r", "\uff1d"])
-def test_csv_cells_are_no_formulas(tmp_path, start):
+def test_csv_cells_are_not_formulas(tmp_path, start):
     names = (start + "cmd()", "plain")
     p = Predictions([f"{start}1+1.png"], np.array([[0.9, 0.1]], np.float32), np.array([0]), names)
     write_predictions(p, tmp_path / "p.csv")
@@ -243,17 +251,17 @@ def test_csv_cells_are_no_formulas(tmp_path, start):
     assert other == "plain"
 
 
-def test_one_line_an_image_whatever_its_name(tmp_path):
+def test_one_line_per_image_whatever_its_name(tmp_path):
     paths = ["a\nb.png", "raw\udcff.png", "\u202egnp.exe"]
     write_predictions(Predictions(paths, np.full((3, 1), 1, np.float32), None, ("x",)), tmp_path / "p.csv")
     lines = (tmp_path / "p.csv").read_text(encoding="utf-8").splitlines()
     assert lines[1:] == [r"a\nb.png,x,1.0", r"raw\xff.png,x,1.0", r"\u202egnp.exe,x,1.0"]
 
 
-def test_classes_of_one_name_are_told_apart():
+def test_classes_with_the_same_name_get_their_index(tmp_path):
     # ImageNet has two "crane".
     p = Predictions(["a"], np.array([[0.2, 0.7, 0.1]], np.float32), np.array([1]), ("crane", "crane", "dog"))
-    metrics = compute_metrics(p)
+    metrics = write_report(tmp_path, p)
     assert list(metrics["per_class"]) == ["crane (#0)", "crane (#1)", "dog"]
     assert sum(row["support"] for row in metrics["per_class"].values()) == 1
 
@@ -264,15 +272,14 @@ def test_hostile_names_stay_text(tmp_path):
     write_report(
         tmp_path,
         p,
-        read_image=grey,
         title="<b>title</b>",
         facts={"<i>Model</i>": "a\udcff<u>"},
         history=[{"train/loss": 1.0, "val/$x_1$": 0.5, "val/猫": 0.2}],
     )
     html = (tmp_path / "report.html").read_text(encoding="utf-8")
-    test_page = Page(html)
-    assert not {"script", "b1", "i1", "u", "link", "iframe"} & set(test_page.tags)
-    assert all(link.startswith("data:image/") for link in test_page.links)
+    page = Page(html)
+    assert not {"script", "b1", "i1", "u", "link", "iframe"} & set(page.tags)
+    assert all(link.startswith("data:image/") for link in page.links)
     text = words(tmp_path)
     for shown in ("<script>alert(1)</script>", "<b>title</b>", "<i>Model</i>", r"a\xff<u>", "$x_1$", "猫"):
         assert shown in text
@@ -327,10 +334,10 @@ def test_report_of_the_digits(tmp_path):
     metrics = write_report(tmp_path / "r", p, read_image=read_image, title="Digits", facts=facts, history=history)
 
     assert {path.name for path in (tmp_path / "r").iterdir()} == FILES | {"history.png"}
-    assert json.loads((tmp_path / "r" / "metrics.json").read_text()) == metrics == compute_metrics(p)
+    assert json.loads((tmp_path / "r" / "metrics.json").read_text()) == metrics
     assert metrics["top1"] == pytest.approx(model.score(digits.data[1400:], targets))
     text = words(tmp_path / "r")
-    assert f"{100 * metrics['top1']:.1f} % of 397 pictures right; most often confused:" in text
+    assert f"{100 * metrics['top1']:.1f} % of 397 images classified correctly; most frequent mistake:" in text
     assert "naive Bayes" in text
     assert "Training" in text
     # Only what is shown is read, and once.
@@ -343,16 +350,16 @@ def test_report_of_the_digits(tmp_path):
 @pytest.mark.parametrize(
     ("answers", "targets", "headline"),
     [
-        ([0], [0], "The model names the one picture right."),
-        ([0], [1], "The model names 0 % of 1 picture right; no confusion happened twice."),
-        ([0, 1, 1], [0, 1, 1], "The model names all 3 pictures right."),
-        ([1, 1], [0, 0], "The model names 0 % of 2 pictures right; most often confused: x → y (2 times)."),
+        ([0], [0], "The one image is classified correctly."),
+        ([0], [1], "0 % of 1 image classified correctly."),
+        ([0, 1, 1], [0, 1, 1], "All 3 images are classified correctly."),
+        ([1, 1], [0, 0], "0 % of 2 images classified correctly; most frequent mistake: x → y (2 times)."),
     ],
 )
 def test_smallest_reports(tmp_path, answers, targets, headline):
     probs = np.array([[0.9, 0.1], [0.2, 0.8]], np.float32)[answers]
     p = Predictions([f"{i}.png" for i in range(len(answers))], probs, np.array(targets), ("x", "y"))
-    write_report(tmp_path, p, read_image=grey, title="t", facts={})
+    write_report(tmp_path, p)
     assert {path.name for path in tmp_path.iterdir()} == FILES
     assert headline in words(tmp_path)
 
@@ -369,13 +376,13 @@ def test_unreadable_images_are_grey(tmp_path):
         raise OSError(path)
 
     p = predictions(12, ["x", "y"], pull=0)
-    write_report(tmp_path, p, read_image=broken, title="t", facts={})
-    assert (figures.thumbnail(broken, "a") == 160).all()
+    write_report(tmp_path, p, read_image=broken)
+    assert (html.thumbnail(broken, "a") == 160).all()
 
 
 def test_thumbnails_keep_their_aspect():
     def shape(height, width):
-        return figures.thumbnail(lambda _: np.zeros((height, width, 3), np.uint8), "a").shape
+        return html.thumbnail(lambda _: np.zeros((height, width, 3), np.uint8), "a").shape
 
     assert shape(300, 400) == (120, 160, 3)
     assert shape(2000, 3) == (160, 1, 3)
@@ -389,14 +396,14 @@ def test_thumbnails_keep_their_colours():
 
     red = np.zeros((100, 100, 3), np.uint8)
     red[..., 0] = 255
-    data = base64.b64decode(figures.thumbnail_uri(red).split(",")[1])
+    data = base64.b64decode(html.gallery_entry(red, "a")["image"].split(",")[1])
     blue, _, shown = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR)[50, 50]  # OpenCV is BGR
     assert blue < 10
     assert shown > 245
 
 
-def test_nothing_of_the_machine_is_in_the_report(tmp_path):
-    write_report(tmp_path / "run", predictions(30, list("abc")), read_image=grey, title="t", facts={"Model": "m"})
+def test_no_paths_of_this_machine_are_in_the_report(tmp_path):
+    write_report(tmp_path / "run", predictions(30, list("abc")), facts={"Model": "m"})
     for path in (tmp_path / "run").iterdir():
         content = path.read_bytes()
         for place in (str(tmp_path), str(Path.home()), str(Path.cwd()), sys.prefix):
@@ -445,25 +452,27 @@ def test_files_can_be_read_by_colleagues(tmp_path):
 def test_ten_thousand_classes(tmp_path):
     p = predictions(1000, [f"class {i}" for i in range(10_000)], pull=4.0)
     start = time.perf_counter()
-    write_report(tmp_path, p, read_image=grey, title="t", facts={})
+    write_report(tmp_path, p)
     # Usually 3 to 5 s; the bound only catches work that grows with the square of the classes.
     assert time.perf_counter() - start < 60
     assert (tmp_path / "report.html").stat().st_size < 1e6
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 6e6
-    assert "The 25 most confused of 10,000 classes are shown." in words(tmp_path)
+    assert "Only the 25 most confused of 10,000 classes are shown." in words(tmp_path)
 
 
 def test_import_is_light_and_drawing_leaves_the_backend_alone(tmp_path):
     code = """
 import sys
-from rexnet_lit.report.metrics import Predictions
+from rexnet_lit.report.predictions import Predictions
 from rexnet_lit.report.test_page import write_report
-heavy = {"torch", "lightning", "matplotlib", "jinja2", "cv2"} & set(sys.modules)
+heavy = {"torch", "lightning", "matplotlib", "jinja2", "cv2", "sklearn"} & set(sys.modules)
 assert not heavy, heavy
 import numpy as np
 p = Predictions(["a"], np.array([[0.4, 0.6]], np.float32), np.array([0]), ("x", "y"))
 read = lambda path: np.zeros((9, 9, 3), np.uint8)
-write_report(sys.argv[1], p, read_image=read, title="t", facts={})
+results = {"top1": 0.0, "macro_f1": 0.0, "nll": 0.9, "ece": 0.6, "count": 1, "support": [1, 0]}
+results |= dict.fromkeys(("precision", "recall", "f1"), [0.0, 0.0])
+write_report(sys.argv[1], p, results, read_image=read, title="t", facts={})
 assert "matplotlib.pyplot" not in sys.modules
 """
     subprocess.run([sys.executable, "-W", "error", "-c", code, str(tmp_path)], check=True)
@@ -474,4 +483,4 @@ def test_a_users_style_does_not_break_the_figures(tmp_path):
 
     style = {"axes.grid": True, "figure.autolayout": True, "text.color": "red", "font.family": "no such font"}
     with matplotlib.rc_context(style):
-        write_report(tmp_path, predictions(9, list("abc")), read_image=grey, title="t", facts={})
+        write_report(tmp_path, predictions(9, list("abc")))
