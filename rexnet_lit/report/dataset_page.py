@@ -41,8 +41,9 @@ def write_dataset_page(
         UserError: The file cannot be written.
     """
 
-    def entry(path: str, caption: str = "") -> dict[str, Any]:
-        return gallery_entry(thumbnail(read_image, path), path) | {"caption": printable(caption)}
+    def entry(path: str, caption: str = "", image: Image | None = None) -> dict[str, Any]:
+        small = thumbnail(read_image if image is None else lambda _: image, path)
+        return gallery_entry(small, path) | {"caption": printable(caption)}
 
     def shown(groups: Sequence[tuple[str, ...]]) -> list[list[dict[str, Any]]]:
         return [[entry(path, "/".join(where[path])) for path in group[:DUPLICATES]] for group in groups[:GROUPS]]
@@ -72,10 +73,7 @@ def write_dataset_page(
         "conflict_count": len(conflicts),
         "harmless": shown(harmless),
         "harmless_count": len(harmless),
-        "augmented": [
-            gallery_entry(thumbnail(lambda _, image=image: image, path), path) | {"caption": printable(caption)}
-            for path, caption, image in augmented
-        ],
+        "augmented": [entry(path, caption, image) for path, caption, image in augmented],
         "config": printable(config),
         "sheets": [
             {

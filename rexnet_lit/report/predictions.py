@@ -66,12 +66,12 @@ class Predictions:
     @cached_property
     def predicted(self) -> NDArray[np.int64]:
         """The most probable class of each image, (N,)."""
-        return self.probs.argmax(axis=1)
+        return np.asarray(self.probs.argmax(axis=1), np.int64)
 
     @cached_property
     def confidence(self) -> NDArray[np.float64]:
         """The probability of the predicted class of each image, (N,)."""
-        return self.probs.max(axis=1).astype(np.float64)
+        return np.asarray(self.probs.max(axis=1), np.float64)
 
     @property
     def truth(self) -> NDArray[np.int64]:
