@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rexnet_lit import __version__
 from rexnet_lit.data.settings import DataRecord
+from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import Stopped, UserError, printable
 from rexnet_lit.utils.files import check_output
@@ -128,13 +129,13 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     with process.gc_paused():
-        from rexnet_lit.export.formats import export
+        from rexnet_lit.export.export import export
 
     parity = export(args.model, args.format, args.output, args.images)
     output = Path(args.output)
     size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
     print(  # noqa: T201
-        f"{args.output}: {size:.1f} MB; on {parity.pictures} pictures it agrees with the model to "
+        f"{args.output}: {size:.1f} MB; on {parity.images} pictures it agrees with the model to "
         f"{parity.difference:.1g} in probability, and in the class of {parity.same:.1%}"
     )
     return 0
@@ -175,9 +176,11 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("dir", metavar="DIR", help="a new folder")
     export = add("export", _export, "write a model for other programs")
     export.add_argument("model", metavar="MODEL", help="a .ckpt or .safetensors file of a run")
-    export.add_argument("--format", required=True, choices=("onnx", "onnx-int8", "torch", "safetensors", "hub"))
-    export.add_argument("--output", required=True, metavar="FILE", help="for hub, a new folder that timm loads")
-    help_ = "for onnx-int8, pictures such as the model is for; by default its run's dataset"
+    formats = "; ".join(f"{name}: {each.description}" for name, each in FORMATS.items())
+    export.add_argument("--format", required=True, choices=FORMATS, help=formats)
+    export.add_argument("--output", required=True, metavar="FILE", help="the file; for hub, a new folder")
+    quantised = " and ".join(name for name, each in FORMATS.items() if each.needs_images)
+    help_ = f"for {quantised}: a folder of images like those that the model is for; by default its run's dataset"
     export.add_argument("--images", metavar="DIR", help=help_)
     return parser
 

@@ -136,7 +136,7 @@ def draw_calibration(bins: NDArray[np.float64], ece: float, theme: Mapping[str, 
     left, style = np.arange(BINS) / BINS, {"width": 1 / BINS, "align": "edge", "edgecolor": theme["face"]}
     for bar, images in zip(top.bar(left, accuracy, color=theme["right"], **style), count, strict=True):
         bar.set_alpha(0.35 if images < FEW else 1)
-    top.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=theme["muted"])
+    top.plot([0, 1], [0, 1], linestyle="--", linewidth=1, color=theme["text"])
     top.set(xlim=(0, 1), ylim=(0, 1.02))
     top.set_title(f"ECE {ece:.3f}", loc="left", **_text_style(theme, 10))
     bottom.bar(left, count, color=theme["muted"], **style)

@@ -17,7 +17,7 @@ import numpy as np
 import onnxruntime
 
 import rexnet_lit
-from rexnet_lit.export.formats import export
+from rexnet_lit.export.export import export
 from rexnet_lit.models import checkpoint
 
 

@@ -27,7 +27,7 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from rexnet_lit.cli import main
-from rexnet_lit.export import formats
+from rexnet_lit.export import export
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils import process
@@ -892,9 +892,9 @@ def test_check_writes_a_page(pictures, tmp_path, capsys):
     text = page.read_text("utf-8")
     assert "data &lt;b&gt;" in text
     assert "<b>data" not in text
-    assert "Copies across splits or classes" in text
+    assert "Duplicates across splits or classes" in text
     assert "again.png" in text
-    assert "What training will see" in text
+    assert "Augmented training images" in text
     assert text.count("epoch 1") == 4
     assert not re.search(r"(src|href)=\"(?!data:)", text)
     assert "<script" not in text
@@ -933,7 +933,7 @@ def test_check_s_page_needs_a_config_that_is_one(pictures, tmp_path, capsys):
 
 
 def test_integers_are_for_the_pictures_of_the_run(fitted, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(formats, "LEAST_AGREEMENT", 0.0)  # it has hardly learned
+    monkeypatch.setattr(export, "LEAST_AGREEMENT", 0.0)  # it has hardly learned
     model = fitted[0] / "runs" / "lightning_logs" / "version_0" / "model.safetensors"
     assert main.main(["export", str(model), "--format", "onnx-int8", "--output", str(tmp_path / "m.onnx")]) == 0
     assert "on 24 pictures" in capsys.readouterr().out  # half of all

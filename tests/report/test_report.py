@@ -353,7 +353,7 @@ def test_report_of_the_digits(tmp_path):
         ([0], [0], "The one image is classified correctly."),
         ([0], [1], "0 % of 1 image classified correctly."),
         ([0, 1, 1], [0, 1, 1], "All 3 images are classified correctly."),
-        ([1, 1], [0, 0], "0 % of 2 images classified correctly; most frequent mistake: x → y (2 times)."),
+        ([1, 1], [0, 0], "0 % of 2 images classified correctly; most frequent mistake: x predicted as y (2 times)."),
     ],
 )
 def test_smallest_reports(tmp_path, answers, targets, headline):

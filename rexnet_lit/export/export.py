@@ -1,0 +1,156 @@
+"""Writes a model in another format, and compares the file with the model on images before it is kept."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rexnet_lit.data.folder import list_images
+from rexnet_lit.export.formats import FORMATS
+from rexnet_lit.export.graph import Deployed, Writer
+from rexnet_lit.models import checkpoint
+from rexnet_lit.models.predictor import Classifier, load
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import check_output, check_writable
+
+TOLERANCE = 1e-4
+"""Largest difference in a probability between a float32 file and the model."""
+
+LEAST_AGREEMENT = 0.9
+"""Smallest share of images for which a quantised file must predict the model's class."""
+
+MAX_IMAGES, MIN_IMAGES = 256, 20
+"""Images for quantisation: one half sets the ranges, the other compares the file with the model."""
+
+
+class Parity(NamedTuple):
+    """How well a written file agrees with the model.
+
+    Args:
+        difference: The largest difference in a probability.
+        same: Share of the images for which both predict the same class.
+        images: How many images were compared.
+    """
+
+    difference: float
+    same: float
+    images: int
+
+
+def export(model: str, kind: str, output: str, images: str | None = None) -> Parity:
+    """Write ``model`` in another format.
+
+    Args:
+        model: A ``.ckpt`` or ``.safetensors`` file of a run.
+        kind: A key of `FORMATS`.
+        output: The file, or for ``hub`` the new folder. It is only written if it agrees with the model.
+        images: A folder of images for quantised formats, like those that the model is for; its run's dataset by
+            default.
+
+    Raises:
+        UserError: The model cannot be read, a package or images are missing, or the file disagrees with the model.
+    """
+    quantised = FORMATS[kind].needs_images
+    _check_output(Path(output), Path(model), kind)
+    if images is not None and not quantised:
+        raise UserError(f"--images is for {' and '.join(n for n, f in FORMATS.items() if f.needs_images)}, not {kind}")
+    classifier = load(model, device="cpu")
+    views = _sample_views(classifier, model, images) if quantised else _photo_views(classifier)
+    example, unseen = np.array_split(views, 2) if quantised else (views[:2], views)
+    expected = Deployed(classifier).check(unseen)
+    module, _, function = FORMATS[kind].writer.partition(":")
+    write: Writer = getattr(importlib.import_module(f"rexnet_lit.export.{module}"), function)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=Path(output).absolute().parent) as temporary, _quiet():
+        written = Path(temporary) / "model"
+        check = write(classifier, Path(model), torch.from_numpy(example), written)
+        # One image and many: the file must take a batch of any size.
+        got = np.concatenate([check(unseen[:1]), check(unseen)[1:]])
+        same = float((got.argmax(1) == expected.argmax(1)).mean())
+        parity = Parity(float(np.abs(got - expected).max()), same, len(unseen))
+        if quantised and not same >= LEAST_AGREEMENT:
+            raise UserError(
+                f"export: the {kind} file predicts the model's class for {same:.0%} of {len(unseen)} images, less than "
+                f"{LEAST_AGREEMENT:.0%}; it is not kept: use --format onnx"
+            )
+        if not quantised and not parity.difference <= TOLERANCE:
+            raise UserError(
+                f"export: the {kind} file's probabilities differ from the model's by {parity.difference:.2g}, more "
+                f"than {TOLERANCE:g}; it is not kept"
+            )
+        written.replace(Path(os.path.realpath(output)))
+    return parity
+
+
+def _check_output(output: Path, model: Path, kind: str) -> None:
+    """Raise before any work is done if the output cannot be written, or would replace something else."""
+    folder, suffixes = output.absolute().parent, FORMATS[kind].suffixes
+    if not folder.is_dir():
+        raise UserError(f"--output: there is no folder {str(folder)!r}; create it first")
+    check_writable("--output", output)
+    if output.exists() and model.exists() and output.samefile(model):
+        raise UserError(f"--output: {str(output)!r} is the model itself; name another file")
+    empty = not suffixes and output.is_dir() and not any(output.iterdir())
+    if output.exists() and not FORMATS[kind].overwrites and not empty:
+        raise UserError(f"--output: {str(output)!r} exists already; name a new {'file' if suffixes else 'folder'}")
+    if suffixes:
+        check_output("--output", output, *suffixes)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Hide the exporters' progress messages and deprecation warnings."""
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(logging.NOTSET)
+
+
+def _photo_views(classifier: Classifier) -> NDArray[np.float32]:
+    """Return four views (4, 3, S, S) of the two photographs that scikit-learn ships."""
+    from sklearn.datasets import load_sample_images
+
+    photos = load_sample_images().images
+    return _stack([classifier.view(np.ascontiguousarray(photo[::s, ::s])) for photo in photos for s in (1, -1)])
+
+
+def _sample_views(classifier: Classifier, model: str, images: str | None) -> NDArray[np.float32]:
+    """Return views (N, 3, S, S) of images drawn from a folder, the same ones each time."""
+    if images is not None and not Path(images).exists():
+        raise UserError(f"--images: there is no folder {images!r}")
+    folder = images or checkpoint.load_model(model).data.root
+    if folder is None or not Path(folder).exists():
+        raise UserError(
+            f"export: quantisation needs images like those the model is for, and its dataset ({folder or 'unknown'}) "
+            "is not here; name a folder of images: --images DIR"
+        )
+    root, paths, _ = list_images(folder)
+    views: list[NDArray[np.uint8]] = []
+    for i in np.random.default_rng(0).permutation(len(paths)):
+        with contextlib.suppress(UserError):  # unreadable images are skipped
+            views.append(classifier.view(root / os.fsdecode(paths[int(i)])))
+        if len(views) == MAX_IMAGES:
+            break
+    if len(views) < MIN_IMAGES:
+        raise UserError(
+            f"export: quantisation needs at least {MIN_IMAGES} images, {folder} has {len(views)}; add --images DIR"
+        )
+    return _stack(views)
+
+
+def _stack(views: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
+    """Return views (S, S, 3) as float32 (N, 3, S, S) from 0 to 1."""
+    return (np.stack(views).transpose(0, 3, 1, 2) / np.float32(255)).astype(np.float32)
