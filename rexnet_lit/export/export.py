@@ -35,17 +35,11 @@ MAX_IMAGES, MIN_IMAGES = 256, 20
 
 
 class Parity(NamedTuple):
-    """How well a written file agrees with the model.
+    """How well a written file agrees with the model."""
 
-    Args:
-        difference: The largest difference in a probability.
-        same: Share of the images for which both predict the same class.
-        images: How many images were compared.
-    """
-
-    difference: float
-    same: float
-    images: int
+    difference: float  # the largest in a probability
+    same: float  # share of the images for which both predict the same class
+    images: int  # how many were compared
 
 
 def export(model: str, kind: str, output: str, images: str | None = None) -> Parity:
@@ -78,16 +72,16 @@ def export(model: str, kind: str, output: str, images: str | None = None) -> Par
         got = np.concatenate([check(unseen[:1]), check(unseen)[1:]])
         same = float((got.argmax(1) == expected.argmax(1)).mean())
         parity = Parity(float(np.abs(got - expected).max()), same, len(unseen))
-        if quantised and not same >= LEAST_AGREEMENT:
-            raise UserError(
-                f"export: the {kind} file predicts the model's class for {same:.0%} of {len(unseen)} images, less than "
-                f"{LEAST_AGREEMENT:.0%}; it is not kept: use --format onnx"
+        if quantised:
+            agrees = same >= LEAST_AGREEMENT
+            problem = (
+                f"it predicts the model's class for {same:.0%} of images, less than {LEAST_AGREEMENT:.0%}; use onnx"
             )
-        if not quantised and not parity.difference <= TOLERANCE:
-            raise UserError(
-                f"export: the {kind} file's probabilities differ from the model's by {parity.difference:.2g}, more "
-                f"than {TOLERANCE:g}; it is not kept"
-            )
+        else:
+            agrees = parity.difference <= TOLERANCE
+            problem = f"its probabilities differ from the model's by {parity.difference:.2g}, more than {TOLERANCE:g}"
+        if not agrees:
+            raise UserError(f"export: the {kind} file is not kept: {problem}")
         written.replace(Path(os.path.realpath(output)))
     return parity
 
@@ -129,14 +123,10 @@ def _photo_views(classifier: Classifier) -> NDArray[np.float32]:
 
 def _sample_views(classifier: Classifier, model: str, images: str | None) -> NDArray[np.float32]:
     """Return views (N, 3, S, S) of images drawn from a folder, the same ones each time."""
-    if images is not None and not Path(images).exists():
-        raise UserError(f"--images: there is no folder {images!r}")
-    folder = images or checkpoint.load_model(model).data.root
+    folder = checkpoint.load_model(model).data.root if images is None else images
     if folder is None or not Path(folder).exists():
-        raise UserError(
-            f"export: quantisation needs images like those the model is for, and its dataset ({folder or 'unknown'}) "
-            "is not here; name a folder of images: --images DIR"
-        )
+        missing = "the model's dataset is unknown" if folder is None else f"there is no folder {folder!r}"
+        raise UserError(f"--images: {missing}; quantisation needs a folder of images like those that the model is for")
     root, paths, _ = list_images(folder)
     views: list[NDArray[np.uint8]] = []
     for i in np.random.default_rng(0).permutation(len(paths)):
@@ -145,9 +135,7 @@ def _sample_views(classifier: Classifier, model: str, images: str | None) -> NDA
         if len(views) == MAX_IMAGES:
             break
     if len(views) < MIN_IMAGES:
-        raise UserError(
-            f"export: quantisation needs at least {MIN_IMAGES} images, {folder} has {len(views)}; add --images DIR"
-        )
+        raise UserError(f"--images: quantisation needs at least {MIN_IMAGES} images, {folder} has {len(views)}")
     return _stack(views)
 
 

@@ -1,7 +1,6 @@
 """A folder that timm loads by its path, or by its name once it is on a hub: weights, configuration and model card.
 
-``config.json`` is what timm's ``push_to_hf_hub`` writes, which always uploads; here nothing leaves the machine. The
-card is made with huggingface_hub, which timm depends on.
+timm writes ``config.json``; nothing is uploaded. The card's header is made with huggingface_hub, which timm depends on.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import importlib.resources
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import timm
 from torch import Tensor
@@ -34,11 +33,24 @@ def write(classifier: Classifier, model: Path, example: Tensor, target: Path) ->
             f"export: timm's ReXNets have a linear head, and this model's is {spec.head.name}; "
             "use another --format, such as onnx"
         )
-    card = _card(spec, _test_results(model, checkpoint.digest(state)))
-    target.mkdir()
-    checkpoint.save_model(target / "model.safetensors", spec, state)
-    config = _config(spec, cast(Any, classifier.network).num_features)
-    (target / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    recipe, card = spec.eval_recipe, _card(spec, _test_results(model, checkpoint.digest(state)))
+    pretrained_cfg = {
+        "num_classes": spec.num_classes,
+        "input_size": (3, recipe.image_size, recipe.image_size),
+        "fixed_input_size": False,
+        "interpolation": recipe.interpolation,
+        "crop_pct": recipe.crop_pct,
+        "crop_mode": "center",
+        "mean": recipe.mean,
+        "std": recipe.std,
+        "first_conv": "stem.conv",
+        "classifier": "head.fc",
+        **dict.fromkeys(("test_input_size", "test_crop_pct")),  # of the published weights
+    }
+    config = {"label_names": spec.class_names, "pretrained_cfg": pretrained_cfg}
+    arguments = {"global_pool": spec.head.pool}
+    timm.models.save_for_hf(classifier.network, str(target), config, arguments, safe_serialization=True)
+    checkpoint.save_model(target / "model.safetensors", spec, state)  # with class names and preprocessing
     (target / "README.md").write_text(card, encoding="utf-8")
     return Deployed(classifier, timm.create_model(f"local-dir:{target}", pretrained=True)).check
 
@@ -53,30 +65,6 @@ def _test_results(model: Path, weights: str) -> dict[str, Any]:
         return dict(json.loads((report / "metrics.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
-
-
-def _config(spec: ModelSpec, num_features: int) -> dict[str, Any]:
-    recipe = spec.eval_recipe
-    return {
-        "architecture": spec.backbone.partition(".")[0],
-        "num_classes": spec.num_classes,
-        "num_features": num_features,
-        "global_pool": spec.head.pool,
-        "label_names": spec.class_names,
-        "model_args": {"global_pool": spec.head.pool},
-        "pretrained_cfg": {
-            "num_classes": spec.num_classes,
-            "input_size": (3, recipe.image_size, recipe.image_size),
-            "fixed_input_size": False,
-            "interpolation": recipe.interpolation,
-            "crop_pct": recipe.crop_pct,
-            "crop_mode": "center",
-            "mean": recipe.mean,
-            "std": recipe.std,
-            "first_conv": "stem.conv",
-            "classifier": "head.fc",
-        },
-    }
 
 
 def _card(spec: ModelSpec, figures: dict[str, Any]) -> str:

@@ -127,14 +127,14 @@ def test_onnx_int8(confident_model, images, tmp_path, capfd):
 
 def test_int8_needs_images_and_agreement(model, images, tmp_path, capsys, monkeypatch):
     command = ["export", model, "--output", tmp_path / "model.onnx", "--format"]
-    assert "its dataset (unknown) is not here" in fails(capsys, *command, "onnx-int8")
+    assert "dataset is unknown" in fails(capsys, *command, "onnx-int8")
     few = tmp_path / "few"
     write_pictures(few, NAMES[0], 1)
     assert "--images: there is no folder 'gone'" in fails(capsys, *command, "onnx-int8", "--images", "gone")
     assert "at least 20 images, " in fails(capsys, *command, "onnx-int8", "--images", few)
     assert "--images is for onnx-int8" in fails(capsys, *command, "onnx", "--images", few)
     monkeypatch.setattr(export, "LEAST_AGREEMENT", 1.1)
-    assert "less than 110%; it is not kept" in fails(capsys, *command, "onnx-int8", "--images", images)
+    assert "less than 110%" in fails(capsys, *command, "onnx-int8", "--images", images)
     assert not (tmp_path / "model.onnx").exists()
 
 
@@ -230,9 +230,7 @@ def test_the_model_card_has_results_of_these_weights_only(tmp_path, capsys):
     found = card(own, "tested")
     (accuracy, f1) = found.data.eval_results
     assert (accuracy.metric_type, accuracy.metric_value, f1.metric_value) == ("accuracy", 0.75, 0.7)
-    assert (
-        "| Top-1 accuracy | 75.0\u00a0% (46.8\u00a0% to 91.1\u00a0%, 95 % confidence interval) |" in found.text
-    )
+    assert "| Top-1 accuracy | 75.0\u00a0% (46.8\u00a0% to 91.1\u00a0%, 95 % confidence interval) |" in found.text
     assert f"| `{NAMES[0]}` | 50.0\u00a0% | 100\u00a0% | 66.7\u00a0% | 4 |" in found.text
     assert f"| `{NAMES[1]}` | - | - | - | 0 |" in found.text  # no test images
     for number, other in enumerate(("another model's", "")):
@@ -273,7 +271,7 @@ def test_a_file_that_disagrees_is_not_kept(model, tmp_path, capsys, fake, wrong)
     output = tmp_path / "made" / "model.safetensors"
     output.parent.mkdir()
     line = fails(capsys, "export", model, "--format", "safetensors", "--output", output)
-    assert "differ from the model's" in line
+    assert "not kept" in line
     assert list(output.parent.iterdir()) == []
 
     output.write_text("another model")
@@ -312,9 +310,7 @@ def test_errors_are_one_line(model, tmp_path, capsys, monkeypatch):
 
 
 def test_the_registry_is_light_and_complete(capsys):
-    code = (
-        "import sys, rexnet_lit.export.formats; assert not {'torch', 'numpy'} & sys.modules.keys()"
-    )
+    code = "import sys, rexnet_lit.export.formats; assert not {'torch', 'numpy'} & sys.modules.keys()"
     subprocess.run([sys.executable, "-c", code], check=True)
     for entry in formats.FORMATS.values():
         module, _, function = entry.writer.partition(":")
