@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rexnet_lit.report.html import gallery_entry, render_page, thumbnail
-from rexnet_lit.utils.errors import printable
 from rexnet_lit.utils.files import write_file
 
 if TYPE_CHECKING:
@@ -16,8 +15,8 @@ if TYPE_CHECKING:
     from rexnet_lit.report.html import Image
 
 
-# What the page shows at most: classes, images of each, groups of duplicates, images of each, and paths of a finding.
-CLASSES, IMAGES, GROUPS, DUPLICATES, PATHS = 100, 12, 24, 6, 5
+# What the page shows at most: classes, images of each, groups of duplicates, and images of each.
+CLASSES, IMAGES, GROUPS, DUPLICATES = 100, 12, 24, 6
 
 
 def write_dataset_page(
@@ -42,47 +41,26 @@ def write_dataset_page(
     """
 
     def entry(path: str, caption: str = "", image: Image | None = None) -> dict[str, Any]:
-        small = thumbnail(read_image if image is None else lambda _: image, path)
-        return gallery_entry(small, path) | {"caption": printable(caption)}
+        return gallery_entry(thumbnail(read_image if image is None else lambda _: image, path), path) | {
+            "caption": caption
+        }
 
-    def shown(groups: Sequence[tuple[str, ...]]) -> list[list[dict[str, Any]]]:
-        return [[entry(path, "/".join(where[path])) for path in group[:DUPLICATES]] for group in groups[:GROUPS]]
+    def entries(group: Sequence[str]) -> list[dict[str, Any]]:
+        return [entry(path, "/".join(where[path])) for path in group[:DUPLICATES]]
 
     where = {path: (split, name) for split, name, path in result.examples}
     groups = [(len({where.get(path) for path in g}), g) for g in (*result.duplicates, *result.near_duplicates)]
     conflicts, harmless = [g for n, g in groups if n > 1], [g for n, g in groups if n == 1]
     view = {
-        "title": printable(Path(result.root).name),
-        "verdict": result.verdict.capitalize(),
-        "class_count": len(result.class_names),
-        "totals": [(split, sum(counts.values())) for split, counts in result.counts.items()],
-        "formats": list(result.formats.items()),
-        "width": result.sizes["width"] if result.formats else None,
-        "height": result.sizes["height"],
-        "findings": [
-            {
-                "severity": finding.severity,
-                "message": printable(finding.message),
-                "advice": printable(finding.advice),
-                "paths": [printable(path) for path in finding.paths[:PATHS]],
-                "more": max(0, len(finding.paths) - PATHS),
-            }
-            for finding in result.findings
-        ],
-        "conflicts": shown(conflicts),
+        "title": Path(result.root).name,
+        "result": result,
+        "conflicts": [entries(group) for group in conflicts[:GROUPS]],
         "conflict_count": len(conflicts),
-        "harmless": shown(harmless),
+        "harmless": [entries(group) for group in harmless[:GROUPS]],
         "harmless_count": len(harmless),
-        "augmented": [entry(path, caption, image) for path, caption, image in augmented],
-        "config": printable(config),
-        "sheets": [
-            {
-                "name": printable(name),
-                "counts": [(split, counts[name]) for split, counts in result.counts.items()],
-                "images": [entry(path) for path in paths],
-            }
-            for name, paths in _examples(result).items()
-        ],
+        "augmented": [entry(*example) for example in augmented],
+        "config": config,
+        "examples": {name: [entry(path) for path in paths] for name, paths in _examples(result).items()},
     }
     write_file(Path(file), render_page("dataset.html", view))
 

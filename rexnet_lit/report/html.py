@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import base64
+import io
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import PIL.Image
 
 from rexnet_lit.report.tables import percent
 from rexnet_lit.utils.errors import printable
@@ -21,13 +23,13 @@ SMALL = 64  # up to this size an image is enlarged without smoothing, and stored
 
 
 def render_page(template: str, view: Mapping[str, Any]) -> str:
-    """Fill one of this folder's templates; everything in ``view`` is escaped."""
+    """Fill one of this folder's templates; every string in ``view`` is made printable and escaped."""
     import jinja2
 
     # StrictUndefined: a misspelt name in a template fails a test instead of leaving a gap in the page.
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("rexnet_lit.report", ""), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True,
+        finalize=lambda value: printable(value) if type(value) is str else value, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["percent"] = percent
     return environment.get_template(template).render(view)
@@ -35,18 +37,12 @@ def render_page(template: str, view: Mapping[str, Any]) -> str:
 
 def thumbnail(read_image: Callable[[str], Image], path: str) -> Image:
     """Read an image and shrink it to at most 160 pixels a side; an unreadable one becomes a grey square."""
-    import cv2
-
     try:
-        image = read_image(path)
+        small = PIL.Image.fromarray(read_image(path))
     except Exception:  # whatever a reader raises, the rest of the report is still worth having
         return np.full((THUMBNAIL, THUMBNAIL, 3), 160, np.uint8)
-    height, width = image.shape[:2]
-    scale = THUMBNAIL / max(height, width)
-    if scale >= 1:
-        return image
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    return np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
+    small.thumbnail((THUMBNAIL, THUMBNAIL))
+    return np.asarray(small)
 
 
 def data_uri(data: bytes, kind: str = "png") -> str:
@@ -56,9 +52,7 @@ def data_uri(data: bytes, kind: str = "png") -> str:
 
 def gallery_entry(image: Image, path: str) -> dict[str, Any]:
     """Return what the templates' gallery shows of an image: small ones as PNG, photographs as JPEG (a fifth)."""
-    import cv2
-
-    small = max(image.shape) <= SMALL
+    small, file = max(image.shape) <= SMALL, io.BytesIO()
     kind = "png" if small else "jpeg"
-    data = cv2.imencode(f".{kind}", np.ascontiguousarray(image[..., ::-1]))[1].tobytes()
-    return {"image": data_uri(data, kind), "pixelated": small, "path": printable(path)}
+    PIL.Image.fromarray(image).save(file, kind, quality=90)
+    return {"image": data_uri(file.getvalue(), kind), "pixelated": small, "path": path}

@@ -15,7 +15,7 @@ from rexnet_lit.report.figures import DARK, LIGHT, figure_name, short_name
 from rexnet_lit.report.html import data_uri, gallery_entry, render_page, thumbnail
 from rexnet_lit.report.predictions import Predictions, write_predictions
 from rexnet_lit.report.tables import confused_pairs, confusion_matrix, percent, wilson_interval
-from rexnet_lit.utils.errors import UserError, printable
+from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import write_csv, write_file
 from rexnet_lit.utils.reliability import confidence_bins
 
@@ -95,8 +95,8 @@ def write_report(
     pairs = confused_pairs(p.truth, p.predicted)
     matrix = confusion_matrix(p.truth, p.predicted, len(p.names), pairs)
     page = {
-        "title": printable(title),
-        "facts": [(printable(key), printable(str(value))) for key, value in facts.items()],
+        "title": title,
+        "facts": facts,
         "worst": [_gallery_entry(p, i, thumbnails[i]) for i in worst],
         "unsure": [_gallery_entry(p, i, thumbnails[i]) for i in unsure],
         **_view(p, metrics, pairs, matrix),
