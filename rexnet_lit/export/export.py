@@ -1,28 +1,43 @@
-"""Writes a model in another format, and compares the file with the model on images before it is kept."""
+"""Writes a model in another format, and compares the file with the model on images before it is kept.
+
+A graph takes float32 RGB images (B, 3, S, S) from 0 to 1, the centre square that `predictor.Classifier.view` returns,
+and returns probabilities (B, K): normalisation and softmax are inside. Class names and the preprocessing are in its
+metadata.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import importlib
+import json
 import logging
 import os
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from rexnet_lit.data.folder import list_images
 from rexnet_lit.export.formats import FORMATS
-from rexnet_lit.export.graph import Deployed, Writer
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.predictor import Classifier, load
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import check_output, check_writable
+
+Check: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
+"""Maps images (B, 3, S, S) to probabilities (B, K), computed by the written file."""
+
+Writer: TypeAlias = Callable[[Classifier, Path, Tensor, Path], Check]
+"""Takes a classifier, its own file, example images (N, 3, S, S) from 0 to 1 and the path to write to."""
+
+BATCH = {"images": {0: torch.export.Dim("batch")}}
+"""The dynamic shapes of a graph: any number of images."""
 
 TOLERANCE = 1e-4
 """Largest difference in a probability between a float32 file and the model."""
@@ -72,16 +87,13 @@ def export(model: str, kind: str, output: str, images: str | None = None) -> Par
         got = np.concatenate([check(unseen[:1]), check(unseen)[1:]])
         same = float((got.argmax(1) == expected.argmax(1)).mean())
         parity = Parity(float(np.abs(got - expected).max()), same, len(unseen))
-        if quantised:
-            agrees = same >= LEAST_AGREEMENT
-            problem = (
-                f"it predicts the model's class for {same:.0%} of images, less than {LEAST_AGREEMENT:.0%}; use onnx"
-            )
-        else:
-            agrees = parity.difference <= TOLERANCE
-            problem = f"its probabilities differ from the model's by {parity.difference:.2g}, more than {TOLERANCE:g}"
+        agrees = same >= LEAST_AGREEMENT if quantised else parity.difference <= TOLERANCE
         if not agrees:
-            raise UserError(f"export: the {kind} file is not kept: {problem}")
+            limit = f"the same class for {LEAST_AGREEMENT:.0%} of images" if quantised else f"at most {TOLERANCE:g}"
+            raise UserError(
+                f"export: the {kind} file is not kept: its probabilities differ from the model's by up to "
+                f"{parity.difference:.2g}, its class is the same for {same:.0%} of images; expected {limit}"
+            )
         written.replace(Path(os.path.realpath(output)))
     return parity
 
@@ -99,6 +111,36 @@ def _check_output(output: Path, model: Path, kind: str) -> None:
         raise UserError(f"--output: {str(output)!r} exists already; name a new {'file' if suffixes else 'folder'}")
     if suffixes:
         check_output("--output", output, *suffixes)
+
+
+class Deployed(nn.Module):
+    """A network that maps images from 0 to 1 to probabilities."""
+
+    def __init__(self, classifier: Classifier, network: nn.Module | None = None) -> None:
+        super().__init__()
+        recipe = classifier.spec.eval_recipe
+        self.network = (network or classifier.network).cpu().to(memory_format=torch.contiguous_format)
+        self.mean = nn.Buffer(torch.tensor(recipe.mean).view(1, 3, 1, 1))
+        self.std = nn.Buffer(torch.tensor(recipe.std).view(1, 3, 1, 1))
+        self.eval()
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map (B, 3, S, S) to (B, K)."""
+        return cast(Tensor, self.network((images - self.mean) / self.std)).softmax(1)
+
+    @torch.no_grad()
+    def check(self, images: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Map arrays, as a `Check`."""
+        return cast("NDArray[np.float32]", self(torch.from_numpy(images)).numpy())
+
+
+def metadata(classifier: Classifier) -> dict[str, str]:
+    """Return what a graph carries about itself."""
+    return {
+        "rexnet_lit": classifier.spec.to_json(),
+        "class_names": json.dumps(classifier.class_names),
+        "input": "float32 RGB (B, 3, S, S) from 0 to 1, centre square; output: probabilities (B, K)",
+    }
 
 
 @contextlib.contextmanager

@@ -1,6 +1,6 @@
 """The export formats, without torch, so that ``export --help`` is quick.
 
-To add a format, write a `graph.Writer` and add an entry here.
+To add a format, write a `export.Writer` and add an entry here.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ class Format:
 
     Args:
         description: What it is, for ``--help``.
-        writer: Its `graph.Writer`, as ``module:function``, the module in this folder.
+        writer: Its `export.Writer`, as ``module:function``, the module in this folder.
         suffixes: File name endings; empty if the output is a new folder.
         needs_images: Whether it is quantised, with images like those that the model is for.
         overwrites: Whether an existing file of that kind is replaced.

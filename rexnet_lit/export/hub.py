@@ -5,7 +5,6 @@ timm writes ``config.json``; nothing is uploaded. The card's header is made with
 
 from __future__ import annotations
 
-import importlib.resources
 import json
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 import timm
 from torch import Tensor
 
-from rexnet_lit.export.graph import Check, Deployed
+from rexnet_lit.export.export import Check, Deployed
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.predictor import Classifier
 from rexnet_lit.models.spec import ModelSpec
@@ -22,7 +21,7 @@ from rexnet_lit.utils.errors import UserError, printable
 
 
 def write(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
-    """Write ``model.safetensors``, ``config.json`` and ``README.md`` into a new folder, as a `graph.Writer`.
+    """Write ``model.safetensors``, ``config.json`` and ``README.md`` into a new folder, as a `export.Writer`.
 
     Raises:
         UserError: timm's ReXNets have no such head.
@@ -83,11 +82,14 @@ def _card(spec: ModelSpec, figures: dict[str, Any]) -> str:
         library_name="timm", pipeline_tag="image-classification", tags=["image-classification", "timm", "rexnet"],
         model_name=name, eval_results=results or None,
     )  # fmt: skip
-    template = importlib.resources.files("rexnet_lit.export").joinpath("model_card.md").read_text(encoding="utf-8")
     count = figures.get("count", 0)
-    return jinja2.Template(template, trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined).render(
+    interval = wilson_interval(round(figures["top1"] * count), count) if count else None
+    environment = jinja2.Environment(  # noqa: S701 (Markdown; names are escaped by `_code`)
+        loader=jinja2.PackageLoader("rexnet_lit.export", ""), undefined=jinja2.StrictUndefined, trim_blocks=True,
+    )  # fmt: skip
+    return environment.get_template("model_card.md").render(
         card_data=header.to_yaml(), model_name=name, spec=spec, recipe=spec.eval_recipe, figures=figures, code=_code,
-        percent=percent, interval=wilson_interval(round(figures["top1"] * count), count) if count else None,
+        percent=percent, interval=interval,
     )  # fmt: skip
 
 

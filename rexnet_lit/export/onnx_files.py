@@ -12,13 +12,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from rexnet_lit.export.graph import BATCH, Check, Deployed, metadata
+from rexnet_lit.export.export import BATCH, Check, Deployed, metadata
 from rexnet_lit.models.predictor import Classifier
 from rexnet_lit.utils.errors import UserError
 
 
 def write_float(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
-    """Write an ONNX file with float32 weights, as a `graph.Writer`.
+    """Write an ONNX file with float32 weights, as a `export.Writer`.
 
     Raises:
         UserError: A package is missing.
@@ -44,7 +44,7 @@ def write_float(classifier: Classifier, model: Path, example: Tensor, target: Pa
 
 
 def write_int8(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
-    """Write a quantised ONNX file with the ranges of the example images, as a `graph.Writer`."""
+    """Write a quantised ONNX file with the ranges of the example images, as a `export.Writer`."""
     exact, folded = target.with_name("exact"), target.with_name("folded")
     write_float(classifier, model, example[:2], exact)
     import onnx
@@ -69,4 +69,4 @@ def _check(file: Path) -> Check:
     from onnxruntime import InferenceSession
 
     run = InferenceSession(file, providers=["CPUExecutionProvider"]).run
-    return lambda images: run(None, {"images": images})[0]  # type: ignore[no-any-return]
+    return lambda images: run(None, {"images": images})[0]

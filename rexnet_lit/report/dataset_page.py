@@ -41,9 +41,8 @@ def write_dataset_page(
     """
 
     def entry(path: str, caption: str = "", image: Image | None = None) -> dict[str, Any]:
-        return gallery_entry(thumbnail(read_image if image is None else lambda _: image, path), path) | {
-            "caption": caption
-        }
+        small = thumbnail(read_image if image is None else lambda _: image, path)
+        return gallery_entry(small, path) | {"caption": caption}
 
     def entries(group: Sequence[str]) -> list[dict[str, Any]]:
         return [entry(path, "/".join(where[path])) for path in group[:DUPLICATES]]
