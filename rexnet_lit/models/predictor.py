@@ -169,7 +169,7 @@ def _pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
     except image_header.DecodeError as error:
         name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"this {type(image).__name__}"
         raise UserError(f"{name}: cannot be read as an image ({error})") from None
-    raise UserError(f"a {type(image).__name__} is no image; expected a path, a PIL image or an array")
+    raise UserError(f"a {type(image).__name__} is not an image; expected a path, a PIL image or an array")
 
 
 def load(model: str | os.PathLike[str], device: str | torch.device | None = None) -> Classifier:

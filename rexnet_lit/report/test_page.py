@@ -61,7 +61,7 @@ def write_report(
             as lists of K. The report shows these and computes none of its own.
         read_image: Turns a path of `p` into RGB, (H, W, 3). If it raises, the page shows a grey square.
         title: The page's title.
-        facts: What the page says about the run, name to value; without absolute paths.
+        facts: What the page shows about the run, name to value; without absolute paths.
         history: One row per epoch: ``train/...`` and ``val/...`` to a number, and ``epoch``, from 0, if it is not the
             index.
         weights: A digest of the tested weights, for ``weights.sha256``.

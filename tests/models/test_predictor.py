@@ -1,4 +1,4 @@
-"""Loading a model and predicting: one preprocessing everywhere, every kind of image, ImageNet's names."""
+"""Loading a model and predicting: the same preprocessing everywhere, all kinds of images, ImageNet's class names."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def classifier(model):
 
 
 def write_formats(folder):
-    """Write a picture in the formats that readers like to disagree on; return the files."""
+    """Write an image in formats that libraries read differently; return the files."""
     folder.mkdir(parents=True)
     image = Image.fromarray(picture("ring", 3, 90)).crop((0, 0, 90, 70))
     grey = np.asarray(image.convert("L")).astype(np.uint16) * 257
@@ -51,7 +51,7 @@ def write_formats(folder):
     return sorted(folder.iterdir())
 
 
-def test_logits_equal_validations(classifier, tmp_path, monkeypatch):
+def test_logits_equal_those_of_validation(classifier, tmp_path, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     root = write_dataset(tmp_path / "data", train=1, val=2)
     write_formats(root / "val" / "ring" / "formats")
@@ -66,10 +66,10 @@ def test_logits_equal_validations(classifier, tmp_path, monkeypatch):
     expected = torch.cat(batches)
     got = classifier.logits([samples.path(i) for i in range(len(samples))])
     torch.testing.assert_close(got, expected, atol=1e-5, rtol=0)
-    assert expected.std(0).min() > 0.05  # the pictures' answers differ, so the comparison says something
+    assert expected.std(0).min() > 0.05  # the images' logits differ, so the comparison means something
 
 
-def test_the_modules_prediction_equals_the_classifiers(model, classifier):
+def test_the_module_and_the_classifier_predict_the_same(model, classifier):
     from rexnet_lit.models import checkpoint
 
     module = rexnet_lit.RexNetModule.from_model(checkpoint.load_model(model)).eval()
@@ -91,15 +91,15 @@ def test_paths_pil_images_and_arrays_agree(classifier, tmp_path):
     one = classifier.logits(plain)
     torch.testing.assert_close(classifier.logits(array), one)
     torch.testing.assert_close(classifier.logits(np.stack([array, array])), one.repeat(2, 1), atol=1e-5, rtol=0)
-    torch.testing.assert_close(classifier.logits(array[::-1][::-1]), one)  # no copy in memory order is asked for
+    torch.testing.assert_close(classifier.logits(array[::-1][::-1]), one)  # arrays need not be contiguous
     grey = tmp_path / "formats" / "grey.png"
     torch.testing.assert_close(classifier.logits(np.asarray(Image.open(grey))), classifier.logits(grey))
     see_through = tmp_path / "formats" / "see-through.png"
     torch.testing.assert_close(classifier.logits(np.asarray(Image.open(see_through))), classifier.logits(see_through))
 
 
-def test_a_photograph_whose_end_is_lost_is_refused(classifier, tmp_path):
-    """No decoder reports it: an end marker follows."""
+def test_a_truncated_photograph_is_refused(classifier, tmp_path):
+    """No decoder reports it, because an end marker follows."""
     from sklearn import datasets
 
     data = (Path(datasets.__file__).parent / "images" / "china.jpg").read_bytes()
@@ -109,7 +109,7 @@ def test_a_photograph_whose_end_is_lost_is_refused(classifier, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["china.jpg", "flower.jpg"])
-def test_a_photograph_decoded_to_scale_looks_the_same(name):
+def test_scaled_decoding_gives_nearly_the_same_image(name):
     """The tolerance that decode.py states, on scikit-learn's photographs (640 x 427), scaled and whole."""
     from sklearn import datasets
 
@@ -121,7 +121,7 @@ def test_a_photograph_decoded_to_scale_looks_the_same(name):
         assert np.abs(scaled - whole).mean() < 7, size  # of 255
 
 
-def test_a_notebook_shows_what_it_is(classifier):
+def test_repr(classifier):
     assert re.fullmatch(r"Classifier\(rexnet_\d+, 3 classes, \d+ x \d+ pixels, cpu\)", repr(classifier))
 
 
@@ -133,11 +133,11 @@ def test_predict(classifier):
     np.testing.assert_allclose(probs.sum(1), 1, atol=1e-5)
     for row, p in zip(rows, probs, strict=True):
         best = np.argsort(-p)[:2]
-        assert [answer.label for answer in row] == [NAMES[i] for i in best]
-        assert [answer.prob for answer in row] == pytest.approx(p[best].tolist(), abs=1e-6)
+        assert [each.label for each in row] == [NAMES[i] for i in best]
+        assert [each.prob for each in row] == pytest.approx(p[best].tolist(), abs=1e-6)
     label, prob = classifier.predict(images[0])[0][0]
     assert (label, prob) == classifier.predict(iter(images[:1]))[0][0]
-    assert len(classifier.predict(images[0])[0]) == 3  # five are asked for, the model has three
+    assert len(classifier.predict(images[0])[0]) == 3  # top_k is 5, the model has 3 classes
 
 
 def test_embed(classifier):
@@ -159,7 +159,7 @@ def test_explain(classifier, target):
     assert heat.dtype == np.float32
     assert heat.min() >= 0
     assert heat.max() == pytest.approx(1)
-    assert heat.std() > 0.02  # it says where: at 64 px the last features are 2 x 2, too coarse
+    assert heat.std() > 0.02  # at 64 px the last features are 2 x 2, too coarse for a map
     assert classifier.view(image).shape == (64, 64, 3)
     assert not classifier.network.training
 
@@ -183,7 +183,7 @@ def test_explain_is_grad_cam_on_the_last_features_of_a_large_view(model):
     np.testing.assert_allclose(classifier.explain(image, NAMES[1]), (cam / cam.max()).numpy(), atol=1e-4)
 
 
-def test_arrays_of_every_kind_are_the_same_picture(classifier):
+def test_arrays_of_every_dtype(classifier):
     image = picture("ring", 3)
     grey = image[..., :1]
     expected, expected_grey = classifier.logits(image), classifier.logits(grey[..., 0])
@@ -208,8 +208,8 @@ def test_bad_input_is_one_line(classifier, tmp_path):
         (np.zeros((8, 8, 3), np.int64), r"int64 \(8, 8, 3\); expected"),
         (np.zeros((8, 8, 2), np.uint8), r"uint8 \(8, 8, 2\)"),
         (np.zeros((0, 8, 3), np.uint8), r"uint8 \(0, 8, 3\)"),
-        ([7], "a int is no image"),
-        (b"bytes", "a bytes is no image"),
+        ([7], "a int is not an image"),
+        (b"bytes", "a bytes is not an image"),
         (Image.new("I", (8, 8)), "32-bit"),
     ]
     for images, message in cases:
@@ -224,7 +224,7 @@ def test_bad_input_is_one_line(classifier, tmp_path):
         classifier.explain(picture("disc", 1), 3)
 
 
-def test_load_refuses_what_is_no_model(tmp_path):
+def test_load_refuses_other_files(tmp_path):
     for name, message in (
         ("nothing.ckpt", "there is no file"),
         ("https://example.com/model.ckpt", "local files only"),
@@ -274,7 +274,7 @@ def test_imagenet_weights_from_the_local_cache(hub):
     assert torch.equal(classifier.network.head.fc.weight.cpu(), net.head.fc.weight)
 
 
-def test_imagenet_weights_that_cannot_be_had(hub):
+def test_imagenet_weights_that_are_not_available(hub):
     with pytest.raises(UserError, match="neither in the local cache nor to be had from the hub") as error:
         rexnet_lit.load("rexnet_100")
     assert "\n" not in str(error.value)
