@@ -1,14 +1,9 @@
-"""What we ask of Lightning's trainer, and say in one line before a run begins.
-
-Lightning itself meets most of it with a traceback once the run is under way, or not at all.
-"""
+"""Checks of the trainer's settings before a run starts, where Lightning would fail later or not at all."""
 
 from __future__ import annotations
 
 import contextlib
-import traceback
 from collections.abc import Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as pl
@@ -17,12 +12,9 @@ from lightning.pytorch.callbacks import (
     BaseFinetuning,
     BatchSizeFinder,
     Callback,
-    Checkpoint,
-    DeviceStatsMonitor,
     EarlyStopping,
     GradientAccumulationScheduler,
     LearningRateFinder,
-    LearningRateMonitor,
     ModelPruning,
     StochasticWeightAveraging,
     Timer,
@@ -31,19 +23,30 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.cli.config import class_problem
+from rexnet_lit.cli.messages import trainer_message
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.errors import UserError, did_you_mean
+from rexnet_lit.utils.settings import check_range
 
-TRAINING_CALLBACKS = (Checkpoint, EarlyStopping, LearningRateMonitor, DeviceStatsMonitor)
-"""Callbacks of a fit's config that have nothing to do in the other runs, or want a logger."""
+_RANGES = {
+    "accumulate_grad_batches": "[1, inf)",
+    "check_val_every_n_epoch": "[1, inf)",
+    "gradient_clip_val": "[0, inf]",
+    "log_every_n_steps": "[0, inf)",
+    "val_check_interval": "(0, inf)",
+}
 
-_INSTEAD: dict[type[Callback], str] = {
+_UNSUPPORTED_SETTINGS = {
+    "barebones": "it leaves out the checkpoints",
+    "overfit_batches": "use trainer.limit_train_batches",
+}
+
+_UNSUPPORTED_CALLBACKS: dict[type[Callback], str] = {
     BaseFinetuning: "set model.strategy, such as staged",
     BatchSizeFinder: "set data.batch_size",
     GradientAccumulationScheduler: "set trainer.accumulate_grad_batches",
     LearningRateFinder: "use --find_lr true",
-    ModelPruning: "no file of ours could describe a pruned network",
+    ModelPruning: "a model file cannot describe a pruned network",
     StochasticWeightAveraging: "set model.ema",
     Timer: "set trainer.max_time",
     WeightAveraging: "set model.ema",
@@ -51,45 +54,40 @@ _INSTEAD: dict[type[Callback], str] = {
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
-    """Refuse settings of the trainer that are out of their range, or not for us."""
-    least = {
-        "accumulate_grad_batches": 1,
-        "check_val_every_n_epoch": 1,
-        "gradient_clip_val": 0,
-        "log_every_n_steps": 0,
-    }
-    for key, low in least.items():
-        value = settings[key]
-        if value is not None and not value >= low:
-            raise UserError(f"trainer.{key} is {value}; expected {low} or more")
-    if settings["val_check_interval"] is not None and settings["val_check_interval"] == 0:
-        raise UserError("trainer.val_check_interval is 0; expected a share of an epoch, or a number of batches")
-    if settings["barebones"]:
-        raise UserError("trainer.barebones is not supported: it leaves out the checkpoints")
-    if settings["overfit_batches"]:
-        raise UserError("trainer.overfit_batches is not supported; use trainer.limit_train_batches")
+    """Raise `UserError` for settings of the trainer that are out of range or not supported."""
+    for key, interval in _RANGES.items():
+        if isinstance(settings[key], int | float):  # val_check_interval may be a duration
+            check_range(f"trainer.{key}", settings[key], interval)
+    for key, reason in _UNSUPPORTED_SETTINGS.items():
+        if settings[key]:
+            raise UserError(f"trainer.{key} is not supported; {reason}")
     if "://" in str(settings["default_root_dir"] or ""):
         raise UserError(f"trainer.default_root_dir is {settings['default_root_dir']!r}; expected a local folder")
 
 
 def check_callbacks(callbacks: Iterable[Callback]) -> None:
-    """Refuse callbacks that do in another way what our settings do, and that a resume could not follow."""
+    """Raise `UserError` for callbacks that compete with a setting; a resumed run could not restore them exactly."""
     for callback in callbacks:
-        for kind, instead in _INSTEAD.items():
+        for kind, reason in _UNSUPPORTED_CALLBACKS.items():
             if isinstance(callback, kind):
-                raise UserError(f"trainer.callbacks: {type(callback).__name__} is not supported; {instead}")
+                raise UserError(f"trainer.callbacks: {type(callback).__name__} is not supported; {reason}")
 
 
-def check_trainer(trainer: pl.Trainer, settings: Mapping[str, Any]) -> None:
-    """Refuse what only the trainer that was made of its settings shows."""
+def check_trainer(trainer: pl.Trainer, settings: Mapping[str, Any], command: str) -> None:
+    """Raise `UserError` for settings that leave nothing to run on, or do not suit the chosen device and plugins."""
+    if command != "fit":
+        key = "limit_val_batches" if command == "validate" else f"limit_{command}_batches"
+        if getattr(trainer, key) == 0:
+            raise UserError(f"trainer.{key} is 0: there would be no images to run on")
+        return
     if settings["sync_batchnorm"] and trainer.world_size > 1 and trainer.strategy.root_device.type == "cpu":
         raise UserError("trainer.sync_batchnorm is for GPUs; set it to false")
     if isinstance(trainer.strategy.checkpoint_io, AsyncCheckpointIO):
-        raise UserError("trainer.plugins: AsyncCheckpointIO is not supported: a file must be whole before it counts")
+        raise UserError("trainer.plugins: AsyncCheckpointIO is not supported: a checkpoint must be complete on return")
 
 
 def disable_slurm_requeue(trainer: pl.Trainer, *, resumes: bool) -> None:
-    """Have Lightning requeue no SLURM job: it saves a file of its own then, which a new run begins from in silence.
+    """Stop Lightning from requeueing a SLURM job: it saves a file of its own, which a later run silently resumes.
 
     Raises:
         UserError: There is such a file.
@@ -99,11 +97,11 @@ def disable_slurm_requeue(trainer: pl.Trainer, *, resumes: bool) -> None:
         cluster.auto_requeue = False
     requeued = trainer._checkpoint_connector._hpc_resume_path
     if requeued is not None and SLURMEnvironment.detect() and not resumes:
-        raise UserError(f"{requeued}: under SLURM Lightning would go on with it; move it, or set --ckpt_path to it")
+        raise UserError(f"{requeued}: under SLURM Lightning would resume this file; move it, or set --ckpt_path to it")
 
 
 def check_fit(trainer: pl.Trainer, model: RexNetModule) -> None:
-    """Refuse a training of nothing, and whoever waits for a figure that nobody logs."""
+    """Raise `UserError` if nothing would be trained, or something monitors a metric that is not logged."""
     if 0 in (trainer.max_epochs, trainer.max_steps) or trainer.limit_train_batches == 0:
         raise UserError("trainer: max_epochs, max_steps or limit_train_batches is 0: nothing would be trained")
     logged = ["train/loss", "train/loss_step"]
@@ -114,42 +112,23 @@ def check_fit(trainer: pl.Trainer, model: RexNetModule) -> None:
         if isinstance(callback, RunCheckpoint):
             continue
         if isinstance(callback, EarlyStopping) and str(monitor).startswith("train/"):
-            callback._check_on_train_epoch_end = True  # it is known then, not at a validation
+            callback._check_on_train_epoch_end = True  # it is logged then, not at a validation
         if monitor is not None and monitor not in logged:
             raise UserError(
-                f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}, which nobody logs"
-                f"{did_you_mean(monitor, logged)}; there are {', '.join(logged)}"
+                f"trainer.callbacks: {type(callback).__name__} monitors {monitor!r}, which is not logged"
+                f"{did_you_mean(monitor, logged)}; logged are {', '.join(logged)}"
             )
     if trainer.limit_val_batches == 0 and model.schedule_settings.name == "plateau":
-        raise UserError("model.schedule: plateau waits for the validation loss, and trainer.limit_val_batches is 0")
+        raise UserError("model.schedule: plateau needs the validation loss, but trainer.limit_val_batches is 0")
 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Say in one line why an object of the trainer cannot be made.
-
-    Raises:
-        UserError: Lightning, or the parser, refuses its settings. What a user's own class raises passes.
-    """
+    """Turn a refusal by Lightning or the parser into a `UserError`; what a user's own class raises passes."""
     try:
         yield
     except ValueError as error:
-        cause: BaseException = error
-        while cause.__cause__ or cause.__context__:
-            cause = cause.__cause__ or cause.__context__ or cause
-        said = str(cause)
-        if _raised_in(cause, "jsonargparse"):  # of several kinds of value that it has tried, the class's reason counts
-            said = class_problem(str(error)) or str(error).partition("\nGiven ")[0]
-        elif not raised_by_lightning(cause):
+        message = trainer_message(error)
+        if message is None:
             raise
-        raise UserError(f"trainer: {' '.join(said.split())}") from error
-
-
-def raised_by_lightning(error: BaseException) -> bool:
-    """Say whether an exception comes from Lightning's own code."""
-    return _raised_in(error, "lightning")
-
-
-def _raised_in(error: BaseException, package: str) -> bool:
-    frames = traceback.extract_tb(error.__traceback__)
-    return bool(frames) and package in Path(frames[-1].filename).parts
+        raise UserError(f"trainer: {message}") from error

@@ -13,7 +13,7 @@ from conftest import draw_shape
 from image_tools import SAMPLES, mutate
 from PIL import Image
 
-from rexnet_lit.cli.main import user_message
+from rexnet_lit.cli.messages import user_message
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.dataset import ImageDataset
 from rexnet_lit.data.folder import Samples, write_split

@@ -1,0 +1,189 @@
+"""The commands, and what each of them adds to the command line.
+
+`COMMANDS` is the registry. To add a command, write a function that runs it and one that adds its arguments, and enter
+them there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rexnet_lit.data.settings import DataRecord, EvalRecipe
+from rexnet_lit.utils import process
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import check_output
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from rexnet_lit.data.transforms import AugmentSettings
+    from rexnet_lit.inspect.findings import CheckResult
+
+EXPORT_FORMATS = ("onnx", "onnx-int8", "torch", "safetensors", "hub")
+
+
+@dataclasses.dataclass(frozen=True)
+class Command:
+    """A command.
+
+    Args:
+        help: Its line in ``--help``.
+        run: Runs it and returns the exit code. ``args.argv`` holds all arguments as they were given.
+        add_arguments: Adds its arguments to a parser. None if it parses ``args.argv`` itself.
+    """
+
+    help: str
+    run: Callable[[argparse.Namespace], int]
+    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+
+
+def _run_lightning(args: argparse.Namespace) -> int:
+    with process.gc_paused():
+        from rexnet_lit.cli.lightning_cli import RexNetCLI
+
+    RexNetCLI.run(args.argv)
+    return 0
+
+
+def _add_check(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="contains train/ val/ [test/], or class folders")
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+    help_ = "write a page with images of every class and all duplicates"
+    parser.add_argument("--report", metavar="FILE.html", help=help_)
+    help_ = "split the folder as this config does, and show images with its augmentation on the page"
+    parser.add_argument("--config", metavar="FILE.yaml", help=help_)
+
+
+def _check(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from rexnet_lit.inspect import check, findings
+
+    if not args.dir or not Path(args.dir).is_dir():
+        raise UserError(f"check: there is no folder {args.dir!r}")
+    if args.report:
+        check_output("--report", Path(args.report), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
+    record, augment, size = DataRecord(), None, 0
+    if args.config:
+        from rexnet_lit.cli.config import read_data
+
+        record, augment, size = read_data(args.config)
+    console = Console(stderr=True)  # stdout may be JSON
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("checking the images")
+        result = check.check(
+            args.dir, record, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if args.json:
+        print(json.dumps(result.to_dict(), indent=2))  # noqa: T201
+    else:
+        findings.print_result(result, Console())
+    if args.report:
+        _write_page(args, result, augment, size)
+        print(f"report: {args.report}", file=sys.stderr)  # noqa: T201 (stdout may be JSON)
+    return 0 if result.ok else 1
+
+
+def _write_page(args: argparse.Namespace, result: CheckResult, augment: AugmentSettings | None, size: int) -> None:
+    from rexnet_lit.data import decode
+    from rexnet_lit.report import dataset_page
+
+    def read(path: str) -> NDArray[np.uint8]:
+        return decode.read(Path(args.dir) / path, 160)
+
+    samples = _augmented_samples(result, read, augment, size) if augment else []
+    config = Path(args.config).name if args.config else ""
+    dataset_page.write_dataset_page(args.report, result, read_image=read, augmented=samples, config=config)
+
+
+def _augmented_samples(
+    result: CheckResult, read: Callable[[str], NDArray[np.uint8]], augment: AugmentSettings, size: int
+) -> list[tuple[str, str, NDArray[np.uint8]]]:
+    """Return path, caption and image for four training images, each as it is and with three augmentations."""
+    from rexnet_lit.data.transforms import TrainTransform
+
+    transform = TrainTransform(augment, EvalRecipe(image_size=size), size)
+    bad = {row.path for row in result.bad}
+    paths = [path for split, _, path in result.examples if split == "train" and path not in bad]
+    samples = []
+    for path in paths[:: max(1, len(paths) // 4)][:4]:
+        image = read(path)
+        views = [(f"epoch {seed}", transform.augment(image, seed)) for seed in (1, 2, 3)]
+        samples += [(path, caption, view) for caption, view in [("original", image), *views]]
+    return samples
+
+
+def _models(args: argparse.Namespace) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    with process.gc_paused():
+        from rexnet_lit.models.variants import variants
+
+    table = Table("name", box=None, header_style="bold")
+    for title in ("parameters", "multiply-adds", "features"):
+        table.add_column(title, justify="right")
+    for title in ("weights", "top-1 % at 224 / 288 px"):
+        table.add_column(title)
+    for v in variants():
+        adds = f"{v.multiply_adds / 1e6:,.1f} M"
+        for i, tag in enumerate(v.weights or ("none",)):
+            cells = (v.name, f"{v.parameters:,}", adds, str(v.features)) if i == 0 else ("",) * 4
+            table.add_row(*cells, tag, v.top1.get(tag, "-"))
+    Console(width=None if sys.stdout.isatty() else 100).print(table)
+    print("multiply-adds: one image at 224 px; top-1: ImageNet, published by timm")  # noqa: T201
+    return 0
+
+
+def _add_sample(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dir", metavar="DIR", help="a new folder")
+
+
+def _sample(args: argparse.Namespace) -> int:
+    from rexnet_lit.data.sample import write_sample
+
+    counts = write_sample(args.dir)
+    print(f"{args.dir}: 10 classes, " + ", ".join(f"{n} {split}" for split, n in counts.items()))  # noqa: T201
+    return 0
+
+
+def _add_export(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("model", metavar="MODEL", help="a .ckpt or .safetensors file of a run")
+    parser.add_argument("--format", required=True, choices=EXPORT_FORMATS)
+    parser.add_argument("--output", required=True, metavar="FILE", help="for hub, a new folder that timm can load")
+    help_ = "for onnx-int8, images like those the model will see; default: the dataset of its run"
+    parser.add_argument("--images", metavar="DIR", help=help_)
+
+
+def _export(args: argparse.Namespace) -> int:
+    with process.gc_paused():
+        from rexnet_lit.export.formats import export
+
+    parity = export(args.model, args.format, args.output, args.images)
+    output = Path(args.output)
+    size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
+    print(  # noqa: T201
+        f"{args.output}: {size:.1f} MB; compared with the model on {parity.pictures} images: probabilities differ by "
+        f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class"
+    )
+    return 0
+
+
+COMMANDS = {
+    "fit": Command("train a classifier on a folder of images", _run_lightning),
+    "validate": Command("evaluate a model on the validation split", _run_lightning),
+    "test": Command("evaluate a model on the test split and write report/", _run_lightning),
+    "predict": Command("classify unlabelled images and write a CSV", _run_lightning),
+    "check": Command("find problems in a folder of images", _check, _add_check),
+    "models": Command("list the ReXNet variants", _models, lambda parser: None),
+    "sample": Command("write the sample dataset, handwritten digits", _sample, _add_sample),
+    "export": Command("convert a model for other programs", _export, _add_export),
+}

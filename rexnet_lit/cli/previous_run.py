@@ -1,0 +1,85 @@
+"""What a run takes from the run before it: the checkpoint to resume, or how a model's dataset was split."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rexnet_lit.cli import run_folder
+from rexnet_lit.data.settings import DataRecord, SplitSettings
+from rexnet_lit.data.splits import lists_images_of
+from rexnet_lit.models import checkpoint
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import absolute_path
+
+_SPLIT_KEYS = {field.name for field in dataclasses.fields(SplitSettings)} - {"class_order", "follow_outside_links"}
+_NOT_DRAWN: dict[str, Any] = {"num_folds": 0, "fold": 0}  # the splits are read from a file
+
+
+def find_checkpoint(path: str, root: str | None) -> tuple[str, list[str]]:
+    """Return the checkpoint that ``ckpt_path`` means, and why newer ones were skipped.
+
+    Args:
+        path: A file, or ``last`` for the newest checkpoint in the run folders.
+        root: ``trainer.default_root_dir``.
+
+    Raises:
+        UserError: There is none, or ``path`` is something else.
+    """
+    if path == "last":
+        found, skipped = run_folder.find_last_checkpoint(Path(root or "."))
+        return str(found.absolute()), skipped
+    if Path(path).is_dir():
+        raise UserError(f"ckpt_path: {path!r} is a folder; name the run's checkpoints/last.ckpt, or last")
+    if Path(path).suffix == ".safetensors":
+        raise UserError(
+            f"ckpt_path: {path} contains weights only and cannot be resumed; to start a new run from them, "
+            "use model.weights"
+        )
+    return path, []
+
+
+def read_checkpoint(path: str) -> dict[str, Any]:
+    """Return the contents of a checkpoint that can be resumed.
+
+    Raises:
+        UserError: It cannot be read, or lacks the state of the training.
+    """
+    content = checkpoint.read_ckpt(path)
+    checkpoint.read_record(content, path)
+    missing = [key for key in ("epoch", "global_step", "loops", "optimizer_states") if key not in content]
+    if missing:
+        raise UserError(f"ckpt_path: {path} cannot be resumed: {', '.join(missing)} missing; use model.weights")
+    return content
+
+
+def recorded_splits(data: Mapping[str, Any], record: DataRecord, folder: Path | None) -> dict[str, Any]:
+    """Return the data settings that reproduce the splits of a model's run, without those that the user has changed.
+
+    Args:
+        data: The settings of this run. Where the user has set nothing, they are the record's.
+        record: The settings of the model's run.
+        folder: The model's run folder.
+    """
+    recorded = dataclasses.asdict(record)
+    changed = {key for key in _SPLIT_KEYS if data[key] != recorded[key]}
+    if absolute_path(data["split_file"]) == recorded["split_file"]:
+        changed.discard("split_file")
+    written = str(folder / "split.csv") if folder is not None and (folder / "split.csv").is_file() else None
+    settings: dict[str, Any] = {}
+    if data["root"] is not None and not _same_folder(data["root"], record.root):
+        file = written or record.split_file
+        moved = file and not changed and lists_images_of(file, data["root"])  # the same images in another place
+        settings = {"split_file": file if moved else None, **_NOT_DRAWN}
+    elif changed:
+        settings = {"split_file": None, **(_NOT_DRAWN if "val_fraction" in changed else {})}
+    elif written:
+        settings = {"split_file": written, **_NOT_DRAWN}
+    return {key: value for key, value in settings.items() if key not in changed}
+
+
+def _same_folder(path: str, other: str | None) -> bool:
+    return other is not None and os.path.realpath(path) == os.path.realpath(other)
