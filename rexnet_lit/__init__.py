@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 __all__ = ["Classifier", "ImageFolderDataModule", "RexNetModule", "UserError", "configure_allocator", "load"]
 __version__ = "0.1.0"
 
-# Imported when asked for: torch and Lightning take seconds, and `python -m rexnet_lit --help` needs neither.
-_WHERE = {
+# Imported on first use: torch and Lightning take seconds, and `python -m rexnet_lit --help` needs neither.
+_LAZY = {
     "Classifier": "models.predictor",
     "ImageFolderDataModule": "data.datamodule",
     "RexNetModule": "training.module",
@@ -31,10 +31,10 @@ _WHERE = {
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
+    if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_WHERE[name]}"), name)
+    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *_WHERE})
+    return sorted({*globals(), *_LAZY})

@@ -1,4 +1,4 @@
-"""``python -m rexnet_lit``: set the process up, then hand over to the command line."""
+"""``python -m rexnet_lit``: prepare the process, then run the command line."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def main() -> int:
     """Run the command line and return its exit code."""
     process.open_missing_streams()
     process.install_signal_handlers()
-    process.configure_allocator()  # before torch is imported, which happens below
+    process.configure_allocator()  # before torch is imported, which the next line may do
     from rexnet_lit.cli import main
 
     return main.main(sys.argv[1:])

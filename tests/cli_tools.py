@@ -1,4 +1,4 @@
-"""What the command line's, predictor's and exports' tests share: drawn pictures, a lively model, runs."""
+"""Shared by the tests of the command line, the predictor and the exports: drawn images, a model, runs."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TRUE_COLOURS = {"bars": (200, 60, 40), "disc": (40, 160, 60), "ring": (50, 70, 2
 
 
 def picture(name, seed, size=48):
-    """A picture of class ``name``, uint8 (size, size, 3): a coloured shape on noise."""
+    """An image of class ``name``, uint8 (size, size, 3): a coloured shape on noise."""
     random = np.random.default_rng((NAMES.index(name), seed))
     image = random.integers(190, 256, (size, size, 3))
     y, x = np.mgrid[:size, :size] - size / 2 - random.uniform(-3, 3, (2, 1, 1))
@@ -32,14 +32,14 @@ def picture(name, seed, size=48):
 
 
 def write_pictures(folder, name, count, start=0):
-    """Write ``count`` pictures of a class into ``folder``."""
+    """Write ``count`` images of a class into ``folder``."""
     folder.mkdir(parents=True, exist_ok=True)
     for seed in range(start, start + count):
         Image.fromarray(picture(name, seed)).save(folder / f"{name} {seed:03d}.png")
 
 
 def write_dataset(root, names=NAMES, **counts):
-    """Write ``root/{split}/{class}/*.png`` with so many pictures a class: ``train=8, val=4``; return ``root``."""
+    """Write ``root/{split}/{class}/*.png`` with the given number per class, ``train=8``; return ``root``."""
     for number, (split, count) in enumerate(counts.items()):
         for name in names:
             write_pictures(root / split / name, name, count, 1000 * number)
@@ -47,9 +47,9 @@ def write_dataset(root, names=NAMES, **counts):
 
 
 def lively_model(path, names=NAMES, size=64, backbone="rexnet_100"):
-    """Write a model whose answers differ from picture to picture, as a trained one's do; return its path.
+    """Write a model whose predictions differ from image to image, as after training; return its path.
 
-    An untrained network answers 1/K to everything, so a wrong preprocessing would not show.
+    An untrained network predicts 1/K for every image, which would hide a wrong preprocessing.
     """
     torch.manual_seed(0)
     net = rexnet.build_network(backbone, len(names)).to(memory_format=torch.channels_last)
@@ -70,7 +70,7 @@ def lively_model(path, names=NAMES, size=64, backbone="rexnet_100"):
 
 
 def fails(capsys, *argv):
-    """Run a command that a user got wrong; return its one line."""
+    """Run a command with an error of the user; return its one line."""
     code = main.main([str(a) for a in argv])
     out, err = capsys.readouterr()
     assert code == 2, (code, out, err)
@@ -82,7 +82,7 @@ def fails(capsys, *argv):
 
 
 def run_rexnet(*argv, cwd, timeout=300):
-    """Run ``python -m rexnet_lit`` in a process of its own, on two threads; return what it printed."""
+    """Run ``python -m rexnet_lit`` in a process of its own; return what it printed."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("PL_", "REXNET_LIT", "MASTER_"))}
     environment |= {"XDG_CACHE_HOME": str(Path(cwd) / "cache"), "CUDA_VISIBLE_DEVICES": "", "COLUMNS": "200"}
     done = subprocess.run(

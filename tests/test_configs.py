@@ -1,4 +1,4 @@
-"""Every shipped config is read by the command line's own parser, alone and with each overlay."""
+"""Every shipped config is parsed by the command line, alone and with each overlay."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 WHOLE = sorted(CONFIGS.glob("*.yaml"))
 OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
 
-# Lightning 2.6.6's own calls of what jsonargparse 4.49 calls deprecated.
+# Lightning 2.6.6 calls functions that jsonargparse 4.49 deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
 
 
 def parse(capsys, *files):
-    """What a fit with these configs would use; nothing is made or run."""
+    """The settings of a fit with these configs; nothing is built or run."""
     argv = ["fit", *(part for file in files for part in ("--config", str(file))), "--print_config"]
     assert main.main(argv) == 0
     out, err = capsys.readouterr()
@@ -39,7 +39,7 @@ def test_there_are_configs():
 
 
 @pytest.mark.parametrize("file", WHOLE, ids=lambda f: f.stem)
-def test_a_config_says_what_it_sets(file, capsys):
+def test_a_config_sets_its_values(file, capsys):
     parsed = dict(leaves(parse(capsys, file)))
     for key, value in leaves(yaml.safe_load(file.read_text())):
         found = parsed[key] if key in parsed else parsed[f"{key}.name"]  # `strategy: linear_probe` names a kind
@@ -47,25 +47,25 @@ def test_a_config_says_what_it_sets(file, capsys):
 
 
 @pytest.mark.parametrize("file", OVERLAYS, ids=lambda f: f.stem)
-def test_an_overlay_holds_only_what_differs(file, capsys):
+def test_an_overlay_sets_only_what_differs(file, capsys):
     base = dict(leaves(parse(capsys, CONFIGS / "finetune.yaml")))
     both = dict(leaves(parse(capsys, CONFIGS / "finetune.yaml", file)))
     overlay = dict(leaves(yaml.safe_load(file.read_text())))
     assert {key for key in both if both[key] != base[key]} == set(overlay)
     assert {key: both[key] for key in overlay} == overlay
-    if file.stem == "multinode":  # made for that one
+    if file.stem == "multinode":
         parse(capsys, CONFIGS / "imagenet.yaml", file)
 
 
 @pytest.mark.parametrize("file", WHOLE + OVERLAYS, ids=lambda f: f.stem)
-def test_a_header_says_how_to_launch(file):
+def test_a_header_shows_the_command(file):
     lines = file.read_text().splitlines()
     header = "\n".join(lines[: next(i for i, line in enumerate(lines) if line[:1] != "#")])
     assert "python -m rexnet_lit fit" in header or "-m rexnet_lit fit" in header
     assert f"--config configs/{file.relative_to(CONFIGS)}" in header
 
 
-def test_imagenet_is_the_pages_recipe(capsys):
+def test_imagenet_is_the_recipe_of_the_timm_page(capsys):
     """The values of timm's ReXNet page (https://huggingface.co/docs/timm/models/rexnet), model index of rexnet_100."""
     config = parse(capsys, CONFIGS / "imagenet.yaml")
     trainer, data, model = config["trainer"], config["data"], config["model"]
@@ -74,7 +74,7 @@ def test_imagenet_is_the_pages_recipe(capsys):
     assert trainer["max_epochs"] == 400
     assert data["batch_size"] * trainer["devices"] == 512  # on 4 V100
     assert (trainer["strategy"], trainer["devices"], trainer["precision"]) == ("ddp", 4, "16-mixed")
-    assert model["optimizer"]["name"] == "sgd"  # timm's sgd is Nesterov's
+    assert model["optimizer"]["name"] == "sgd"  # timm's sgd uses Nesterov momentum
     assert model["optimizer"]["lr"] == 0.5
     assert model["optimizer"]["momentum"] == 0.9
     assert model["optimizer"]["weight_decay"] == 1e-5
@@ -90,7 +90,7 @@ def test_imagenet_is_the_pages_recipe(capsys):
     assert (recipe.crop_pct, recipe.interpolation) == (0.875, "bicubic")
 
 
-def test_sgd_is_nesterovs():
+def test_sgd_uses_nesterov_momentum():
     import torch
 
     from rexnet_lit.training.optim import OptimizerSettings, build_optimizer

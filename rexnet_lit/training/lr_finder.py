@@ -1,6 +1,6 @@
-"""The learning-rate finder behind ``fit --find_lr true``.
+"""The learning-rate finder of ``fit --find_lr true``.
 
-Source: Smith, Cyclical Learning Rates for Training Neural Networks, 2017; the steps are Lightning's.
+Source: Smith, Cyclical Learning Rates for Training Neural Networks, 2017; Lightning's implementation.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ from rexnet_lit.utils.files import unused_path
 
 
 def find_lr(trainer: pl.Trainer, module: RexNetModule, data: ImageFolderDataModule) -> None:
-    """Raise the learning rate over some steps until the loss explodes; draw the losses, and say where they fall.
+    """Raise the learning rate step by step until the loss diverges; plot the losses and print the best rate.
 
     Args:
-        trainer: What steps, on one device; its loggers and callbacks are taken away.
-        module: What is trained for these steps.
+        trainer: A trainer with one device. Its loggers and callbacks are removed.
+        module: The model, trained for these steps.
         data: The images.
 
     Raises:
@@ -35,28 +35,28 @@ def find_lr(trainer: pl.Trainer, module: RexNetModule, data: ImageFolderDataModu
     """
     if trainer.world_size > 1:
         raise UserError("find_lr runs in one process; set trainer.devices to 1")
-    trainer.loggers, trainer.callbacks = [], []  # type: ignore[attr-defined]  # a run's, which would begin its folder
+    trainer.loggers, trainer.callbacks = [], []  # type: ignore[attr-defined]  # they would start a run folder
     logging.disable(logging.INFO)
     with warnings.catch_warnings(), contextlib.ExitStack() as quiet:
-        warnings.simplefilter("ignore")  # Lightning's, about its own callback
-        if not sys.stderr.isatty():  # its progress bar
+        warnings.simplefilter("ignore")  # from Lightning, about its own callback
+        if not sys.stderr.isatty():  # Lightning's progress bar
             quiet.enter_context(contextlib.redirect_stderr(io.StringIO()))
         found = Tuner(trainer).lr_find(module, datamodule=data, min_lr=1e-6, update_attr=False)
     logging.disable(logging.NOTSET)
-    # Without the first steps, which are chance, and the last, which ended it.
-    seen = np.array([found.results[key][10:-1] for key in ("lr", "loss")] if found is not None else [[], []])
-    rates, losses = seen[:, np.isfinite(seen[1])]
+    # Without the first steps, which are noise, and the last, which diverged.
+    values = np.array([found.results[key][10:-1] for key in ("lr", "loss")] if found is not None else [[], []])
+    rates, losses = values[:, np.isfinite(values[1])]
     if found is None or len(rates) < 2:
-        raise UserError("find_lr: too few steps to see anything; set a smaller data.batch_size or more max_epochs")
-    # By the logarithm of the rate, unlike Lightning's suggestion, which small rates win.
+        raise UserError("find_lr: too few steps; set a smaller data.batch_size or more trainer.max_epochs")
+    # Over the logarithm of the rate, unlike Lightning's suggestion, which favours small rates.
     steepest = int(np.gradient(losses, np.log(rates)).argmin())
     path = unused_path(Path(trainer.default_root_dir) / "lr_finder.png")
     figure = found.plot()
-    assert figure is not None  # noqa: S101 (for the type checker: it is without an axes of ours)
+    assert figure is not None  # noqa: S101 (for mypy; None only if axes are given)
     figure.axes[0].plot(rates[steepest], losses[steepest], "o", markersize=10, color="red")
     figure.savefig(path, dpi=120)
     optimizer = module.optimizer_settings
     per_step = module.images_per_step
     best = rates[steepest] * optimizer.full_lr(scratch=False) / optimizer.full_lr(scratch=False, batch_size=per_step)
-    note = " (all layers learned at one rate: without layer_decay)" if optimizer.layer_decay != 1 else ""
+    note = " (with one rate for all layers, without layer_decay)" if optimizer.layer_decay != 1 else ""
     print(f"the loss falls fastest{note}, see {path}, at --model.optimizer.lr {best:.1g}")  # noqa: T201
