@@ -1,7 +1,6 @@
 """The commands, and what each of them adds to the command line.
 
-`COMMANDS` is the registry. To add a command, write a function that runs it and one that adds its arguments, and enter
-them there.
+To add a command, write a function that runs it and enter it in `COMMANDS` with its arguments.
 """
 
 from __future__ import annotations
@@ -10,9 +9,9 @@ import argparse
 import dataclasses
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.utils import process
@@ -31,17 +30,15 @@ EXPORT_FORMATS = ("onnx", "onnx-int8", "torch", "safetensors", "hub")
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A command.
+    """A command: its line in ``--help``, the function that runs it and returns the exit code, and its arguments.
 
-    Args:
-        help: Its line in ``--help``.
-        run: Runs it and returns the exit code. ``args.argv`` holds all arguments as they were given.
-        add_arguments: Adds its arguments to a parser. None if it parses ``args.argv`` itself.
+    ``arguments`` maps each name to the keywords of `argparse.ArgumentParser.add_argument`. It is None for a command
+    that parses ``args.argv`` itself.
     """
 
     help: str
     run: Callable[[argparse.Namespace], int]
-    add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    arguments: Mapping[str, Mapping[str, Any]] | None = None
 
 
 def _run_lightning(args: argparse.Namespace) -> int:
@@ -50,15 +47,6 @@ def _run_lightning(args: argparse.Namespace) -> int:
 
     RexNetCLI.run(args.argv)
     return 0
-
-
-def _add_check(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", metavar="DIR", help="contains train/ val/ [test/], or class folders")
-    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
-    help_ = "write a page with images of every class and all duplicates"
-    parser.add_argument("--report", metavar="FILE.html", help=help_)
-    help_ = "split the folder as this config does, and show images with its augmentation on the page"
-    parser.add_argument("--config", metavar="FILE.yaml", help=help_)
 
 
 def _check(args: argparse.Namespace) -> int:
@@ -143,24 +131,12 @@ def _models(args: argparse.Namespace) -> int:
     return 0
 
 
-def _add_sample(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("dir", metavar="DIR", help="a new folder")
-
-
 def _sample(args: argparse.Namespace) -> int:
     from rexnet_lit.data.sample import write_sample
 
     counts = write_sample(args.dir)
     print(f"{args.dir}: 10 classes, " + ", ".join(f"{n} {split}" for split, n in counts.items()))  # noqa: T201
     return 0
-
-
-def _add_export(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("model", metavar="MODEL", help="a .ckpt or .safetensors file of a run")
-    parser.add_argument("--format", required=True, choices=EXPORT_FORMATS)
-    parser.add_argument("--output", required=True, metavar="FILE", help="for hub, a new folder that timm can load")
-    help_ = "for onnx-int8, images like those the model will see; default: the dataset of its run"
-    parser.add_argument("--images", metavar="DIR", help=help_)
 
 
 def _export(args: argparse.Namespace) -> int:
@@ -182,8 +158,28 @@ COMMANDS = {
     "validate": Command("evaluate a model on the validation split", _run_lightning),
     "test": Command("evaluate a model on the test split and write report/", _run_lightning),
     "predict": Command("classify unlabelled images and write a CSV", _run_lightning),
-    "check": Command("find problems in a folder of images", _check, _add_check),
-    "models": Command("list the ReXNet variants", _models, lambda parser: None),
-    "sample": Command("write the sample dataset, handwritten digits", _sample, _add_sample),
-    "export": Command("convert a model for other programs", _export, _add_export),
+    "check": Command(
+        "find problems in a folder of images",
+        _check,
+        {
+            "dir": {"metavar": "DIR", "help": "contains train/ val/ [test/], or class folders"},
+            "--json": {"action": "store_true", "help": "print the findings as JSON"},
+            "--report": {"metavar": "FILE.html", "help": "write a page with images of every class and all duplicates"},
+            "--config": {"metavar": "FILE.yaml", "help": "split the folder, and show augmented images, as this config"},
+        },
+    ),
+    "models": Command("list the ReXNet variants", _models, {}),
+    "sample": Command(
+        "write the sample dataset, handwritten digits", _sample, {"dir": {"metavar": "DIR", "help": "a new folder"}}
+    ),
+    "export": Command(
+        "convert a model for other programs",
+        _export,
+        {
+            "model": {"metavar": "MODEL", "help": "a .ckpt or .safetensors file of a run"},
+            "--format": {"required": True, "choices": EXPORT_FORMATS},
+            "--output": {"required": True, "metavar": "FILE", "help": "for hub, a new folder that timm can load"},
+            "--images": {"metavar": "DIR", "help": "for onnx-int8, typical images; default: the dataset of its run"},
+        },
+    ),
 }

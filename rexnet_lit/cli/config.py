@@ -69,13 +69,8 @@ class _Checker(yaml.SafeLoader):
 def load_yaml(text: str, command: str, leave_out: Iterable[str] = ()) -> Any:
     """Read YAML as jsonargparse does, with short forms written out.
 
-    Args:
-        text: A config file, or the value of an option.
-        command: ``fit``, or a run that ignores the settings of a fit: its model comes from a file.
-        leave_out: Keys to ignore.
-
-    Raises:
-        yaml.YAMLError: The text is not valid YAML, or a key is given twice.
+    Keys in ``leave_out`` are dropped, and so are the settings of a fit if ``command`` is another run: its model comes
+    from a file.
     """
     try:
         yaml.compose(text, Loader=_Checker)

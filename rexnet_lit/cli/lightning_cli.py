@@ -144,8 +144,8 @@ class RexNetCLI(LightningCLI):
         self.resumed: dict[str, Any] = {}
         if config["ckpt_path"] is None:
             return
-        path, skipped = previous_run.find_checkpoint(config["ckpt_path"], config["trainer"]["default_root_dir"])
-        self.resumed = previous_run.read_checkpoint(path)
+        root = config["trainer"]["default_root_dir"]
+        path, self.resumed, skipped = previous_run.read_checkpoint(config["ckpt_path"], root)
         config["ckpt_path"] = path
         for line in [*skipped, f"resuming {path}, after {self.resumed['global_step']} steps"]:
             rank_zero_only(print)(line, flush=True)

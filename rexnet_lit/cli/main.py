@@ -27,19 +27,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"rexnet_lit {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=Parser)
     for name, command in COMMANDS.items():
-        own = command.add_arguments
+        own = command.arguments is not None
         subparser = commands.add_parser(
-            name, help=command.help, description=command.help, add_help=own is not None, allow_abbrev=own is not None
+            name, help=command.help, description=command.help, add_help=own, allow_abbrev=own
         )
-        if own is not None:
-            own(subparser)
+        for argument, keywords in (command.arguments or {}).items():
+            subparser.add_argument(argument, **keywords)
     return parser
 
 
 def _dispatch(argv: list[str]) -> int:
     args, rest = _parser().parse_known_args(argv)
     command = COMMANDS[args.command]
-    if rest and command.add_arguments is not None:
+    if rest and command.arguments is not None:
         raise UserError(f"unrecognized arguments: {' '.join(rest)}; see: rexnet-lit {args.command} --help")
     args.argv = argv
     return command.run(args)

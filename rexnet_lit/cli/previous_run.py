@@ -19,50 +19,35 @@ _SPLIT_KEYS = {field.name for field in dataclasses.fields(SplitSettings)} - {"cl
 _NOT_DRAWN: dict[str, Any] = {"num_folds": 0, "fold": 0}  # the splits are read from a file
 
 
-def find_checkpoint(path: str, root: str | None) -> tuple[str, list[str]]:
-    """Return the checkpoint that ``ckpt_path`` means, and why newer ones were skipped.
+def read_checkpoint(path: str, root: str | None) -> tuple[str, dict[str, Any], list[str]]:
+    """Find and read the checkpoint to resume: a file, or ``last`` for the newest one in the run folders below ``root``.
 
-    Args:
-        path: A file, or ``last`` for the newest checkpoint in the run folders.
-        root: ``trainer.default_root_dir``.
+    Returns:
+        Its path and content, and why newer ones were skipped.
 
     Raises:
-        UserError: There is none, or ``path`` is something else.
+        UserError: There is none, or it cannot be resumed.
     """
+    skipped: list[str] = []
     if path == "last":
         found, skipped = run_folder.find_last_checkpoint(Path(root or "."))
-        return str(found.absolute()), skipped
-    if Path(path).is_dir():
+        path = str(found.absolute())
+    elif Path(path).is_dir():
         raise UserError(f"ckpt_path: {path!r} is a folder; name the run's checkpoints/last.ckpt, or last")
-    if Path(path).suffix == ".safetensors":
-        raise UserError(
-            f"ckpt_path: {path} contains weights only and cannot be resumed; to start a new run from them, "
-            "use model.weights"
-        )
-    return path, []
-
-
-def read_checkpoint(path: str) -> dict[str, Any]:
-    """Return the contents of a checkpoint that can be resumed.
-
-    Raises:
-        UserError: It cannot be read, or lacks the state of the training.
-    """
+    elif Path(path).suffix == ".safetensors":
+        raise UserError(f"ckpt_path: {path} contains weights only; to start a new run from them, use model.weights")
     content = checkpoint.read_ckpt(path)
     checkpoint.read_record(content, path)
     missing = [key for key in ("epoch", "global_step", "loops", "optimizer_states") if key not in content]
     if missing:
         raise UserError(f"ckpt_path: {path} cannot be resumed: {', '.join(missing)} missing; use model.weights")
-    return content
+    return path, content, skipped
 
 
 def recorded_splits(data: Mapping[str, Any], record: DataRecord, folder: Path | None) -> dict[str, Any]:
-    """Return the data settings that reproduce the splits of a model's run, without those that the user has changed.
+    """Return the data settings that reproduce the splits of the model's run, without those that the user has changed.
 
-    Args:
-        data: The settings of this run. Where the user has set nothing, they are the record's.
-        record: The settings of the model's run.
-        folder: The model's run folder.
+    ``data`` holds this run's settings, with the model's ``record`` as defaults; ``folder`` is the model's run folder.
     """
     recorded = dataclasses.asdict(record)
     changed = {key for key in _SPLIT_KEYS if data[key] != recorded[key]}

@@ -1,4 +1,4 @@
-"""The command line: mistakes in one line, the small commands, and the main job from end to end."""
+"""The command line: errors in one line, the small commands, and fit, validate, test, predict from end to end."""
 
 from __future__ import annotations
 
@@ -37,18 +37,18 @@ QUICK = ("fit", "--config", CONFIGS / "quickstart.yaml", "--trainer.default_root
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three classes that no test writes to."""
-    return write_dataset(tmp_path_factory.mktemp("pictures") / "data", train=4, val=2, test=2)
+def images(tmp_path_factory):
+    """Three classes, read-only."""
+    return write_dataset(tmp_path_factory.mktemp("images") / "data", train=4, val=2, test=2)
 
 
 @pytest.fixture(autouse=True)
 def _elsewhere(tmp_path, monkeypatch):
-    """Work in an empty folder: what a command writes by mistake lands here."""
+    """Work in an empty folder, where unexpected files show."""
     monkeypatch.chdir(tmp_path)
 
 
-# Mistakes
+# Errors of the user
 
 
 @pytest.mark.parametrize(
@@ -106,7 +106,7 @@ def _elsewhere(tmp_path, monkeypatch):
     ],
     ids=lambda value: "=".join(map(str, value))[:60] if isinstance(value, tuple) else "",
 )
-def test_a_wrong_setting(pictures, capsys, arguments, expected):
+def test_a_wrong_setting(images, capsys, arguments, expected):
     Path("unknown.yaml").write_text("trainer:\n  max_epoch: 3\n")
     Path("broken.yaml").write_text("model: [\n")
     Path("deep.yaml").write_text(f"data: {'[' * 100_000}\n")
@@ -115,18 +115,18 @@ def test_a_wrong_setting(pictures, capsys, arguments, expected):
     Path("bomb.yaml").write_text("\n".join(["a: &a [lol]", *rows]))
     Path("twice.yaml").write_text("data:\n  batch_size: 4\ntrainer:\n  max_epochs: 1\ndata:\n  batch_size: 8\n")
     Path("list.yaml").write_text("data: [1]\n")
-    line = fails(capsys, *QUICK, "--data.root", pictures, *arguments)
+    line = fails(capsys, *QUICK, "--data.root", images, *arguments)
     assert expected in line
     assert "rexnet" not in arguments[0] or "<class" not in line
-    assert not Path("runs").exists()  # nothing was begun
+    assert not Path("runs").exists()  # no run has started
 
 
-def test_all_errors_are_reported_at_once(pictures, capsys):
+def test_all_errors_are_reported_at_once(images, capsys):
     Path("wrong.yaml").write_text(
         "trainer: {max_epoch: 3}\ndata: {batch_size: lots}\nmodel: {head: {nam: mlp}, loss: {gamma: x}}\n"
     )
     arguments = ("--config", "wrong.yaml", "--data.cache=tape", "--model.optimzer.lr", "1")
-    line = fails(capsys, *QUICK, "--data.root", pictures, *arguments)
+    line = fails(capsys, *QUICK, "--data.root", images, *arguments)
     for words in (
         "wrong.yaml: data.batch_size: ",
         "'trainer.max_epoch'; did you mean 'trainer.max_epochs'",
@@ -137,13 +137,13 @@ def test_all_errors_are_reported_at_once(pictures, capsys):
     ):
         assert words in line
     values = ("--data.augment.min_scale", 3, "--model.head.dropout", 2, "--model.schedule.rise", 5)
-    line = fails(capsys, *QUICK, "--data.root", pictures, *values, "--data.batch_size", 1)
+    line = fails(capsys, *QUICK, "--data.root", images, *values, "--data.batch_size", 1)
     for key in ("data.augment.min_scale is 3", "model.head.dropout is 2", "model.schedule.rise"):
         assert key in line
 
 
-def test_what_lightning_finds_once_it_has_seen_the_data(pictures, capsys):
-    arguments = ("--data.root", pictures, "--data.num_workers", 0, "--trainer.val_check_interval", 700)
+def test_a_setting_that_does_not_suit_the_data(images, capsys):
+    arguments = ("--data.root", images, "--data.num_workers", 0, "--trainer.val_check_interval", 700)
     assert fails(capsys, *QUICK, *arguments).startswith("trainer: `val_check_interval` (700) must be less")
 
 
@@ -160,9 +160,9 @@ def test_what_lightning_finds_once_it_has_seen_the_data(pictures, capsys):
         ("- data", "mine.yaml: "),
     ],
 )
-def test_a_wrong_config(pictures, capsys, text, expected):
+def test_a_wrong_config(images, capsys, text, expected):
     Path("mine.yaml").write_text(text)
-    assert expected in fails(capsys, *QUICK, "--config", "mine.yaml", "--data.root", pictures)
+    assert expected in fails(capsys, *QUICK, "--config", "mine.yaml", "--data.root", images)
 
 
 def test_a_wrong_folder(tmp_path, capsys):
@@ -182,8 +182,8 @@ def test_a_wrong_folder(tmp_path, capsys):
     assert "in val, but not in train: 'zebra'" in line
 
 
-def test_no_network(pictures, capsys, monkeypatch, tmp_path):
-    """Pretrained weights asked for and not to be had: both ways out in one line, and never random ones."""
+def test_no_network(images, capsys, monkeypatch, tmp_path):
+    """Without a network and a cache, both remedies are in the message, and no random weights are used."""
     from huggingface_hub import constants
 
     def unreachable(*args, **kwargs):
@@ -192,11 +192,11 @@ def test_no_network(pictures, capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(socket, "getaddrinfo", unreachable)
     monkeypatch.setattr(urllib.request, "getproxies", dict)
-    line = fails(capsys, *QUICK, "--data.root", pictures, "--model.pretrained", "true")
+    line = fails(capsys, *QUICK, "--data.root", images, "--model.pretrained", "true")
     for words in ("model.pretrained", "neither in the local cache", "model.weights", "model.pretrained to false"):
         assert words in line
     assert not Path("runs").exists()
-    line = fails(capsys, *QUICK, "--data.root", pictures, "--model.backbone", "rexnetr_100", "--model.pretrained=true")
+    line = fails(capsys, *QUICK, "--data.root", images, "--model.backbone", "rexnetr_100", "--model.pretrained=true")
     assert "rexnetr_100 has no published weights" in line
 
 
@@ -261,7 +261,7 @@ def test_a_wrong_command(capsys):
     assert "required: COMMAND" in fails(capsys)
 
 
-def test_predict_says_what_is_missing(tmp_path, capsys):
+def test_predict_names_the_missing_setting(tmp_path, capsys):
     model = lively_model(tmp_path / "model.safetensors", size=32)
     assert "data.predict_path is not set" in fails(capsys, "predict", "--ckpt_path", model)
     line = fails(capsys, "predict", "--ckpt_path", model, "--data.predict_path", "gone")
@@ -286,7 +286,7 @@ def test_predict_overwrites_nothing_of_value(tmp_path, capsys):
     (tmp_path / "quarantine.csv").write_text("mine")
     assert main.main([*map(str, argv), "--data.predict_output", str(tmp_path / "p.csv")]) == 0
     assert "all are listed in" in capsys.readouterr().out
-    assert main.main([*map(str, argv), "--data.predict_output", str(tmp_path / "p.csv")]) == 0  # its own place
+    assert main.main([*map(str, argv), "--data.predict_output", str(tmp_path / "p.csv")]) == 0  # its own output
     (tmp_path / "quarantine-2.csv").unlink()
     capsys.readouterr()
     assert (tmp_path / "quarantine.csv").read_text() == "mine"
@@ -294,10 +294,10 @@ def test_predict_overwrites_nothing_of_value(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("known", [int | float | None, float | int | None])
-def test_a_part_of_the_images(tmp_path, capsys, monkeypatch, known):
-    """With a limit, only what was looked at is written and counted.
+def test_limited_batches(tmp_path, capsys, monkeypatch, known):
+    """Only the batches within the limit are written and counted.
 
-    1 is a batch, 1.0 all of them, in whichever order typing has met the two: it hands out what equals a union.
+    1 is one batch and 1.0 all, whichever order of the union `typing` has cached.
     """
     for clear in typing._cleanups:
         clear()
@@ -331,9 +331,9 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
         main.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x"])
 
 
-def test_our_own_faults_keep_their_traceback(monkeypatch):
+def test_bugs_keep_their_traceback(monkeypatch):
     def broken(argv):
-        raise ZeroDivisionError("our own")
+        raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(main, "_dispatch", broken)
     with pytest.raises(ZeroDivisionError):
@@ -349,7 +349,7 @@ def test_our_own_faults_keep_their_traceback(monkeypatch):
         (OSError(28, "No space left on device"), 2),
     ],
 )
-def test_other_endings(error, code, monkeypatch, capsys):
+def test_exit_codes(error, code, monkeypatch, capsys):
     def ends(argv):
         raise error
 
@@ -361,10 +361,10 @@ def test_other_endings(error, code, monkeypatch, capsys):
 # The small commands
 
 
-def test_check(pictures, tmp_path, capsys):
-    assert main.main(["check", str(pictures), "--json"]) == 0
+def test_check(images, tmp_path, capsys):
+    assert main.main(["check", str(images), "--json"]) == 0
     assert isinstance(json.loads(capsys.readouterr().out), dict)
-    assert main.main(["check", str(pictures)]) == 0
+    assert main.main(["check", str(images)]) == 0
     capsys.readouterr()
     root = write_dataset(tmp_path / "data", train=2, val=2)
     (root / "train" / "zebra").mkdir()
@@ -383,7 +383,7 @@ def test_models_lists_the_ten(capsys):
     out = capsys.readouterr().out
     names = re.findall(r"^\s*(rexnetr?_\d+)\s", out, re.MULTILINE)
     assert len(names) == len(set(names)) == 10
-    # features.md and timm's results table.
+    # timm's table of results.
     assert re.search(r"rexnet_100 +4,796,873 .* 1280 +nav_in1k +77\.862", out)
 
 
@@ -410,7 +410,7 @@ def test_help_and_version(capsys):
     assert "rexnet_lit " in capsys.readouterr().out
 
 
-# The main job
+# Runs
 
 
 def files_of(folder):
@@ -469,7 +469,7 @@ def test_fit_writes_the_contracts_files_and_nothing_else(fitted):
     assert {"train/loss", "val/loss", "val/top1", "val/macro_f1", "val/ece"} <= set(epochs[0])
 
 
-def test_importing_leaves_the_collector_as_it_was():
+def test_garbage_collection_is_paused_during_imports():
     frozen = gc.get_freeze_count()
     with process.gc_paused():
         assert not gc.isenabled()
@@ -479,7 +479,7 @@ def test_importing_leaves_the_collector_as_it_was():
 
 
 def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, monkeypatch):
-    """In a process of its own, in another folder; then predict and export here."""
+    """`test` in its own process and another folder; then predict and export in this process."""
     import rexnet_lit
 
     base, _, _, _ = fitted
@@ -510,7 +510,7 @@ def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, m
     assert [float(row["prob_1"]) for row in rows] == pytest.approx([p.prob for p in shown], abs=1e-5)
     assert metrics["top1"] == pytest.approx(sum(r["target"] == r["label_1"] for r in rows) / 12)
 
-    # Predict: a flat folder of unlabelled pictures, then one picture.
+    # Predict: a flat folder of unlabelled images, then one image.
     flat = tmp_path / "flat"
     for name in NAMES:
         write_pictures(flat, name, 2, start=500)
@@ -540,10 +540,8 @@ def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, m
         main.main(["export", str(run / "checkpoints/best.ckpt"), "--format=safetensors", "--output=m.safetensors"]) == 0
     )
     capsys.readouterr()
-    pictures = sorted(flat.glob("disc*.png"))
-    torch.testing.assert_close(
-        rexnet_lit.load("m.safetensors", device="cpu").logits(pictures), classifier.logits(pictures)
-    )
+    images = sorted(flat.glob("disc*.png"))
+    torch.testing.assert_close(rexnet_lit.load("m.safetensors", device="cpu").logits(images), classifier.logits(images))
 
 
 def test_validate_equals_the_fits_best_epoch(fitted, capsys):
@@ -558,7 +556,7 @@ def test_validate_equals_the_fits_best_epoch(fitted, capsys):
     assert not Path("lightning_logs").exists()
 
 
-def test_images_that_cannot_be_read_are_said_wherever_they_are_left_out(tmp_path, capsys):
+def test_unreadable_images_are_reported_wherever_they_are_left_out(tmp_path, capsys):
     root = write_dataset(tmp_path / "data", train=8, val=21, test=21)
     for split in ("val", "test"):
         (root / split / "disc" / "empty.png").write_bytes(b"")
@@ -574,7 +572,7 @@ def test_images_that_cannot_be_read_are_said_wherever_they_are_left_out(tmp_path
     assert rows_of(listed) == [{"path": "test/disc/empty.png", "reason": "empty file"}]
 
 
-def test_a24_a29_copies_and_images_lost_in_a_run_are_said(tmp_path, capsys, monkeypatch):
+def test_a24_a29_duplicates_and_images_lost_in_a_run_are_reported(tmp_path, capsys, monkeypatch):
     root = write_dataset(tmp_path / "data", train=8, val=4)
     shutil.copy(next((root / "train" / "bars").iterdir()), root / "val" / "ring" / "copy.png")
     lost = sorted((root / "train" / "disc").iterdir())[3]
@@ -592,7 +590,7 @@ def test_a24_a29_copies_and_images_lost_in_a_run_are_said(tmp_path, capsys, monk
 
 
 def test_a_split_that_was_drawn_stays_drawn(tmp_path, capsys):
-    """Bare class folders: what `test` sees is split.csv's test rows, after a picture has joined the folder too."""
+    """`test` uses the test rows of split.csv, also after images were added to the folder."""
     for name in NAMES:
         write_pictures(tmp_path / "data" / name, name, 12)
     fit = [*QUICK, "--data.root", "data", "--data.test_fraction", "0.25", "--data.batch_size", "8"]
@@ -623,7 +621,7 @@ def _quick(root, *argv):
     return main.main([str(a) for a in (*QUICK, "--data.root", root, *settings, *argv)])
 
 
-def test_a_split_file_s_dataset_that_has_moved(tmp_path, capsys):
+def test_a_moved_dataset_with_a_split_file(tmp_path, capsys):
     write_dataset(tmp_path, data=6)
     names = sorted(str(path.relative_to(tmp_path / "data")) for path in (tmp_path / "data").rglob("*.png"))
     rows = [f"{name},{'val' if i % 3 == 0 else 'train'}\n" for i, name in enumerate(names)]
@@ -636,7 +634,7 @@ def test_a_split_file_s_dataset_that_has_moved(tmp_path, capsys):
     assert "Validation: 6 images" in capsys.readouterr().out
 
 
-def test_a_model_s_run_bears_the_broken_images_that_its_fit_has_borne(tmp_path, capsys):
+def test_a_models_run_accepts_the_bad_fraction_of_its_fit(tmp_path, capsys):
     write_dataset(tmp_path / "data", train=4, val=4)
     for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[:2]:
         path.write_bytes(b"broken")
@@ -658,8 +656,8 @@ def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
     assert "Validation: 9 images" in out
     assert re.search(r"loss +(\S+)", out)[1] == loss
     assert main.main([*validate, "--data.val_fraction", "0.4"]) == 0
-    assert "Validation: 12 images" in capsys.readouterr().out  # what the command line says beats the model's draw
-    write_pictures(tmp_path / "data" / "bars", "bars", 6, start=50)  # a set that has grown
+    assert "Validation: 12 images" in capsys.readouterr().out  # options override the model's record
+    write_pictures(tmp_path / "data" / "bars", "bars", 6, start=50)  # the dataset has grown
     assert main.main([*validate, "--config", "runs/lightning_logs/version_0/config.yaml"]) == 0
     assert "Validation: 9 images" in capsys.readouterr().out
     (tmp_path / "link").symlink_to("data")
@@ -674,26 +672,26 @@ def test_a_fold_is_validated_as_it_was_drawn(tmp_path, capsys):
     assert "Validation: 12 images" in capsys.readouterr().out
 
 
-def test_splits_that_are_not_the_run_s_are_told(tmp_path, capsys):
-    """Its training images may be in them."""
+def test_a_warning_if_the_splits_are_not_those_of_the_run(tmp_path, capsys):
+    """They may contain training images."""
     write_dataset(tmp_path, data=8)
     assert _quick("data") == 0
     model = Path("runs/lightning_logs/version_0/model.safetensors")
     shutil.copy(model, "alone.safetensors")
-    told = {
+    cases = {
         ("validate", "--ckpt_path", str(model)): False,
         ("validate", "--ckpt_path", str(model), "--data.val_fraction", "0.5"): True,
         ("test", "--ckpt_path", str(model), "--data.test_fraction", "0.5"): True,
         ("validate", "--ckpt_path", "alone.safetensors", "--data.root", "data"): True,
     }
     capsys.readouterr()
-    for command, warned in told.items():
+    for command, warned in cases.items():
         assert main.main(list(command)) == 0
         assert ("images that it was trained on may be among these" in capsys.readouterr().out) is warned, command
 
 
-def test_a_fits_config_suits_the_other_runs(tmp_path, capsys):
-    """With all that is for training alone, and what is made from a class."""
+def test_the_other_runs_accept_a_fits_config(tmp_path, capsys):
+    """With settings that only training uses, and settings given by class."""
     write_dataset(tmp_path / "data", train=4, val=2, test=2)
     extra = tmp_path / "extra.yaml"
     extra.write_text(
@@ -714,8 +712,8 @@ def test_a_fits_config_suits_the_other_runs(tmp_path, capsys):
         )
 
 
-def test_a_run_that_time_ends_or_that_saves_nothing_says_so(tmp_path, capsys):
-    """And a learning-rate monitor of the user's takes the place of ours, or each row would be there twice."""
+def test_the_summary_of_a_run_out_of_time_or_without_checkpoints(tmp_path, capsys):
+    """And a learning-rate monitor of the user replaces the default one, or each row would be written twice."""
     write_dataset(tmp_path / "data", train=8, val=2)
     mine = tmp_path / "mine.yaml"
     mine.write_text("trainer: {callbacks: [{class_path: LearningRateMonitor, init_args: {logging_interval: step}}]}")
@@ -728,7 +726,7 @@ def test_a_run_that_time_ends_or_that_saves_nothing_says_so(tmp_path, capsys):
     assert "Fit finished. Nothing was saved: trainer.enable_checkpointing is false.\n" in capsys.readouterr().out
 
 
-def test_what_cannot_be_made_for_the_trainer_is_one_line(pictures, capsys, tmp_path):
+def test_trainer_errors_are_one_line(images, capsys, tmp_path):
     config = tmp_path / "wrong.yaml"
     for text, expected in (
         ("callbacks: {class_path: EarlyStopping, init_args: {monitor: val/loss, mode: foo}}", "`mode` can be"),
@@ -755,26 +753,26 @@ def test_what_cannot_be_made_for_the_trainer_is_one_line(pictures, capsys, tmp_p
         ),
     ):
         config.write_text(f"trainer: {{{text}}}")
-        line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+        line = fails(capsys, *QUICK, "--data.root", images, "--config", config)
         assert line.removeprefix(f"{config}: ").startswith("trainer")
         assert expected in line
         assert len(line) < 300
     config.write_text("data: {batch_size: 8}", "utf-16")
-    line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+    line = fails(capsys, *QUICK, "--data.root", images, "--config", config)
     assert line.startswith(f"{config}: ")
 
 
-def test_a_try_out_writes_nothing(pictures, capsys):
+def test_a_fast_dev_run_writes_nothing(images, capsys):
     precious = Path("runs/checkpoints/best.ckpt")
     precious.parent.mkdir(parents=True)
     precious.write_text("precious")
-    assert _quick(pictures, "--trainer.fast_dev_run", "true") == 0
+    assert _quick(images, "--trainer.fast_dev_run", "true") == 0
     assert [f for f in Path("runs").rglob("*") if f.is_file()] == [precious]
     assert precious.read_text() == "precious"
 
 
-def test_the_command_line_beats_a_config_wherever_it_stands(pictures, capsys):
-    argv = ["fit", "--trainer.max_epochs=1", "--data.batch_size", 8, *QUICK[1:], "--data.root", pictures]
+def test_options_override_configs_wherever_they_stand(images, capsys):
+    argv = ["fit", "--trainer.max_epochs=1", "--data.batch_size", 8, *QUICK[1:], "--data.root", images]
     assert main.main([str(a) for a in (*argv, "--data.num_workers", 0)]) == 0
     assert "epoch 1/1" in capsys.readouterr().out
 
@@ -789,28 +787,28 @@ def test_the_command_line_beats_a_config_wherever_it_stands(pictures, capsys):
         ("Timer", "set trainer.max_time"),
     ],
 )
-def test_callbacks_that_our_settings_replace(pictures, capsys, tmp_path, callback, instead):
+def test_unsupported_callbacks(images, capsys, tmp_path, callback, instead):
     needed = {"GradientAccumulationScheduler": {"scheduling": {0: 1}}, "StochasticWeightAveraging": {"swa_lrs": 0.1}}
     config = tmp_path / "callback.yaml"
     given = [{"class_path": callback, "init_args": needed.get(callback, {})}]
     config.write_text(yaml.safe_dump({"trainer": {"callbacks": given}}))
-    line = fails(capsys, *QUICK, "--data.root", pictures, "--config", config)
+    line = fails(capsys, *QUICK, "--data.root", images, "--config", config)
     assert line.startswith(f"trainer.callbacks: {callback} ")
     assert instead in line
 
 
-def test_slurm_s_requeueing_begins_no_run(pictures, tmp_path, monkeypatch, capsys):
+def test_a_requeued_slurm_job_is_not_resumed_silently(images, tmp_path, monkeypatch, capsys):
     for key, value in {"NTASKS": 1, "JOB_NAME": "fit", "JOB_ID": 7, "PROCID": 0, "LOCALID": 0, "NODEID": 0}.items():
         monkeypatch.setenv(f"SLURM_{key}", str(value))
     (tmp_path / "runs").mkdir()
     (tmp_path / "runs" / "hpc_ckpt_3.ckpt").touch()
-    line = fails(capsys, *QUICK, "--data.root", pictures, "--trainer.accelerator", "cpu")
+    line = fails(capsys, *QUICK, "--data.root", images, "--trainer.accelerator", "cpu")
     assert "hpc_ckpt_3.ckpt: " in line
     assert not (tmp_path / "runs" / "lightning_logs").exists()
 
 
-def test_two_processes_measure_what_one_does(tmp_path, capsys):
-    """21 images in batches of 8 on two processes, gloo: no image is padded in, none is lost."""
+def test_two_processes_get_the_metrics_of_one(tmp_path, capsys):
+    """21 images in batches of 8 on two processes, gloo: no image is counted twice or lost."""
     root = write_dataset(tmp_path / "data", train=2, val=7)
     model = lively_model(tmp_path / "model.safetensors", size=32)
     argv = ["validate", "--ckpt_path", str(model), "--data.root", str(root), "--data.num_workers", "0"]
@@ -823,7 +821,7 @@ def test_two_processes_measure_what_one_does(tmp_path, capsys):
 
 
 def test_a_distributed_run_leaves_its_process_group(tmp_path):
-    """Gloo's threads must not outlive Python: once in 60 runs one aborted the process after the last line."""
+    """Gloo threads must end before Python: in 1 of 60 runs one aborted the process at exit."""
     root = write_dataset(tmp_path / "data", train=1, val=1)
     model = lively_model(tmp_path / "model.safetensors", size=32)
     code = """
@@ -845,15 +843,15 @@ sys.exit(code)
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["full", "staged", "partial", "linear_probe"])
 def test_two_processes_fit(strategy, tmp_path, capsys):
-    """DDP with the overlay; the last epoch's figures are what one process measures on last.ckpt.
+    """DDP with the overlay; one process gets the metrics of the last epoch from last.ckpt.
 
-    Were the processes' weights not the same, the figures would not be: each validates its share.
+    They would differ if the processes had different weights, as each validates its share.
     """
     write_dataset(tmp_path / "data", train=7, val=7)
     fit = [*QUICK, "--config", CONFIGS / "hardware" / "ddp_sim.yaml", "--data.root", "data", "--data.batch_size", 6]
     fit += ["--model.strategy", strategy, *(["--data.augment", "none"] if strategy == "linear_probe" else [])]
     out, err = run_rexnet(*fit, "--trainer.max_epochs", 3, "--data.num_workers", 1, cwd=tmp_path)
-    assert err == "" or strategy == "staged"  # torch remarks that all parameters are in use by now
+    assert err == "" or strategy == "staged"  # a warning of torch that all parameters are in use
     assert "on 2 x cpu" in out
     assert out.count("Fit finished") == 1
     last = rows_of("runs/lightning_logs/version_0/metrics.csv")
@@ -881,10 +879,10 @@ def test_a_validation_split_smaller_than_a_batch_on_two_processes(tmp_path):
     assert "Validation: 6 images" in out
 
 
-def test_check_writes_a_page(pictures, tmp_path, capsys):
-    """Contact sheets of each class, copies side by side, what the config's augmentation makes of images; no request."""
+def test_check_writes_a_page(images, tmp_path, capsys):
+    """Images of each class, duplicates side by side, augmented images; no request."""
     root = tmp_path / "data <b>"
-    shutil.copytree(pictures, root)
+    shutil.copytree(images, root)
     source = next((root / "train").rglob("*.png"))
     (root / "val" / source.parent.name / "again.png").write_bytes(source.read_bytes())
     page = tmp_path / "page.html"
@@ -926,22 +924,22 @@ def test_check_splits_as_a_config_does(tmp_path, capsys):
     assert "--config" in fails(capsys, *argv, "--config", config)
 
 
-def test_check_s_page_needs_a_config_that_is_one(pictures, tmp_path, capsys):
+def test_check_refuses_a_wrong_config(images, tmp_path, capsys):
     (tmp_path / "c.yaml").write_text("data: {augment: {nam: light}}")
     for config, message in (("none.yaml", "No such file"), ("c.yaml", "nam")):
-        argv = ["check", str(pictures), "--report", str(tmp_path / "p.html"), "--config", str(tmp_path / config)]
+        argv = ["check", str(images), "--report", str(tmp_path / "p.html"), "--config", str(tmp_path / config)]
         assert message in fails(capsys, *argv)
 
 
-def test_integers_are_for_the_pictures_of_the_run(fitted, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(export, "LEAST_AGREEMENT", 0.0)  # it has hardly learned
+def test_int8_is_calibrated_on_the_images_of_the_run(fitted, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(export, "LEAST_AGREEMENT", 0.0)  # it has hardly been trained
     model = fitted[0] / "runs" / "lightning_logs" / "version_0" / "model.safetensors"
     assert main.main(["export", str(model), "--format", "onnx-int8", "--output", str(tmp_path / "m.onnx")]) == 0
-    assert "on 24 images" in capsys.readouterr().out  # half of all
+    assert "on 24 images" in capsys.readouterr().out  # half of the images
 
 
-def test_find_lr_draws_a_picture_and_trains_nothing(pictures, tmp_path, capsys):
-    argv = [*QUICK, "--data.root", pictures, "--data.batch_size", 4, "--data.num_workers", 0]
+def test_find_lr_plots_the_losses_and_trains_nothing(images, tmp_path, capsys):
+    argv = [*QUICK, "--data.root", images, "--data.batch_size", 4, "--data.num_workers", 0]
     assert main.main([str(a) for a in (*argv, "--find_lr", "true", "--trainer.accelerator", "cpu")]) == 0
     out, err = capsys.readouterr()
     assert err == ""
