@@ -220,7 +220,7 @@ def test_without_a_validation_the_last_weights_ship(cwd):
     best, last = (checkpoint.load_model(run_folder(cwd) / "checkpoints" / f"{n}.ckpt").state for n in ("best", "last"))
     assert differing(best, last) == []
     refused = fit(cwd, "--trainer.limit_val_batches", 0, "--model.schedule", "plateau")
-    failed(refused, "plateau waits for the validation loss")
+    failed(refused, "model.schedule: plateau")
 
 
 def test_a_run_that_stopped_early_stays_so(cwd):
@@ -759,7 +759,7 @@ def test_nothing_to_resume(tmp_path):
 
 def test_weights_cannot_be_resumed(run):
     model = run_folder(run) / "model.safetensors"
-    failed(fit(run, "--ckpt_path", model), "holds weights only", "model.weights")
+    failed(fit(run, "--ckpt_path", model), "ckpt_path: ", "model.weights")
 
 
 def test_a_moved_run_goes_on_and_knows_its_best(run):
