@@ -29,8 +29,8 @@ _CAUSES = (
     ),
     (
         "RuntimeError",
-        r"/gloo/transport/.*Timed out waiting (\d+)ms",
-        r"another process of this run has not answered for \1 ms: it, its disk or its machine hangs "
+        r"/gloo/transport/.*Timed out waiting (\d+)\d{3}ms",
+        r"another process of this run has not answered for \1 s: it, its disk or its machine hangs "
         "(the timeout is a setting of trainer.strategy)",
     ),
     ("RuntimeError", r"/gloo/transport/", "another process of this run has ended; its own error is the cause"),
