@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
+from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import check_output
@@ -24,8 +25,6 @@ if TYPE_CHECKING:
 
     from rexnet_lit.data.transforms import AugmentSettings
     from rexnet_lit.inspect.findings import CheckResult
-
-EXPORT_FORMATS = ("onnx", "onnx-int8", "torch", "safetensors", "hub")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -141,7 +140,7 @@ def _sample(args: argparse.Namespace) -> int:
 
 def _export(args: argparse.Namespace) -> int:
     with process.gc_paused():
-        from rexnet_lit.export.formats import export
+        from rexnet_lit.export.export import export
 
     parity = export(args.model, args.format, args.output, args.images)
     output = Path(args.output)
@@ -177,7 +176,11 @@ COMMANDS = {
         _export,
         {
             "model": {"metavar": "MODEL", "help": "a .ckpt or .safetensors file of a run"},
-            "--format": {"required": True, "choices": EXPORT_FORMATS},
+            "--format": {
+                "required": True,
+                "choices": tuple(FORMATS),
+                "help": "; ".join(f"{name}: {kind.description}" for name, kind in FORMATS.items()),
+            },
             "--output": {"required": True, "metavar": "FILE", "help": "for hub, a new folder that timm can load"},
             "--images": {"metavar": "DIR", "help": "for onnx-int8, typical images; default: the dataset of its run"},
         },

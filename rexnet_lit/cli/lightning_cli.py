@@ -26,8 +26,9 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint, StopOnSignal
+from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.callbacks.loggers import RunCSVLogger, RunTensorBoardLogger
+from rexnet_lit.callbacks.signals import StopOnSignal
 from rexnet_lit.cli import output, previous_run, run_folder, trainer_checks, trainer_parts
 from rexnet_lit.cli.config import expand, load_yaml, read_configs, split_configs, without_key, without_option
 from rexnet_lit.cli.messages import named_key, parser_message, raised_by_lightning
