@@ -58,7 +58,7 @@ def fit_logistic_head(
         targets: Their classes, (N,).
         val_features: Validation features, (M, C).
         val_targets: Their classes, (M,).
-        class_weights: How much an image of each class counts, (K,).
+        class_weights: Weight of an image of each class, (K,).
     """
     from sklearn.linear_model import LogisticRegression
 
