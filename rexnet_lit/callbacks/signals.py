@@ -51,7 +51,10 @@ class StopSignals:
         before = process.received_signal()
         self.received = signal.Signals(before) if before else None
         trainer._signal_connector.received_sigterm = False  # Lightning would end the run before this step is logged
-        self._replaced = {number: signal.signal(number, handle) for number in process.stop_signals()}
+        for number in process.stop_signals():
+            signal.signal(number, handle)
+            # Not the handler of a moment ago, which is Lightning's: Lightning removes its own before `uninstall`.
+            self._replaced[number] = trainer._signal_connector._original_handlers[number] or signal.SIG_DFL
 
     def uninstall(self) -> None:
         """Restore the handlers that were there before."""

@@ -18,7 +18,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from module_tools import model_of
+from module_tools import data_of, model_of, trainer_of
 from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
@@ -355,6 +355,14 @@ def test_after_a_stop_the_same_trainer_fits_again():
         callback.on_train_batch_start(None, None, None, 0)
     assert raised.value is stop
     callback.on_train_epoch_start(None, None)
+
+
+def test_a_fit_restores_the_signal_handlers(tmp_path, shapes):
+    """Lightning's own would stay, which ignores a SIGTERM."""
+    before = [signal.getsignal(number) for number in process.stop_signals()]
+    trainer = trainer_of(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[RunCheckpoint()])
+    trainer.fit(model_of(), data_of(shapes))
+    assert [signal.getsignal(number) for number in process.stop_signals()] == before
 
 
 # --- told to stop ---------------------------------------------------------------------------------
