@@ -1,6 +1,6 @@
-"""Whole runs in processes of their own that start in a moment: forked from one that has imported everything.
+"""Whole runs in separate processes that start fast: they are forked from one that has imported everything.
 
-Each is `python -m rexnet_lit` but for the start, and for `trouble`: what goes wrong, and at which step.
+Each runs `python -m rexnet_lit`, with an optional `trouble`: what goes wrong, and at which step.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def command_line(
         process.kill()
         process.join()
         raise TimeoutError(f"{argv} has not ended in {timeout} s:\n{log.read_text()}")
-    # A worker's bus error is told by torch's signal handler, which writes its text with the zero at the end.
+    # torch's handler of a worker's bus error writes its text with the terminating zero.
     return Done(process.exitcode, log.read_text().replace("\0", "\n"))
 
 
@@ -103,7 +103,7 @@ def _signalled(number: signal.Signals, hook: str, step: int) -> None:
 
 
 def _killed_at_batch_3(step: int) -> None:
-    """In the second half of an accumulated step, which no count of steps tells."""
+    """In the second half of an accumulated step, which the number of steps does not show."""
     from rexnet_lit.training.module import RexNetModule
 
     before = RexNetModule.on_train_batch_start
@@ -195,14 +195,14 @@ def _start_up(number: signal.Signals, step: int) -> None:
 
     scan = datamodule.scan
 
-    def told(*args: Any, **kwargs: Any) -> Any:
+    def signalled(*args: Any, **kwargs: Any) -> Any:
         os.kill(os.getpid(), number)
         return scan(*args, **kwargs)
 
-    datamodule.scan = told  # type: ignore[assignment]
+    datamodule.scan = signalled  # type: ignore[assignment]
 
 
-def _told_in_a_fork(step: int) -> None:
+def _signal_in_a_fork(step: int) -> None:
     """Python drops what is raised in a fork's call-backs, a signal's exception too."""
 
     def drop() -> None:
@@ -231,7 +231,7 @@ _TROUBLES = {
     "term at start-up": functools.partial(_start_up, signal.SIGTERM),
     "ctrl-c at start-up": functools.partial(_start_up, signal.SIGINT),
     "ctrl-c in validation": functools.partial(_signalled, signal.SIGINT, "validation_step"),
-    "term in a fork": _told_in_a_fork,
+    "term in a fork": _signal_in_a_fork,
     "no screen": _no_screen,
     "ctrl-c": functools.partial(_signalled, signal.SIGINT, "on_train_batch_start"),
     "terminal closed": functools.partial(_signalled, signal.SIGHUP, "on_train_batch_start"),
