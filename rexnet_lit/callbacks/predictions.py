@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +26,14 @@ class PredictionCollector(Callback):
         self._indices: list[NDArray[np.int64]] = []
         self._rows: list[NDArray[np.float32]] = []
 
-    def _add(self, batch: Sequence[Tensor], batch_idx: int, rows: Tensor) -> None:
-        if len(batch) < 3:  # of a user's own loader
+    def _add(self, batch_idx: int, outputs: dict[str, Tensor | None]) -> None:
+        logits, indices = outputs["logits"], outputs["indices"]
+        if logits is None or indices is None:  # of a user's own loader
             return
         if batch_idx == 0:
             self._indices, self._rows = [], []
-        self._indices.append(batch[2].cpu().numpy())
-        self._rows.append(rows.cpu().numpy())
+        self._indices.append(indices.cpu().numpy())
+        self._rows.append(logits.float().softmax(1).cpu().numpy())
 
     def _gather(self, trainer: pl.Trainer) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the images that were looked at, (N,), rising, and their rows (N, K), on every process."""
@@ -65,7 +65,7 @@ class PredictionWriter(PredictionCollector):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        self._add(batch, batch_idx, outputs)
+        self._add(batch_idx, outputs)
 
     def on_predict_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the file; every image that could not be read is listed beside it."""

@@ -39,7 +39,7 @@ class TestReport(PredictionCollector):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
-        self._add(batch, batch_idx, outputs)
+        self._add(batch_idx, outputs)
 
     def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Write the report."""
@@ -58,8 +58,8 @@ class TestReport(PredictionCollector):
             "Model": f"{spec.backbone}, {spec.head.name} head",
             "Input": f"{spec.eval_recipe.image_size} x {spec.eval_recipe.image_size} pixels",
             "Classes": str(spec.num_classes),
-            "Test pictures": f"{len(samples)} of {total}" if len(samples) < total else str(total),
-            "Left out as unreadable": str(len(data.bad_files)),
+            "Test images": f"{len(samples)} of {total}" if len(samples) < total else str(total),
+            "Unreadable images left out": str(len(data.bad_files)),
         }
         target = self.folder / "report"
         if target.exists():  # the newest report has the name, and no earlier one is lost
