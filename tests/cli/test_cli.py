@@ -81,7 +81,7 @@ def _elsewhere(tmp_path, monkeypatch):
         (("--data.num_workers", "-1"), "data.num_workers is -1"),
         (("--data.size_schedule", "[[0, 64], [3, 100000]]"), "data.size_schedule"),
         (("--model.drop_path_rate", "1"), "model.drop_path_rate is 1.0"),
-        (("--seed_everything", "-1"), "seed_everything: "),
+        (("--seed_everything", "-1"), "seed_everything is -1"),
         (("--trainer.accumulate_grad_batches", "0"), "trainer.accumulate_grad_batches is 0"),
         (("--trainer.gradient_clip_val", "-1"), "trainer.gradient_clip_val is -1"),
         (("--trainer.gradient_clip_val", ".nan"), "trainer.gradient_clip_val is nan"),
