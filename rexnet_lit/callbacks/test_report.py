@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import csv
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
+from lightning.pytorch import LightningModule, Trainer
 
 from rexnet_lit.callbacks.console import SHOWN_METRICS
 from rexnet_lit.callbacks.predictions import PredictionCollector
@@ -22,53 +21,40 @@ from rexnet_lit.utils.files import unused_path
 
 
 class TestReport(PredictionCollector):
-    """Writes ``report/`` after a test.
+    """Writes ``report/`` into the run folder ``folder`` after a test."""
 
-    Args:
-        folder: The run folder to write into.
-    """
-
-    __test__ = False  # no test case, whatever pytest makes of the name
+    __test__ = False  # pytest would collect it because of its name
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
-        self.metrics: Mapping[str, Any] = {}
+        self.metrics: dict[str, Any] = {}
 
-    def on_test_batch_end(  # noqa: D102
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, outputs: Any, batch: Any, batch_idx: int,
-        dataloader_idx: int = 0,
-    ) -> None:  # fmt: skip
-        self._add(batch_idx, outputs)
-
-    def on_test_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report."""
         data = find_datamodule(trainer)
         if data is None or not isinstance(pl_module, RexNetModule):
             return
-        found, probs = self._gather(trainer)
-        results = test_results(pl_module.test_metrics)  # gathers, so on every process
-        total = len(data.splits()["test"])
-        samples = data.splits()["test"].take(found)
+        indices, probs = self.gather(trainer)
+        self.metrics = test_results(pl_module.test_metrics)
         if not trainer.is_global_zero:
             return
-        spec = pl_module.spec
-        predictions = Predictions(samples.paths, probs, samples.targets, spec.class_names)
+        spec, images = pl_module.spec, data.splits()["test"]
+        samples, size = images.take(indices), spec.eval_recipe.image_size
         facts = {
             "Model": f"{spec.backbone}, {spec.head.name} head",
-            "Input": f"{spec.eval_recipe.image_size} x {spec.eval_recipe.image_size} pixels",
+            "Input": f"{size} x {size} pixels",
             "Classes": str(spec.num_classes),
-            "Test images": f"{len(samples)} of {total}" if len(samples) < total else str(total),
-            "Unreadable images left out": str(len(data.bad_files)),
+            "Test images": f"{len(samples)} of {len(images)}" if len(samples) < len(images) else str(len(images)),
+            "Left out as unreadable": str(len(data.bad_files)),
         }
-        target = self.folder / "report"
-        if target.exists():  # the newest report has the name, and no earlier one is lost
+        target, root = self.folder / "report", samples.root
+        if target.exists():  # the newest report gets the name; earlier ones are kept
             target.rename(unused_path(target))
-        root = samples.root
-        self.metrics = write_report(
+        write_report(
             target,
-            predictions,
-            results,
+            Predictions(samples.paths, probs, samples.targets, spec.class_names),
+            self.metrics,
             read_image=lambda path: decode.read(root / path, 160),
             title=f"Test report: {Path(root).name}",
             facts=facts,
@@ -80,13 +66,13 @@ class TestReport(PredictionCollector):
 
 
 def _history(path: Path) -> list[dict[str, float]]:
-    """Return the epochs' figures from a run's ``metrics.csv``, where it has one."""
+    """Return the metrics of each epoch from a run's ``metrics.csv``, if it has one."""
     if not path.is_file():
         return []
     epochs: dict[int, dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            shown = {k: float(row[k]) for k in SHOWN_METRICS if row.get(k)}
+            shown = {name: float(row[name]) for name in SHOWN_METRICS if row.get(name)}
             if shown and row.get("epoch"):
                 epoch = int(float(row["epoch"]))
                 epochs.setdefault(epoch, {"epoch": epoch}).update(shown)
