@@ -28,7 +28,7 @@ ALLOWED = {
 # `data` needs torch for transforms and loaders, and Lightning for the data module.
 DATA_WITH_LIGHTNING = ("data/datamodule.py",)
 DATA_WITHOUT_TORCH = (
-    "settings", "image_header", "decode", "walk", "folder", "splits", "verify", "cache", "sample",
+    "settings", "image_header", "decode", "duplicates", "walk", "folder", "splits", "verify", "cache", "sample",
 )  # fmt: skip
 NO_TORCH = ("utils", "inspect", "report")
 NO_LIGHTNING = ("models", "export")

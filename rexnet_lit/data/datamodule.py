@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 from rexnet_lit.data import decode, verify
 from rexnet_lit.data.cache import DiskCache, decode_all
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
+from rexnet_lit.data.duplicates import equal_groups, groups_across
 from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, list_images, scan
 from rexnet_lit.data.loader import Loader, build_loader
 from rexnet_lit.data.sampler import BatchSampler, SamplerName, training_order, uses_all_batches
@@ -180,18 +181,22 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return self._fingerprints
 
     def prepare_data(self) -> None:
-        """Look for unreadable and repeated files in one process; the others find the answer in the cache."""
+        """Find unreadable and duplicate files in one process; the others read the results from the cache."""
         splits = self.folder.splits if self.folder else {}
         if not splits:
             return
-        looks = [
-            verify.verify_images(samples, progress=_said_now_and_then(f"looking at the {name} images"))
+        contents = [
+            verify.verify_images(samples, progress=_said_now_and_then(f"looking at the {name} images")).contents
             for name, samples in splits.items()
         ]
-        leaks, conflicts = verify.count_duplicates(
-            [look.contents for look in looks], [s.targets for s in splits.values()]
-        )
-        for count, where in ((leaks, "splits: the scores are too good"), (conflicts, "classes: one label is wrong")):
+        groups = equal_groups(np.concatenate(contents))
+        split_of = np.repeat(np.arange(len(splits)), [len(samples) for samples in splits.values()])
+        class_of = np.concatenate([samples.targets for samples in splits.values()])
+        for labels, where in (
+            (split_of, "splits: the scores are too good"),
+            (class_of, "classes: one label is wrong"),
+        ):
+            count = sum(len(group) for group in groups_across(groups, labels))
             if count:
                 lists = "`python -m rexnet_lit check` lists them"
                 many = plural(count, "image stands", "images stand")

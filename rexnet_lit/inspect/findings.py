@@ -1,4 +1,4 @@
-"""What the dataset doctor found, as data and on one screen of a terminal. Filled by `doctor`."""
+"""The findings of `check`, as data and on one screen of a terminal."""
 
 from __future__ import annotations
 
@@ -13,6 +13,8 @@ from rexnet_lit.data.splits import Split
 from rexnet_lit.data.verify import UnreadableFile
 from rexnet_lit.utils.errors import plural
 
+Severity = Literal["error", "warning", "info"]
+
 _MOST_ROWS = 24  # classes shown, so that the findings stay on the screen
 _MOST_PATHS = 3
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -24,13 +26,13 @@ class Finding:
 
     Args:
         severity: ``error`` (training would fail or mislead), ``warning`` or ``info``.
-        code: A short name that stays the same between versions.
-        message: What, in one line.
+        code: A short name, the same in all versions.
+        message: What is wrong, in one line.
         advice: What to do.
-        paths: All files it is about, relative to the folder.
+        paths: All files concerned, relative to the folder.
     """
 
-    severity: Literal["error", "warning", "info"]
+    severity: Severity
     code: str
     message: str
     advice: str = ""
@@ -39,7 +41,7 @@ class Finding:
 
 @dataclasses.dataclass(frozen=True)
 class CheckResult:
-    """What `doctor.check` found.
+    """The result of `check.check`.
 
     Args:
         root: The folder.
@@ -48,13 +50,13 @@ class CheckResult:
         counts: Images by split and class, unreadable ones included.
         formats: Images by format.
         sizes: Smallest, median and largest ``width`` and ``height``.
-        animated: How many have more than one frame.
-        clutter: How many files and folders were left out.
+        animated: Number of images with more than one frame.
+        clutter: Number of files and folders that were ignored.
         bad: The unreadable files.
         duplicates: Groups of files with the same bytes.
         near_duplicates: Groups of files that look the same; of files with the same bytes, only the first.
         findings: Errors first, then warnings, then the rest.
-        examples: Split, class and path of every image, for pictures of them; not in the JSON.
+        examples: Split, class and path of every image, for the report page; not in the JSON.
     """
 
     root: str
@@ -85,57 +87,51 @@ class CheckResult:
         return f"{'fit' if self.ok else 'not fit'} for training: {errors}, {warnings}"
 
     def to_dict(self) -> dict[str, Any]:
-        """Return everything but the examples as JSON takes it."""
+        """Return everything but the examples, for JSON."""
         rows = dataclasses.asdict(dataclasses.replace(self, examples=()))
         del rows["examples"]
         return {"ok": self.ok, **rows}
 
 
-def print_result(checkup: CheckResult, console: Console) -> None:
-    """Print a checkup. Names are shown with control characters escaped, and never as markup."""
-    console.print(_plain(f"{checkup.root}: {plural(len(checkup.class_names), 'class', 'classes')}, {_totals(checkup)}"))
-    if checkup.counts:
-        console.print(_class_table(checkup))
-    formats = ", ".join(f"{count} {name}" for name, count in checkup.formats.items())
-    if formats:
-        width, height = checkup.sizes["width"], checkup.sizes["height"]
-        console.print(
-            _plain(
-                f"{formats}; width {width[0]} to {width[2]} (median {width[1]}), "
-                f"height {height[0]} to {height[2]} (median {height[1]})"
-            )
-        )
-    for finding in checkup.findings:
+def print_result(result: CheckResult, console: Console) -> None:
+    """Print a result. Names are shown with control characters escaped, and never as markup."""
+    console.print(_plain(f"{result.root}: {plural(len(result.class_names), 'class', 'classes')}, {_totals(result)}"))
+    if result.counts:
+        console.print(_class_table(result))
+    if result.formats:
+        formats = ", ".join(f"{count} {name}" for name, count in result.formats.items())
+        sizes = [f"{side} {low} to {high} (median {median})" for side, (low, median, high) in result.sizes.items()]
+        console.print(_plain(f"{formats}; {', '.join(sizes)}"))
+    for finding in result.findings:
         console.print(_finding(finding))
-    style = "bold green" if checkup.ok else "bold red"
-    console.print(Text(checkup.verdict, style=style))
+    console.print(Text(result.verdict, style="bold green" if result.ok else "bold red"))
 
 
 def _plain(text: str, style: str = "") -> Text:
-    """Return text that can neither move the cursor nor be taken as markup."""
+    """Return text with control characters escaped, which is not parsed as markup."""
     return Text("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), style=style)
 
 
-def _totals(checkup: CheckResult) -> str:
-    totals = {split: sum(by_class.values()) for split, by_class in checkup.counts.items()}
+def _totals(result: CheckResult) -> str:
+    totals = {split: sum(by_class.values()) for split, by_class in result.counts.items()}
     return ", ".join(f"{count} {split}" for split, count in totals.items()) or "no images"
 
 
-def _class_table(checkup: CheckResult) -> Table:
+def _class_table(result: CheckResult) -> Table:
     """Show all classes, or the largest and smallest of very many."""
-    names = list(checkup.class_names)
+    names = list(result.class_names)
     hidden = len(names) - _MOST_ROWS
     if hidden > 0:
-        first = next(iter(checkup.counts.values()))
+        first = next(iter(result.counts.values()))
         names.sort(key=lambda name: -first[name])
         names = names[: _MOST_ROWS // 2] + names[-_MOST_ROWS // 2 :]
-    table = Table("class", *checkup.counts, box=None, header_style="bold")
+    table = Table("class", *result.counts, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     for row, name in enumerate(names):
         if hidden > 0 and row == _MOST_ROWS // 2:
             table.add_row(Text(f"... {hidden} more", style="dim"))
-        table.add_row(_plain(name), *(str(by_class[name]) for by_class in checkup.counts.values()))
+        table.add_row(_plain(name), *(str(by_class[name]) for by_class in result.counts.values()))
     return table
 
 

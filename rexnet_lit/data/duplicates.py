@@ -1,29 +1,29 @@
-"""Pictures that occur twice: the same bytes, or the same picture saved anew.
+"""Duplicate images: files with the same bytes, and the same image saved again.
 
 Near-duplicates are found in two steps. A perceptual hash (63 signs of low DCT frequencies, after Zauner,
-"Implementation and benchmarking of perceptual image hash functions", 2010) proposes pairs, a small copy in
-colour confirms them. Without the second step every white page with a line on it would be a copy of every
-other.
+"Implementation and benchmarking of perceptual image hash functions", 2010) proposes pairs, and small colour
+thumbnails confirm them. Without the second step all white pages with a line on them would be duplicates.
 
-Comparing all pairs is quadratic; here only hashes that agree in one of four 16-bit bands are compared. So
-every pair that differs in 3 bits or fewer is found, and most that differ in up to `MAX_DISTANCE`.
+Comparing all pairs is quadratic, so only hashes that agree in one of four 16-bit bands are compared. This finds
+every pair that differs in at most 3 bits, and most pairs that differ in up to `MAX_DISTANCE`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 
 MAX_DISTANCE = 6
-"""Bits in which the hashes of one picture may differ: 96 % of clip art saved at half its size stay within."""
+"""Bits in which the hashes of one image may differ: 96 % of clip art saved at half its size are within this."""
 
 _MAX_DIFFERENCE = 4.0  # mean difference of thumbnails, of 255 levels; 90 % of JPEG copies of quality 50 are below 2.5
-_MAX_SHARE = 0.1  # of the contrast: of two pages with a line each, the lines are to be compared
-_MIN_CONTRAST = 8.0  # standard deviation of a thumbnail below which there is nothing to recognise
-_WINDOW = 64  # how many neighbours with the same band are compared, where thousands look alike
+_MAX_SHARE = 0.1  # of the contrast: compares the lines of two pages with a line each
+_MIN_CONTRAST = 8.0  # standard deviation of a thumbnail below which an image is taken as blank
+_WINDOW = 64  # neighbours with the same band that are compared, where thousands look alike
 
 
 def perceptual_hash(pixels: NDArray[np.uint8]) -> int:
@@ -39,13 +39,22 @@ def thumbnail(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return np.asarray(cv2.resize(pixels, (16, 16), interpolation=cv2.INTER_AREA), np.uint8)
 
 
-def groups_of_equals(keys: Iterable[bytes | None]) -> list[list[int]]:
-    """Return the positions of keys that occur more than once; None is no key."""
-    where: dict[bytes, list[int]] = {}
-    for position, key in enumerate(keys):
-        if key is not None:
-            where.setdefault(key, []).append(position)
-    return [positions for positions in where.values() if len(positions) > 1]
+def equal_groups(contents: NDArray[np.uint8]) -> list[list[int]]:
+    """Return groups of positions of files with the same content, in the order of their first file.
+
+    Args:
+        contents: ``(N, 16)`` digests; those of zeros (unreadable files) match nothing.
+    """
+    _, keys, counts = np.unique(contents.view("V16").ravel(), return_inverse=True, return_counts=True)
+    groups: dict[int, list[int]] = {}
+    for position in np.flatnonzero((counts[keys] > 1) & contents.any(axis=1)).tolist():
+        groups.setdefault(int(keys[position]), []).append(position)
+    return list(groups.values())
+
+
+def groups_across(groups: Iterable[list[int]], labels: Sequence[object] | NDArray[Any]) -> list[list[int]]:
+    """Return the groups whose members have more than one label, such as a split or a class."""
+    return [group for group in groups if len({labels[position] for position in group}) > 1]
 
 
 def near_groups(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8]) -> list[list[int]]:
@@ -58,7 +67,7 @@ def near_groups(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8]) -> li
     contrast = thumbnails.reshape(len(thumbnails), -1).std(axis=1) if len(thumbnails) else np.zeros(0)
     busy = np.flatnonzero(contrast >= _MIN_CONTRAST)
     allowed = np.minimum(_MAX_DIFFERENCE, _MAX_SHARE * contrast)
-    heads = np.arange(len(hashes))  # of each image's group
+    heads = np.arange(len(hashes))  # the first member of each image's group
     for first, second in _candidates(hashes[busy]):
         a, b = busy[first], busy[second]
         a, b = a[heads[a] != heads[b]], b[heads[a] != heads[b]]
@@ -72,7 +81,7 @@ def near_groups(hashes: NDArray[np.uint64], thumbnails: NDArray[np.uint8]) -> li
 
 
 def _joined(heads: NDArray[np.intp], a: NDArray[np.intp], b: NDArray[np.intp]) -> NDArray[np.intp]:
-    """Join the groups of these pairs; every image then names its group's head again."""
+    """Join the groups of these pairs and return the head of every image's group."""
     if not len(a):
         return heads
     for i, j in zip(heads[a].tolist(), heads[b].tolist(), strict=True):
