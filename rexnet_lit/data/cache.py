@@ -1,9 +1,9 @@
-"""Decoded images, kept so that later epochs decode nothing: in memory or on the disk (``data.cache``).
+"""Decoded images, kept so that later epochs do not decode them again: in memory or on disk (``data.cache``).
 
-What is kept is just what `decode.read` returned, so a cache changes no result. On the disk each image is a ``.npy``
-file in the user's cache folder, never in the dataset, named after the image's path, size, time of change and the
-pixels that the recipe needs: a changed file or recipe finds nothing of its past. Files appear by renaming, so neither a
-killed run nor another that shares the folder leaves half of one. A ledger in the folder holds how many bytes are kept.
+The cache holds what `decode.read` returned, so it changes no result. On disk each image is a ``.npy`` file in the
+user's cache folder, never in the dataset. Its name is a digest of the path, size and modification time of the image
+and the number of pixels that the recipe needs, so a changed file or recipe is decoded again. Files appear by renaming:
+neither a killed run nor another run that shares the folder leaves an incomplete one.
 """
 
 from __future__ import annotations
@@ -12,34 +12,29 @@ import contextlib
 import hashlib
 import os
 import shutil
-import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-try:
-    import fcntl
-except ImportError:  # where there is none, two runs that fill the cache at the same moment may miscount
-    fcntl = None  # type: ignore[assignment]
-
 import numpy as np
+from filelock import FileLock
 from numpy.typing import NDArray
 
 from rexnet_lit.data import decode, image_header
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import atomic_write
 
 Image = NDArray[np.uint8]
 
-_LEFTOVER = 3600.0
-"""Seconds after which a file that is still being written belongs to nobody."""
+_LEFTOVER_SECONDS = 3600.0  # after this time a file that is still being written belongs to a killed run
 
 
 def decode_all(paths: Sequence[str], min_size: int, limit: float | None = None) -> list[Image | None]:
-    """Decode images once, for all epochs, until the memory is full; None stands for what does not fit.
+    """Decode images once, for all epochs, until the memory is full; None for those that do not fit.
 
-    OpenCV releases the interpreter, so threads are enough.
+    OpenCV and Pillow release the GIL, so threads are enough.
 
     Args:
         paths: The files.
@@ -54,8 +49,8 @@ def decode_all(paths: Sequence[str], min_size: int, limit: float | None = None) 
         try:
             image = decode.read(path, min_size)
         except image_header.DecodeError:
-            return None  # it has just broken: who asks for it next says so
-        free[0] -= image.nbytes  # two threads at once may overdraw it by an image
+            return None  # damaged since it was verified: reported when it is next read
+        free[0] -= image.nbytes  # two threads at once may exceed the limit by an image
         return image
 
     with ThreadPoolExecutor(process.cpu_count()) as pool:
@@ -65,12 +60,13 @@ def decode_all(paths: Sequence[str], min_size: int, limit: float | None = None) 
 class DiskCache:
     """Reads images, and keeps what was decoded.
 
-    All processes of all runs share it: the folder, and the count of its bytes. When none are left, what no run has read
-    since this one began makes room, the longest unread first; then nothing more is kept.
+    All processes of all runs share the folder and the count of its bytes (in ``.bytes``, under a lock). When the limit
+    is reached, images that no run has read since this one started are removed, the longest unread first; after that
+    nothing more is kept.
 
     Args:
-        folder: Where; the user's cache folder by default.
-        limit: Bytes that all of it may fill; half of what is there and free by default.
+        folder: The folder; by default in the user's cache folder.
+        limit: Bytes that the whole cache may use; by default half of what it uses already and what is free.
 
     Raises:
         UserError: The folder cannot be made.
@@ -81,50 +77,49 @@ class DiskCache:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"data.cache: {self._folder}: {error.strerror}; set XDG_CACHE_HOME to a folder of yours, "
-                            "or data.cache to ram or none") from None  # fmt: skip
+            raise UserError(
+                f"data.cache: {self._folder}: {error.strerror}; set XDG_CACHE_HOME to another folder, "
+                "or data.cache to ram or none"
+            ) from None
         self._started = time.time()
-        self._ledger = self._folder / ".bytes"
         self._old: list[tuple[float, int, str]] = []
         self._limit, self._used = limit or 0.0, 0
-        with contextlib.suppress(OSError), self._counting():  # on a read-only disk nothing will be kept
-            self._old = self._tidy()
+        with contextlib.suppress(OSError), self._counting():  # nothing is kept on a read-only disk
+            self._old = self._scan()
             self._used = sum(size for _, size, _ in self._old)
             if limit is None:
                 self._limit = (self._used + shutil.disk_usage(self._folder).free) / 2
-            self._make_room(0)
+            self._make_space(0)
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
-        """Have the count of bytes to oneself, read and then written down."""
+        """Hold the lock on the count of bytes, which is in `_used` within the block."""
         self._folder.mkdir(parents=True, exist_ok=True)
-        with os.fdopen(os.open(self._ledger, os.O_RDWR | os.O_CREAT, 0o644), "r+b") as file:
-            if fcntl is not None:
-                fcntl.flock(file, fcntl.LOCK_EX)
-            text = file.read()
+        count = self._folder / ".bytes"
+        with FileLock(f"{count}.lock"):
+            text = count.read_text("ascii") if count.is_file() else ""
             self._used = int(text) if text.isdigit() else 0
             yield
-            file.seek(0)
-            file.write(b"%020d" % self._used)
+            count.write_text(str(self._used), "ascii")
 
-    def _tidy(self) -> list[tuple[float, int, str]]:
-        """Remove what killed runs have left; return time, bytes and path of all images, the longest unread last."""
+    def _scan(self) -> list[tuple[float, int, str]]:
+        """Remove leftovers of killed runs; return (time, bytes, path) of all images, the longest unread last."""
         files: list[tuple[float, int, str]] = []
         for folder in os.scandir(self._folder):
             for entry in os.scandir(folder) if folder.is_dir() else ():
-                with contextlib.suppress(OSError):  # another run may tidy too
+                with contextlib.suppress(OSError):  # another run may remove it at the same time
                     status = entry.stat()
                     if entry.name.endswith(".npy"):
                         files.append((status.st_mtime, status.st_size, entry.path))
-                    elif time.time() - status.st_mtime > _LEFTOVER:
+                    elif time.time() - status.st_mtime > _LEFTOVER_SECONDS:
                         Path(entry.path).unlink()
         return sorted(files, reverse=True)
 
-    def _make_room(self, size: int) -> bool:
-        """Say whether ``size`` bytes are left, if need be without what has not been read since the run began."""
+    def _make_space(self, size: int) -> bool:
+        """Remove images that were not read since the start until ``size`` bytes are left; return whether they are."""
         while self._limit - self._used < size and self._old:
             _, freed, path = self._old.pop()
-            with contextlib.suppress(OSError):  # gone: another process has counted it
+            with contextlib.suppress(OSError):  # removed, and subtracted, by another process
                 if os.stat(path).st_mtime < self._started:  # noqa: PTH116
                     os.unlink(path)  # noqa: PTH108
                     self._used -= freed
@@ -134,7 +129,7 @@ class DiskCache:
         """Return what `decode.read` would.
 
         Raises:
-            DecodeError: The file cannot be read, or is no usable image.
+            DecodeError: The file cannot be read, or is not a usable image.
         """
         file = self._file(path, min_size)
         with contextlib.suppress(OSError, ValueError, EOFError):
@@ -144,7 +139,8 @@ class DiskCache:
                     os.utime(file)
                 return image
         decoded = decode.read(path, min_size)
-        self._keep(file, decoded)
+        with contextlib.suppress(OSError):  # a full or read-only disk keeps nothing
+            self._keep(file, decoded)
         return decoded
 
     def _file(self, path: str, min_size: int) -> str:
@@ -157,20 +153,14 @@ class DiskCache:
         return os.path.join(self._folder, name[:2], f"{name}.npy")  # noqa: PTH118
 
     def _keep(self, file: str, image: Image) -> None:
-        folder = os.path.dirname(file)  # noqa: PTH120
-        with contextlib.suppress(OSError):  # a full or read-only disk keeps nothing, and harms nobody
+        with self._counting():
+            if not self._make_space(image.nbytes):
+                return
+            self._used += image.nbytes
+        try:
+            with atomic_write(Path(file), durable=False) as stream:
+                np.save(stream, image, allow_pickle=False)
+        except BaseException:
             with self._counting():
-                if not self._make_room(image.nbytes):
-                    return
-                self._used += image.nbytes
-            os.makedirs(folder, exist_ok=True)  # noqa: PTH103
-            descriptor, temporary = tempfile.mkstemp(dir=folder)
-            try:
-                with os.fdopen(descriptor, "wb") as stream:
-                    np.save(stream, image, allow_pickle=False)
-                os.replace(temporary, file)  # noqa: PTH105
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                with self._counting():
-                    self._used -= image.nbytes
-                raise
+                self._used -= image.nbytes
+            raise

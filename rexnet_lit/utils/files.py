@@ -1,4 +1,4 @@
-"""Writing files: whole, in the place of what was there, never over what a user did not mean."""
+"""Writing files: completely or not at all, and never over files that the user did not mean."""
 
 from __future__ import annotations
 
@@ -13,17 +13,18 @@ from typing import IO
 
 from rexnet_lit.utils.errors import UserError, printable
 
-# Tab and carriage return as `visible` shows them; the last four are the full-width forms.
+# What a spreadsheet takes as a formula: tab and carriage return as `printable` writes them, and full-width forms.
 _FORMULA = ("=", "+", "-", "@", "\\t", "\\r", "\uff1d", "\uff0b", "\uff0d", "\uff20")
 
 
 @contextlib.contextmanager
-def atomic_write(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]]:
-    """Open a file that takes ``path``'s place when the block ends well, and leaves no trace when it does not.
+def atomic_write(path: Path, previous: Path | None = None, *, durable: bool = True) -> Iterator[IO[bytes]]:
+    """Open a file that replaces ``path`` when the block ends without an exception, and is removed otherwise.
 
     Args:
-        path: The file; of a link, what it leads to. A device or a pipe is written straight into.
-        previous: Where to keep what was at ``path``.
+        path: The file; the target of a symbolic link. A device or a pipe is written directly.
+        previous: Where to keep the old file.
+        durable: Wait until the disk has it.
     """
     if path.exists() and not path.is_file() and not path.is_dir():  # before it is resolved: a pipe has no other name
         with path.open("wb") as stream:
@@ -31,41 +32,30 @@ def atomic_write(path: Path, previous: Path | None = None) -> Iterator[IO[bytes]
         return
     path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
+    temporary = Path(name)
     try:
         with os.fdopen(descriptor, "wb") as file:
             yield file
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)  # mkstemp makes private files
-        if previous is not None and path.exists():
-            path.replace(previous)
-        Path(temporary).replace(path)
+        temporary.chmod(0o666 & ~mask)  # mkstemp makes private files
+        _replace(temporary, path, previous, durable=durable)
     except BaseException:
-        Path(temporary).unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
         raise
-    _flush_folder(path.parent)
-
-
-def _flush_folder(folder: Path) -> None:
-    """Have the disk know of what was renamed in a folder."""
-    if os.name == "posix":
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def link_or_copy(source: Path, path: Path, previous: Path) -> None:
-    """Give a file that is whole and on the disk another name, without writing it again where links are known.
+    """Give a complete file a second name: a hard link, or a copy where there are none.
 
     Args:
         source: The file, in the same folder.
-        path: The name, whose file it replaces.
-        previous: Where to keep what was at ``path``.
+        path: The second name, whose file is replaced.
+        previous: Where to keep the old file.
     """
     temporary = path.with_name(f".{path.name}.link")
     temporary.unlink(missing_ok=True)
@@ -74,15 +64,24 @@ def link_or_copy(source: Path, path: Path, previous: Path) -> None:
     except OSError:
         with atomic_write(path, previous) as file:
             file.write(source.read_bytes())
-        return
-    if path.exists():
+    else:
+        _replace(temporary, path, previous)
+
+
+def _replace(temporary: Path, path: Path, previous: Path | None, *, durable: bool = True) -> None:
+    if previous is not None and path.exists():
         path.replace(previous)
     temporary.replace(path)
-    _flush_folder(path.parent)
+    if durable and os.name == "posix":  # the new name must reach the disk too
+        descriptor = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def write_file(path: Path, content: bytes | str) -> None:
-    """Write a whole file in the place of ``path``, or leave it as it was.
+    """Replace ``path`` by a complete file, or leave it as it was.
 
     Raises:
         UserError: It cannot be written.
@@ -95,10 +94,10 @@ def write_file(path: Path, content: bytes | str) -> None:
 
 
 def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str | float]]) -> None:
-    r"""Write a CSV file for people: UTF-8, whole or not at all.
+    r"""Write a CSV file for people, in UTF-8.
 
-    A cell that a spreadsheet would run as a formula gets a leading apostrophe; what cannot be seen or encoded is
-    written out (a newline as ``\n``).
+    A cell that a spreadsheet would run as a formula gets a leading apostrophe; invisible characters are escaped
+    (a newline as ``\n``).
 
     Raises:
         UserError: It cannot be written.
@@ -116,12 +115,12 @@ def _cell(text: str) -> str:
 
 
 def absolute_path(path: str | None) -> str | None:
-    """Return a path that means the same from any folder; None where there is none."""
+    """Return a path that is valid from any folder; None for None."""
     return None if path is None else str(Path(path).absolute())
 
 
 def unused_path(path: Path) -> Path:
-    """Return ``path``, or its name with the lowest free number behind where it exists: nothing is overwritten."""
+    """Return ``path`` if it does not exist, else its name with the lowest free number: ``name-1.csv``."""
     number, fresh = 1, path
     while fresh.exists():
         fresh = path.with_name(f"{path.stem}-{number}{path.suffix}")
@@ -130,16 +129,16 @@ def unused_path(path: Path) -> Path:
 
 
 def check_output(key: str, path: Path, *endings: str, mark: bytes = b"") -> None:
-    """See that what a user asks to be written takes nobody's place but that of an earlier output.
+    """Check that an output replaces nothing but an earlier output of the same kind.
 
     Args:
-        key: The option that names it, for the error.
+        key: The option that sets it, for the error.
         path: The file.
-        endings: What its kind of file is called, such as ``.csv``.
-        mark: What stands in the first kilobyte of an earlier output.
+        endings: The suffixes of this kind of file, such as ``.csv``.
+        mark: Bytes in the first kilobyte of an earlier output.
 
     Raises:
-        UserError: ``path`` is a folder, or an existing file of another kind or of somebody else.
+        UserError: ``path`` is a folder, or an existing file of another kind or origin.
     """
     if path.is_dir():
         raise UserError(f"{key}: {str(path)!r} is a folder; name a file")
@@ -154,14 +153,14 @@ def check_output(key: str, path: Path, *endings: str, mark: bytes = b"") -> None
 
 
 def check_writable(key: str, path: Path) -> None:
-    """See that a file can be written, before the work for it is done.
+    """Check that a file can be written, before the work for it is done.
 
     Args:
-        key: The option that names its place, for the error.
-        path: The file; missing folders would be made.
+        key: The option that sets it, for the error.
+        path: The file, whose missing folders would be made.
 
     Raises:
-        UserError: The nearest folder that exists is not this user's to write to.
+        UserError: The nearest existing folder is not writable.
     """
     folder = next((f for f in path.absolute().parents if f.exists()), path.absolute().parent)
     if not folder.is_dir():

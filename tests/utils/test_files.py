@@ -1,4 +1,4 @@
-"""Files are written whole, and only over what they may replace."""
+"""Files are written completely, and replace only earlier outputs."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_a_written_file_has_the_usual_permissions(tmp_path):
 
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX links and pipes")
-def test_links_and_pipes_stay_what_they_are(tmp_path):
+def test_symbolic_links_and_pipes_are_kept(tmp_path):
     (tmp_path / "there").mkdir()
     target, link, pipe = tmp_path / "there" / "a.csv", tmp_path / "link.csv", tmp_path / "pipe"
     target.write_text("old")
@@ -59,7 +59,7 @@ def test_links_and_pipes_stay_what_they_are(tmp_path):
     assert stat.S_ISFIFO(pipe.stat().st_mode)
 
 
-def test_a_file_that_cannot_be_written_is_one_line(tmp_path):
+def test_a_file_that_cannot_be_written_is_a_user_error(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"cannot write .*/file/x.csv: .*; free or choose another place"):
         write_file(tmp_path / "file" / "x.csv", "")
@@ -70,7 +70,7 @@ def test_outputs_replace_only_earlier_outputs(tmp_path):
         (tmp_path / name).touch()
     for name in ("old.csv", "new.csv", "new"):
         check_output("--output", tmp_path / name, ".csv")
-    with pytest.raises(UserError, match=r"--output: .*model.ckpt' exists and is no .csv file, so it is not overwr"):
+    with pytest.raises(UserError, match=r"--output: .*model.ckpt' exists and is no .csv file"):
         check_output("--output", tmp_path / "model.ckpt", ".csv")
     with pytest.raises(UserError, match="is a folder; name a file"):
         check_output("--output", tmp_path, ".csv")
