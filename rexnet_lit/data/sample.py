@@ -1,7 +1,7 @@
 """The sample dataset: scikit-learn's handwritten digits as a folder of class folders. Nothing is downloaded.
 
 Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository
-(CC BY 4.0), as shipped with scikit-learn: 1,797 pictures of 8 x 8 pixels, written out at 32 x 32.
+(CC BY 4.0), as shipped with scikit-learn: 1,797 images of 8 x 8 pixels, written at 32 x 32.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def write_sample(folder: str) -> dict[str, int]:
     """Write the digits as ``folder/{train,val,test}/{0..9}/*.png``.
 
     Returns:
-        Pictures per split.
+        Number of images by split.
 
     Raises:
-        UserError: The folder holds something already.
+        UserError: The folder exists and is not empty.
     """
     from sklearn.datasets import load_digits
 
@@ -49,6 +49,6 @@ def write_sample(folder: str) -> dict[str, int]:
                     (target / f"{index:04d}.png").write_bytes(cv2.imencode(".png", large)[1].tobytes())
                 counts[split] += len(indices)
         root.mkdir(exist_ok=True)
-        for split in _SPLITS:  # nothing half written is ever in place
+        for split in _SPLITS:  # a folder appears only when it is complete
             (Path(temporary) / split).replace(root / split)
     return counts

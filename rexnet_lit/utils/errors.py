@@ -1,7 +1,4 @@
-"""The exceptions that the command line turns into one line: a mistake a user can mend, and being told to stop.
-
-Everything below the command line raises `UserError`; the command line prints it as one line and exits with 2.
-"""
+"""The exceptions that the command line prints as one line: mistakes of the user (exit code 2), and being stopped."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ _INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u20
 
 
 def printable(text: str) -> str:
-    r"""Return `text` with what cannot be seen or encoded written out (a newline as ``\n``)."""
+    r"""Return ``text`` with invisible and undecodable characters escaped (a newline as ``\n``)."""
 
     def escape(match: re.Match[str]) -> str:
         char = match.group()
@@ -25,7 +22,7 @@ def printable(text: str) -> str:
 
 
 def plural(number: int, one: str, many: str) -> str:
-    """Return a number with what it counts: ``1 image``, ``2 images``."""
+    """Return a number and its noun: ``1 image``, ``2 images``."""
     return f"{number} {one if number == 1 else many}"
 
 
@@ -37,9 +34,9 @@ class UserError(Exception):
 
 
 class Stopped(BaseException):
-    """The process was told to stop, and has saved what there was; it exits with 128 + the signal's number.
+    """A signal has stopped the run, which has saved its state; the exit code is 128 + the signal.
 
-    No `Exception`: a signal may come while a file is read, and is not what is wrong with it.
+    Not an `Exception`: code that handles errors of reading a file must not catch it.
     """
 
     def __init__(self, signal: int, message: str) -> None:

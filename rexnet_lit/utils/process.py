@@ -1,8 +1,8 @@
-"""Set the process up: its allocator for fast CPU training, before torch is imported; its signals and its screen.
+"""The process: the allocator (for fast training on CPUs), signals, standard streams, and the limits of a container.
 
-glibc gives every large activation back to the kernel and faults it in again at the next step. Told to keep its
-memory, a ReXNet training step on a CPU takes about half the time, for roughly a quarter more memory (README,
-"Speed"). Set ``REXNET_LIT_TUNE=0`` to leave the process alone.
+glibc returns every large activation to the kernel and faults it in again at the next step. With an allocator that
+keeps its memory, a ReXNet training step on a CPU takes about half the time, for roughly a quarter more memory
+(README, "Speed"). ``REXNET_LIT_TUNE=0`` turns this off.
 
 Source: glibc's mallopt(3); the figures are measured by ``tests/benchmarks/bench_train.py``.
 """
@@ -27,27 +27,27 @@ _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 
 
 def configure_allocator() -> bool:
-    """Make the allocator keep its memory; return whether it was done.
+    """Make the allocator keep its memory; return whether that worked. Only on Linux with glibc.
 
-    The command line calls this before it imports torch. In a notebook, call ``rexnet_lit.tune()`` in the first
-    cell: later calls still help with everything that is allocated after them. Only on Linux with glibc.
+    The command line calls this before it imports torch. In a notebook, call `rexnet_lit.configure_allocator` in
+    the first cell: memory that was allocated before stays as it is.
     """
-    # Importing albumentations would otherwise ask the package index for its newest version.
+    # Importing albumentations would otherwise query the package index for its newest version.
     os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     if os.environ.get("REXNET_LIT_TUNE") == "0" or sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch asks the kernel for huge pages
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch requests huge pages
     mallopt = ctypes.CDLL(None).mallopt
-    # -1 is "never": the most that fits mallopt's int, 2 GiB, is less than a step at 224 px gives back.
+    # -1 is "never": the largest value of mallopt's int, 2 GiB, is less than a step at 224 px frees.
     settings = ((_M_MMAP_MAX, 0), (_M_TRIM_THRESHOLD, -1), (_M_TOP_PAD, 256 * 2**20))
     return all(mallopt(parameter, value) == 1 for parameter, value in settings)
 
 
 @contextlib.contextmanager
 def gc_paused() -> Iterator[None]:
-    """Import large packages in here: nothing of them is garbage, so nobody needs to look for it, now or at the end.
+    """Import large packages in this context: none of their objects is garbage, so they are never searched for it.
 
-    A run's are 860,000 objects. Looking through them took 0.6 s of its start and 1.1 s of its end.
+    A training run imports 860,000 objects. Searching them took 0.6 s at its start and 1.1 s at its end.
     """
     gc.disable()
     try:
@@ -57,11 +57,11 @@ def gc_paused() -> Iterator[None]:
         gc.enable()
 
 
-_told: list[int] = []
+_received: list[int] = []
 
 
 def stop_signals() -> tuple[signal.Signals, ...]:
-    """Return SIGTERM, Ctrl-C and a terminal that is closed, unless nohup has this process outlive its terminal."""
+    """Return SIGTERM, SIGINT and, unless nohup ignores it, SIGHUP (the terminal was closed)."""
     signals = [signal.SIGTERM, signal.SIGINT]
     if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
         signals.append(signal.SIGHUP)
@@ -69,43 +69,41 @@ def stop_signals() -> tuple[signal.Signals, ...]:
 
 
 def install_signal_handlers() -> None:
-    """Have `stop_signals` end the process as the shell's convention has it, through the clean-up of an exception.
+    """Make `stop_signals` raise `SystemExit` with the shell's exit code, 128 + the signal.
 
-    A training run has its own answer, which saves.
+    A training run replaces these handlers by its own, which save a checkpoint.
     """
     for number in stop_signals():
-        signal.signal(number, _end)
+        signal.signal(number, _exit)
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    _told.append(number)
+def _exit(number: int, frame: FrameType | None) -> None:
+    _received.append(number)
     while frame is not None:
         if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
-            os._exit(128 + number)  # what asks for half a package next may never end; there is nothing to clean up
+            os._exit(128 + number)  # code that meets a half-imported package may never end; nothing needs clean-up
         frame = frame.f_back
     sys.exit(128 + number)
 
 
 def received_signal() -> int:
-    """Return the signal that should have ended this process, 0 for none: Python drops an exception raised in a fork."""
-    return _told[-1] if _told else 0
+    """Return the signal that should have ended this process, or 0: Python drops an exception raised during a fork."""
+    return _received[-1] if _received else 0
 
 
 def open_missing_streams() -> None:
-    """Open what the caller has closed of input, output and errors, or the next file would be taken for the screen."""
+    """Open closed standard streams on the null device: the next file would get their number, and what is printed."""
     for number, (name, mode) in enumerate((("stdin", "r"), ("stdout", "w"), ("stderr", "w"))):
         try:
             os.fstat(number)
         except OSError:
-            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest free number
         if getattr(sys, name) is None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
-class _Lossy(io.FileIO):
-    def __init__(self, stream: TextIO) -> None:
-        super().__init__(stream.fileno(), "w", closefd=False)
-        self._stream = stream  # which would close what it shares, were it collected
+class _LossyFile(io.FileIO):
+    original: TextIO  # kept, because it would close the shared file descriptor when it is collected
 
     def write(self, data: Any) -> int:
         try:
@@ -115,9 +113,9 @@ class _Lossy(io.FileIO):
 
 
 def ignore_write_errors(stream: TextIO) -> TextIO:
-    """Return a screen that drops what nobody takes any more: the reader has gone, the disk of a log is full.
+    """Return a stream that drops what cannot be written: a closed pipe or a full disk must not end a training run.
 
-    A stream that is none of the process's own, as in a notebook or a test, is returned as it is.
+    Streams that are not the process's stdout or stderr, as in a notebook or a test, are returned unchanged.
     """
     try:
         number = stream.fileno()
@@ -126,13 +124,14 @@ def ignore_write_errors(stream: TextIO) -> TextIO:
     if number not in (1, 2):
         return stream
     stream.flush()
-    return io.TextIOWrapper(
-        io.BufferedWriter(_Lossy(stream)), encoding=stream.encoding, errors=stream.errors, line_buffering=True
-    )
+    raw = _LossyFile(number, "w", closefd=False)
+    raw.original = stream
+    file = io.BufferedWriter(raw)
+    return io.TextIOWrapper(file, encoding=stream.encoding, errors=stream.errors, line_buffering=True)
 
 
 def cpu_count() -> int:
-    """Return how many CPUs this process may use, which containers and ``taskset`` make fewer than there are."""
+    """Return how many CPUs this process may use, within the limits of containers and ``taskset``."""
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     for folder in _control_groups("cpu"):
         limit = _numbers(folder / "cpu.max")
@@ -143,11 +142,10 @@ def cpu_count() -> int:
 
 
 def default_num_workers(gpus: int) -> int:
-    """Return how many loader workers suit this machine, per process.
+    """Return the number of DataLoader workers per process for this machine.
 
-    Beside GPUs, each of which has a process, the CPUs have nothing else to do: up to 8 for each. On a CPU the training
-    step wants them all, and one worker is enough to hide decoding behind it; with a single CPU there is nothing to
-    hide it behind.
+    With GPUs (one process each) the CPUs are free: up to 8 workers. Without, the training step uses all CPUs, and one
+    worker is enough to decode at the same time; none on a single CPU.
     """
     cpus = cpu_count()
     if gpus:
@@ -156,9 +154,9 @@ def default_num_workers(gpus: int) -> int:
 
 
 def available_memory() -> int:
-    """Return the bytes of memory that this process could have without swapping, in a container those of its limit.
+    """Return the bytes of memory that this process could get without swapping, within the limit of its container.
 
-    An estimate where Linux does not say.
+    4 GiB on other systems than Linux.
     """
     try:
         lines = Path("/proc/meminfo").read_text("ascii").splitlines()
@@ -177,7 +175,7 @@ _CGROUPS, _OWN_CGROUP = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
 
 
 def _control_groups(controller: str) -> Iterator[Path]:
-    """Yield the folders of the control groups that limit this process: its own, and those that it lies in.
+    """Yield the folders of the control groups that limit this process: its own and their parents.
 
     Source: the kernel's cgroup-v1 and cgroup-v2 documentation.
     """
@@ -195,7 +193,7 @@ def _control_groups(controller: str) -> Iterator[Path]:
 
 
 def _numbers(file: Path) -> tuple[int, ...]:
-    """Return the whole numbers that a kernel's file holds, none where it holds anything else."""
+    """Return the integers in a file of the kernel; none if it is missing or has other words."""
     try:
         return tuple(int(word) for word in file.read_text("ascii").split())
     except (OSError, ValueError):
@@ -203,7 +201,7 @@ def _numbers(file: Path) -> tuple[int, ...]:
 
 
 def _idle_file_pages(folder: Path) -> int:
-    """Return the bytes of a control group that the kernel would give back: files that it has read and keeps."""
+    """Return the bytes of cached files in a control group, which the kernel frees when memory is needed."""
     try:
         stat = dict(line.split() for line in (folder / "memory.stat").read_text("ascii").splitlines())
         return int(stat.get("total_inactive_file", stat.get("inactive_file", 0)))
@@ -212,8 +210,8 @@ def _idle_file_pages(folder: Path) -> int:
 
 
 def cache_dir() -> Path:
-    """Return where this user's caches are: ``$XDG_CACHE_HOME/rexnet_lit``, or below ``~/.cache``."""
+    """Return this user's cache folder: ``$XDG_CACHE_HOME/rexnet_lit``, or ``~/.cache/rexnet_lit``."""
     base = os.environ.get("XDG_CACHE_HOME", "")
-    if not Path(base).is_absolute():  # the XDG specification: others are to be ignored
-        base = os.path.expanduser("~/.cache")  # noqa: PTH111 - Path.expanduser raises where there is no home
+    if not Path(base).is_absolute():  # relative paths are ignored, as the XDG specification requires
+        base = os.path.expanduser("~/.cache")  # noqa: PTH111 - Path.expanduser raises without a home
     return Path(base) / "rexnet_lit"
