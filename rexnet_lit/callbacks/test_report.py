@@ -53,7 +53,7 @@ class TestReport(PredictionCollector):
             target.rename(unused_path(target))
         write_report(
             target,
-            Predictions(samples.paths, probs, samples.targets, spec.class_names),
+            Predictions(list(samples.paths), probs, samples.targets, spec.class_names),
             self.metrics,
             read_image=lambda path: decode.read(root / path, 160),
             title=f"Test report: {Path(root).name}",

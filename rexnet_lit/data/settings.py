@@ -4,19 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Literal, get_args
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Literal
 
 from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.settings import check_choice, check_range
 
 MAX_IMAGE_SIZE = 4096
-"""Pixels a side: above what any memory trains on."""
-
+"""Pixels per side: more than fits in the memory of any machine."""
 
 MAX_BAD_FRACTION = 0.05
-"""Above this share of unreadable files something else is wrong than a few files."""
+"""Default share of unreadable files that a run accepts: with more, something else is wrong."""
+
+INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "nearest": "nearest-exact"}
+"""Ways to resize, and torch's names for them."""
+
+if TYPE_CHECKING:
+    Interpolation = str
+else:
+    Interpolation = Literal[tuple(INTERPOLATIONS)]
 
 
-Interpolation = Literal["bicubic", "bilinear", "nearest"]
+def failed_checks(*checks: Callable[[], None]) -> list[str]:
+    """Run all checks, and return the messages of those that fail."""
+    problems = []
+    for check in checks:
+        try:
+            check()
+        except UserError as error:
+            problems.append(str(error))
+    return problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +42,7 @@ class EvalRecipe:
     """How an image becomes the network's input outside training.
 
     The shorter side is resized to ``round(image_size / crop_pct)`` pixels, the centre ``image_size`` square is
-    cut out, and ``(x / 255 - mean) / std`` is applied per channel (RGB).
+    cropped, and ``(x / 255 - mean) / std`` is applied per channel (RGB).
     """
 
     image_size: int = 224
@@ -34,14 +52,9 @@ class EvalRecipe:
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
 
     def __post_init__(self) -> None:
-        if self.image_size < 32:
-            raise UserError(f"data.image_size is {self.image_size}; a ReXNet needs at least 32 pixels")
-        if self.image_size > MAX_IMAGE_SIZE:
-            raise UserError(f"data.image_size is {self.image_size}; expected at most {MAX_IMAGE_SIZE} pixels")
-        if not 0 < self.crop_pct <= 1:
-            raise UserError(f"crop_pct is {self.crop_pct}; expected a fraction above 0 and up to 1")
-        if self.interpolation not in get_args(Interpolation):
-            raise UserError(f"interpolation is {self.interpolation!r}; expected one of {get_args(Interpolation)}")
+        check_range("data.image_size", self.image_size, f"[32, {MAX_IMAGE_SIZE}]", "in pixels")
+        check_range("crop_pct", self.crop_pct, "(0, 1]")
+        check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         if not all(len(t) == 3 and all(map(math.isfinite, t)) for t in (self.mean, self.std)) or not min(self.std) > 0:
             raise UserError(f"mean is {self.mean} and std {self.std}; expected three numbers each, std above 0")
 
@@ -53,20 +66,7 @@ class EvalRecipe:
 
 @dataclasses.dataclass(frozen=True)
 class SplitSettings:
-    """How a folder is read, and divided into train, val and test.
-
-    Args:
-        val_fraction: Share of each class set aside for validation where there is no ``val`` folder; at least one image.
-        test_fraction: Share of each class set aside for testing where there is no ``test`` folder.
-        num_folds: Cross-validation: validate on one of so many folds instead of ``val_fraction``; 0 for none.
-        fold: Which fold, from 0.
-        group_pattern: A regular expression on the paths: images with the same match (of its first group) never end up
-            in two splits, such as ``(patient[0-9]+)_``.
-        split_file: CSV with the columns path, label, split, group, to use instead of the folders (a run's
-            ``split.csv``). All but ``path`` may be missing.
-        class_order: ``sorted`` (by name), ``natural`` (2 before 10, as timm sorts), or a file with a name per line.
-        follow_outside_links: Whether symbolic links may lead out of the folder.
-    """
+    """How a folder is read and divided into train, val and test: the arguments of `ImageFolderDataModule`."""
 
     val_fraction: float = 0.2
     test_fraction: float = 0.0
@@ -79,30 +79,24 @@ class SplitSettings:
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fractions and folds."""
-        for name in ("val_fraction", "test_fraction"):
-            if not 0 <= getattr(self, name) < 1:
-                return [f"data.{name} is {getattr(self, name)}; expected a fraction from 0 to below 1"]
-        if not self.num_folds and self.val_fraction + self.test_fraction >= 1:
-            return [
-                f"data.val_fraction {self.val_fraction} and data.test_fraction {self.test_fraction} leave nothing for "
-                "train"
-            ]
-        if self.num_folds < 0 or self.num_folds == 1:
-            return [f"data.num_folds is {self.num_folds}; expected 2 or more, or 0 for none"]
-        if self.fold and not self.num_folds:
-            return [f"data.fold is {self.fold}, and data.num_folds 0; set both, such as data.num_folds 5"]
-        if self.num_folds and not 0 <= self.fold < self.num_folds:
-            return [f"data.fold is {self.fold}; expected 0 to {self.num_folds - 1}, below data.num_folds"]
-        return []
+        problems = failed_checks(
+            partial(check_range, "data.val_fraction", self.val_fraction, "[0, 1)"),
+            partial(check_range, "data.test_fraction", self.test_fraction, "[0, 1)"),
+            partial(check_range, "data.num_folds", self.num_folds or None, "[2, inf)", "0 for none"),
+            partial(check_range, "data.fold", self.fold, f"[0, {max(self.num_folds, 1)})", "see data.num_folds"),
+        )
+        if not problems and not self.num_folds and self.val_fraction + self.test_fraction >= 1:
+            problems.append("data.val_fraction and data.test_fraction add up to 1 or more; leave images for train")
+        return problems
 
 
 @dataclasses.dataclass(frozen=True)
 class DataRecord(SplitSettings):
-    """What a model file remembers of its dataset, so that `test` needs nothing else. All plain."""
+    """What a model file stores of its dataset, so that `test` needs no other setting. All plain types."""
 
     root: str | None = None
     max_bad_fraction: float = dataclasses.field(default=MAX_BAD_FRACTION, compare=False)
-    """Not compared: it does not say which image is in which split."""
+    """Not compared: it does not change which image is in which split."""
 
     def __post_init__(self) -> None:
         texts = [self.class_order, *(t for t in (self.root, self.split_file, self.group_pattern) if t is not None)]

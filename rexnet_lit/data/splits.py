@@ -1,12 +1,20 @@
-# ruff: noqa: PTH113, PTH114, PTH117, PTH118, PTH120 - paths are bytes here, maybe a million
-"""Drawing train, val and test: by a hash of each file's path, by groups, or from a CSV file. Used by `folder` only."""
+# ruff: noqa: PTH113, PTH114, PTH117, PTH118, PTH120 - bytes, and a million of them
+"""Dividing images into train, val and test: by a hash of each file's path, by groups, or from a CSV file.
+
+A draw hashes instead of shuffling: within each class the files are ordered by a keyed hash of their path, and the first
+go to test, the next to val. So it is stratified, the same on every machine, and hardly changes when the dataset grows:
+one more file moves at most one other file per split of its class, where a seeded shuffle (scikit-learn's too) draws
+everything again and mixes training images into the test set. Groups are drawn by scikit-learn, which balances the
+classes; they are stable only through the split file that a run writes.
+"""
 
 from __future__ import annotations
 
 import collections
 import csv
+import dataclasses
+import functools
 import hashlib
-import io
 import os
 import re
 import warnings
@@ -15,10 +23,10 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
-from numpy.typing import NDArray
 
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.walk import PathList, Walk
+from rexnet_lit.utils.errors import plural
 
 Split = Literal["train", "val", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -33,19 +41,20 @@ SPLIT_OF_NAME: dict[str, Split] = {
     "test": "test",
     "testing": "test",
 }
-"""How people call their splits, in lower case."""
+"""Usual names of the splits, in lower case."""
 
 Found = dict[Split, dict[str, PathList]]
 """The images of each split by class name."""
 
 _COLUMNS = ("path", "label", "split", "group")  # of a split file
 
-_SALT = b"rexnet_lit split"  # changing it moves everyone's validation images
+_SALT = b"rexnet_lit split"  # a change would change the validation images of every user
 
 
 def quoted(name: object) -> str:
     """Return a name in quotes, on one line, with control characters and undecodable bytes escaped."""
-    return ascii(name) if not str(name).isprintable() else repr(name)
+    name = os.fsdecode(name) if isinstance(name, bytes) else str(name)
+    return repr(name) if name.isprintable() else ascii(name)
 
 
 def first_few(names: Sequence[object], limit: int = 5) -> str:
@@ -54,17 +63,52 @@ def first_few(names: Sequence[object], limit: int = 5) -> str:
     return ", ".join(quoted(name) for name in names[:limit]) + more
 
 
+def listed(names: Sequence[object], noun: str, what: str, limit: int = 5) -> str:
+    """Return a count with examples, such as ``2 groups in more than one split: 'a', 'b'``."""
+    return f"{plural(len(names), noun, noun + ('es' if noun.endswith('s') else 's'))} {what}: {first_few(names, limit)}"
+
+
 def natural_key(name: str) -> list[tuple[int, str]]:
-    """Compare numbers in names as numbers (timm's natural order)."""
+    """Return a sort key that compares numbers in names as numbers (timm's natural order)."""
     parts = re.split(r"(\d+)", name.lower())
     return [(int(part), "") if i % 2 else (-1, part) for i, part in enumerate(parts)]
+
+
+def draw_missing(walk: Walk, found: Found, settings: SplitSettings, groups: Mapping[bytes, str]) -> bool:
+    """Draw val (and test, if asked for) from train where they are missing; return whether anything was drawn."""
+    if groups:
+        _check_groups(walk, found, groups)
+    if "val" in found:
+        if settings.num_folds:
+            walk.problems.append("data.num_folds is set, but there is a val split; remove one of them")
+        settings = dataclasses.replace(settings, val_fraction=0.0, num_folds=0)
+    if "test" in found:
+        settings = dataclasses.replace(settings, test_fraction=0.0)
+    draws_val = bool(settings.val_fraction or settings.num_folds)
+    if not (draws_val or settings.test_fraction) or "train" not in found:
+        return False
+    if len(found) > 1:
+        walk.notes.append(f"{'val' if draws_val else 'test'} is drawn from train")
+    train = found["train"]
+    drawn = draw_groups(train, groups, settings) if groups else {n: draw(n, train[n], settings) for n in train}
+    alone = [name for name, paths in train.items() if len(paths) == 1]
+    if alone and not groups:
+        walk.notes.append(listed(alone, "class", "with one image, which stays in train"))
+    bare = [name for name, parts in drawn.items() if not len(parts["train"]) and len(train[name])]
+    if bare:
+        walk.problems.append(f"{first_few(bare)}: all images went to val or test with their groups; use smaller groups")
+    is_drawn: dict[Split, bool] = {"train": True, "val": draws_val, "test": settings.test_fraction > 0}
+    for split in SPLITS:
+        if is_drawn[split]:
+            found[split] = {name: parts[split] for name, parts in drawn.items()}
+    return True
 
 
 def draw(name: str, paths: PathList, settings: SplitSettings) -> dict[Split, PathList]:
     """Divide the images of the class ``name``.
 
-    The files stand in the order of a keyed hash of their paths; the first go to test, the next to val, or the rest is
-    cut into folds. A class of two or more images gives val at least one (if its share is not 0) and keeps one in train.
+    In the order of their hashes the first images go to test and the next to val, or the rest is cut into folds. A class
+    of two or more images gives val at least one (if its share is not 0) and keeps one in train.
     """
     count = len(paths)
     val_share = 0.0 if settings.num_folds else settings.val_fraction
@@ -79,7 +123,7 @@ def draw(name: str, paths: PathList, settings: SplitSettings) -> dict[Split, Pat
     order = np.argsort(np.frombuffer(digests, "<u8"), kind="stable")
     rest, start = order[test:], 0
     if settings.num_folds and len(rest) > 1:
-        # The folds of small classes differ by one image: not always in favour of the first.
+        # The folds of small classes differ by one image: start at a different fold for each class.
         turn = blake2b(os.fsencode(name), digest_size=8, salt=_SALT).digest()
         fold = (settings.fold + turn[0]) % settings.num_folds
         bounds = np.linspace(0, len(rest), settings.num_folds + 1).round().astype(int)
@@ -93,148 +137,141 @@ def draw(name: str, paths: PathList, settings: SplitSettings) -> dict[Split, Pat
 
 
 def draw_groups(
-    by_class: dict[str, PathList], groups: Mapping[bytes, str], settings: SplitSettings
+    by_class: Mapping[str, PathList], groups: Mapping[bytes, str], settings: SplitSettings
 ) -> dict[str, dict[Split, PathList]]:
-    """Divide all classes so that no group is in two splits, and each split's classes are as alike as that allows.
+    """Divide all classes so that no group is in two splits, with classes as balanced as that allows.
 
-    An image more may draw all groups anew, unlike `draw`.
+    One more image may change the whole draw, unlike that of `draw`.
 
     Args:
         by_class: The images of each class.
-        groups: The images' groups; one that is not in it is a group of its own.
-        settings: How much goes where; of whole groups, so roughly.
+        groups: The groups of images; an image without one is a group of its own.
+        settings: The shares, which whole groups meet roughly.
     """
-    names = list(by_class)
-    raw = [path for name in names for path in by_class[name].raws()]
-    targets = np.repeat(np.arange(len(names)), [len(by_class[name]) for name in names])
+    from sklearn.model_selection import StratifiedGroupKFold
+
+    raw = [path for paths in by_class.values() for path in paths.raws()]
+    targets = np.repeat(np.arange(len(by_class)), [len(paths) for paths in by_class.values()])
     keys = np.unique([groups.get(path, f"\0{i}") for i, path in enumerate(raw)], return_inverse=True)[1]
-    where = np.full(len(raw), "train", object)
-    left = np.arange(len(raw))
-    if settings.test_fraction:
-        left = _fold_of_groups(left, targets, keys, 1 / settings.test_fraction, 0, where, "test")
-    folds = settings.num_folds or ((1 - settings.test_fraction) / settings.val_fraction if settings.val_fraction else 0)
-    if folds:
-        _fold_of_groups(left, targets, keys, folds, settings.fold, where, "val")
+    split_of = np.full(len(raw), "train", object)
+    test, val = settings.test_fraction, settings.val_fraction
+    val_folds = settings.num_folds or ((1 - test) / val if val else 0)
+    for split, folds, fold in (("test", 1 / test if test else 0, 0), ("val", val_folds, settings.fold)):
+        left = np.flatnonzero(split_of == "train")
+        count = min(max(2, round(folds)), len(np.unique(keys[left])))
+        if not folds or count < 2:  # a single group cannot be divided
+            continue
+        splitter = StratifiedGroupKFold(count, shuffle=True, random_state=0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of classes smaller than the number of folds
+            parts = list(splitter.split(left, targets[left], keys[left]))
+        split_of[left[parts[min(fold, count - 1)][1]]] = split
     return {
-        name: {
-            split: PathList([raw[i] for i in np.flatnonzero((targets == number) & (where == split))])
-            for split in SPLITS
-        }
-        for number, name in enumerate(names)
+        name: {s: PathList([raw[i] for i in np.flatnonzero((targets == number) & (split_of == s))]) for s in SPLITS}
+        for number, name in enumerate(by_class)
     }
 
 
-def _fold_of_groups(
-    indices: NDArray[np.int64],
-    targets: NDArray[np.int64],
-    keys: NDArray[np.int64],
-    folds: float,
-    fold: int,
-    where: NDArray[np.object_],
-    split: Split,
-) -> NDArray[np.int64]:
-    """Write a fold of whole groups into ``where``; return the other indices."""
-    from sklearn.model_selection import StratifiedGroupKFold
-
-    count = min(max(2, round(folds)), len(np.unique(keys[indices])))
-    if count < 2:  # one group: it cannot be divided
-        return indices
-    splitter = StratifiedGroupKFold(count, shuffle=True, random_state=0)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # of classes smaller than the number of folds
-        parts = list(splitter.split(indices, targets[indices], keys[indices]))
-    rest, chosen = parts[min(fold, count - 1)]
-    where[indices[chosen]] = split
-    remaining: NDArray[np.int64] = indices[rest]
-    return remaining
+def _check_groups(walk: Walk, found: Found, groups: Mapping[bytes, str]) -> None:
+    """Report given splits that share a group, and images without one."""
+    splits_of: dict[str, set[str]] = {}
+    without = 0
+    for split, path in ((split, path) for split, paths in raw_paths(found) for path in paths):
+        if path in groups:
+            splits_of.setdefault(groups[path], set()).add(split)
+        else:
+            without += 1
+    shared = sorted(group for group, splits in splits_of.items() if len(splits) > 1)
+    if shared:
+        walk.problems.append(listed(shared, "group", "in more than one split") + "; move each to one")
+    walk.notes.append(f"{plural(len(splits_of), 'group', 'groups')} of images, each in one split")
+    if without:
+        walk.notes.append(f"{plural(without, 'image', 'images')} without a group; each counts as its own")
 
 
-def group_by_name(paths: Iterable[bytes], pattern: str, problems: list[str]) -> dict[bytes, str]:
-    """Return the groups that a regular expression finds in paths: its first group, or all that it matches."""
+def raw_paths(found: Found) -> Iterator[tuple[Split, list[bytes]]]:
+    """Yield the paths of each split and class."""
+    return ((split, paths.raws()) for split, by_class in found.items() for paths in by_class.values())
+
+
+def group_by_name(walk: Walk, paths: Iterable[bytes], pattern: str) -> dict[bytes, str]:
+    """Return the groups that a regular expression finds in paths: its first group, or the whole match."""
     try:
         compiled = re.compile(pattern)
     except re.error as error:
-        problems.append(f"data.group_pattern {quoted(pattern)} is no regular expression: {error}")
+        walk.problems.append(f"data.group_pattern {quoted(pattern)} is not a regular expression: {error}")
         return {}
     matches = ((path, compiled.search(os.fsdecode(path))) for path in paths)
     found = {path: match.group(1 if compiled.groups else 0) for path, match in matches if match is not None}
     groups = {path: group for path, group in found.items() if group is not None}
     if not groups:
-        problems.append(f"data.group_pattern {quoted(pattern)} matches no image's path")
+        walk.problems.append(f"data.group_pattern {quoted(pattern)} matches no path of an image")
     return groups
 
 
-def read_split_file(walk: Walk, file: Path, problems: list[str], groups: dict[bytes, str]) -> Found:
-    """Read ``path,label,split,group`` (columns by name); check that each image is there, once, inside the root.
+def read_split_file(walk: Walk, file: Path) -> tuple[Found, dict[bytes, str]]:
+    """Read ``path,label,split,group`` (columns by name); check that each image exists, once, inside the root.
 
-    Undecodable bytes in names are kept as they are in the file. Rows without a split column all go to train,
-    for `draw` to divide; without a label column the first folder (below the split's) is the label. Groups are
-    added to ``groups``.
+    Undecodable bytes in names are kept as they are in the file. Without a split column all rows go to train, for
+    `draw` to divide; without a label column the first folder (below the split's) is the label.
+
+    Returns:
+        The images, and the groups of those that have one.
     """
-    try:
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            text = stream.read()
-    except OSError as error:
-        problems.append(f"split file {quoted(str(file))}: {error.strerror}")
-        return {}
-    reader = csv.DictReader(io.StringIO(text, newline=""))
     faults: dict[str, list[str]] = collections.defaultdict(list)
     rows: dict[Split, dict[str, list[bytes]]] = {}
+    groups: dict[bytes, str] = {}
+    where = f"split file {quoted(str(file))}"
     try:
-        columns = [column.strip().lower() for column in reader.fieldnames or []]
-        unknown = [column for column in columns if column not in _COLUMNS]
-        if "path" not in columns or unknown:
-            expected = f"expected a header {','.join(_COLUMNS)} (all but path may be missing)"
-            problems.append(f"split file {quoted(str(file))}: {expected}; got {first_few(columns, 20)}")
-            return {}
-        reader.fieldnames = columns
-        for path, label, split, group in _rows(walk, reader, faults):
-            if group:
-                groups[path] = group
-            rows.setdefault(split, {}).setdefault(label, []).append(path)
-    except csv.Error as error:
-        problems.append(f"split file {quoted(str(file))}, line {reader.line_num}: {error}")
-        return {}
-    if not rows and not faults:
-        problems.append(f"split file {quoted(str(file))} lists no images")
-    for fault, where in faults.items():
-        problems.append(f"split file {quoted(str(file))}: {len(where)} x {fault}: {first_few(where, 3)}")
-    return {
-        split: {label: PathList(sorted(paths)) for label, paths in by_label.items()} for split, by_label in rows.items()
-    }
+        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+            reader = csv.DictReader(stream)
+            try:
+                for path, label, split, group in _rows(walk, reader, faults):
+                    if group:
+                        groups[path] = group
+                    rows.setdefault(split, {}).setdefault(label, []).append(path)
+                if not rows and not faults:
+                    walk.problems.append(f"{where} lists no images")
+            except csv.Error as error:
+                walk.problems.append(f"{where}, line {reader.line_num}: {error}")
+    except OSError as error:
+        walk.problems.append(f"{where}: {error.strerror}")
+    walk.problems += [f"{where}: {len(names)} x {fault}: {first_few(names, 3)}" for fault, names in faults.items()]
+    return {s: {label: PathList(sorted(paths)) for label, paths in by.items()} for s, by in rows.items()}, groups
 
 
 def lists_images_of(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> bool:
-    """Say whether all images of a split file are below ``root``."""
+    """Return whether all images of a split file are below ``root``."""
     walk = Walk(os.fsencode(root))
-    problems: list[str] = []
-    return bool(read_split_file(walk, Path(file), problems, {})) and not problems
+    return bool(read_split_file(walk, Path(file))[0]) and not walk.problems
 
 
 def _rows(
     walk: Walk, reader: csv.DictReader[str], faults: dict[str, list[str]]
 ) -> Iterator[tuple[bytes, str, Split, str]]:
-    """Yield the good rows; collect the bad ones by what is wrong with them."""
+    """Yield the valid rows; collect the others by their fault."""
+    columns = reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or []]
+    if "path" not in columns or not set(columns) <= set(_COLUMNS):
+        expected = f"expected a header {','.join(_COLUMNS)} (all but path may be missing)"
+        raise csv.Error(f"{expected}; got {first_few(columns, 20)}")
     seen: set[bytes] = set()
-    real_folders: dict[bytes, bool] = {}
+    stays_inside = functools.cache(walk.stays_inside)
     root = os.fsdecode(walk.root)
     for row in reader:
         name, label, split_name, group = (row.get(column) or "" for column in _COLUMNS)
         relative = os.path.relpath(name, root) if os.path.isabs(name) else os.path.normpath(name or ".")
         relative = relative.replace(os.sep, "/")
         path = os.fsencode(relative)
-        absolute = os.path.join(walk.root, path)
-        folder = os.path.dirname(path)
-        if folder not in real_folders:
-            real_folders[folder] = not folder or walk.stays_inside(folder)
-        split = SPLIT_OF_NAME.get(split_name.strip().lower()) if "split" in (reader.fieldnames or ()) else "train"
-        label = label or _label_of(relative)
+        absolute, folder = os.path.join(walk.root, path), os.path.dirname(path)
+        allowed = not folder or stays_inside(folder)
+        split = SPLIT_OF_NAME.get(split_name.strip().lower()) if "split" in columns else "train"
+        label = label or _first_class_folder(relative)
         if split is None:
             faults["split is none of train, val, test"].append(f"{name}: {split_name}")
         elif not os.path.isfile(absolute):
             faults["no such file"].append(name)
-        elif not real_folders[folder] or (os.path.islink(absolute) and not walk.stays_inside(path)):
-            continue  # said with the other links
+        elif not allowed or (os.path.islink(absolute) and not stays_inside(path)):
+            continue  # reported with the other links
         elif path in seen:
             faults["listed twice"].append(name)
         elif not label:
@@ -244,7 +281,7 @@ def _rows(
         seen.add(path)
 
 
-def _label_of(relative: str) -> str:
+def _first_class_folder(relative: str) -> str:
     """Return a path's first folder that is not a split's."""
     folders = relative.split("/")[:-1]
     if len(folders) > 1 and folders[0].lower() in SPLIT_OF_NAME:
