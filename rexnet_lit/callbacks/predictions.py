@@ -66,7 +66,7 @@ class PredictionWriter(PredictionCollector):
         samples = trainer.predict_dataloaders.dataset.samples.take(indices)  # type: ignore[union-attr]
         if not trainer.is_global_zero:
             return
-        self.predictions = Predictions(samples.paths, probs, None, pl_module.spec.class_names)
+        self.predictions = Predictions(list(samples.paths), probs, None, pl_module.spec.class_names)
         write_predictions(self.predictions, self.path)
         if data.bad_files and self.path.is_file():  # not beside a device such as /dev/stdout
             self.quarantined = unused_path(self.path.with_name("quarantine.csv"))

@@ -1,7 +1,7 @@
-"""Which images an epoch's batches hold, and in which order.
+"""Which images an epoch's batches contain, and in which order.
 
-That depends on seed, epoch and position alone: not on workers, not on when it was asked for. The sampler hands out
-whole batches as `Batch` keys; a dataset turns a key into tensors.
+That depends on seed, epoch and position alone, not on workers or on when it is computed. The sampler yields whole
+batches as `BatchKey`; a dataset turns a key into tensors.
 """
 
 from __future__ import annotations
@@ -10,29 +10,35 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
 
-SamplerName = Literal["shuffle", "balanced", "balanced_sqrt"]
+SAMPLERS = {"shuffle": 0.0, "balanced": -1.0, "balanced_sqrt": -0.5}
+"""Ways to draw training images: an image's weight is its class's number of images to this power."""
+
+if TYPE_CHECKING:
+    SamplerName = str
+else:
+    SamplerName = Literal[tuple(SAMPLERS)]
 
 
 @dataclasses.dataclass(frozen=True)
 class BatchKey:
-    """A batch by its images' indices: what the sampler hands to the dataset."""
+    """A batch as the indices of its images: the sampler yields it, the dataset loads it."""
 
     epoch: int
     indices: NDArray[np.int64]
     draws: NDArray[np.int64]
-    """How often each has been drawn before in this epoch."""
+    """How often each was drawn before in this epoch."""
 
 
 def training_order(targets: NDArray[np.int64], sampler: SamplerName, seed: int, epoch: int) -> NDArray[np.int64]:
     """Return the indices of one epoch, (N,), in training order.
 
-    ``balanced`` draws with replacement so that every class is met equally often, ``balanced_sqrt`` in proportion
+    ``balanced`` draws with replacement so that every class is drawn equally often, ``balanced_sqrt`` in proportion
     to the square root of its images (Mahajan et al. 2018).
     """
     rng = np.random.default_rng((seed, epoch))
@@ -43,26 +49,25 @@ def training_order(targets: NDArray[np.int64], sampler: SamplerName, seed: int, 
 
 
 def class_sampling_weights(counts: NDArray[np.int64], sampler: SamplerName) -> NDArray[np.float64]:
-    """Return how often an image of each class is drawn, (K,), of classes of so many images: relative to others."""
-    power = {"shuffle": 0.0, "balanced": -1.0, "balanced_sqrt": -0.5}[sampler]
-    weights: NDArray[np.float64] = np.maximum(counts, 1) ** power
+    """Return how often an image of each class is drawn, (K,), relative to the others."""
+    weights: NDArray[np.float64] = np.maximum(counts, 1) ** SAMPLERS[sampler]
     return weights
 
 
 class BatchSampler(DistributedSampler[BatchKey]):
-    """Hands each process its batches of an epoch.
+    """Yields each process its batches of an epoch.
 
-    Training batches differ in size by one image at most: no image is dropped or repeated, and no last batch of
-    one is formed, which ReXNet's BatchNorm could not train on. Evaluation batches are in order, without padding.
+    Training batches differ in size by one image at most: no image is dropped or repeated, and there is never a batch
+    of one, on which ReXNet's BatchNorm cannot train. Evaluation batches are in order, without padding.
 
-    It is a `DistributedSampler` so that Lightning leaves it in place.
+    As a `DistributedSampler` it is not replaced by Lightning.
 
     Args:
         size: N, the number of images.
-        batch_size: Images of a batch in one process, at most (2 and 3 may be exceeded where one would stay alone).
+        batch_size: Images per batch in one process, at most (2 and 3 may be exceeded to avoid a batch of one).
         order: Maps an epoch to the indices (N,) in training order; None for evaluation.
-        position: Says which epoch it is and how many of its batches are done, asked at each ``iter``; by default
-            the epoch of the last `set_epoch`, from its start.
+        position: Returns the epoch and how many of its batches are done, at each ``iter``; by default the epoch of the
+            last `set_epoch`, and 0.
         rank: This process.
         world_size: Number of processes.
     """
@@ -78,8 +83,8 @@ class BatchSampler(DistributedSampler[BatchKey]):
     ) -> None:
         super().__init__(range(size), num_replicas=world_size, rank=rank, shuffle=False)  # type: ignore[arg-type]
         self._size, self._order, self._position = size, order, position
-        self._batch_size = min(batch_size, max(1, size // world_size))  # so that each process evaluates something
-        # At 2 or 3 a batch, some numbers of images leave one alone: the batches then grow instead.
+        self._batch_size = min(batch_size, max(1, size // world_size))  # each process evaluates at least one
+        # With batches of 2 or 3, some numbers of images leave one over: then the batches are larger.
         self._steps = max(1, min(math.ceil(size / (batch_size * world_size)), size // (2 * world_size)))
 
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
@@ -90,7 +95,7 @@ class BatchSampler(DistributedSampler[BatchKey]):
         return np.arange(self._size) if self._order is None else self._order(epoch)
 
     def _share(self, values: NDArray[np.int64]) -> list[NDArray[np.int64]]:
-        """Cut what there is of each of an epoch's images, (N,), into batches; return this process's."""
+        """Divide values of an epoch's images, (N,), into batches; return this process's."""
         if self._order is not None:
             chunks = np.array_split(values, self._steps * self.num_replicas)
         else:
@@ -110,7 +115,7 @@ class BatchSampler(DistributedSampler[BatchKey]):
 
 
 def _draws_before(images: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return for each of ``images``, (N,), how often it stands before its place."""
+    """Return for each of ``images``, (N,), how often it occurs before its position."""
     order = np.argsort(images, kind="stable")
     found = np.empty_like(images)
     found[order] = np.arange(len(images)) - np.searchsorted(images[order], images[order])
@@ -118,5 +123,16 @@ def _draws_before(images: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def uses_all_batches(limit: int | float) -> bool:
-    """Say whether a trainer's ``limit_*_batches`` leaves none out: 1.0 does not, and 1 leaves all but one."""
+    """Return whether a trainer's ``limit_*_batches`` means all: 1.0 does, 1 means a single batch."""
     return isinstance(limit, float) and limit == 1
+
+
+def training_position(trainer: Any) -> tuple[int, int]:
+    """Return a trainer's epoch and how many of its batches are done.
+
+    ``trainer.current_epoch`` is wrong here: a resumed run iterates its loader before Lightning has set it.
+    """
+    epoch = trainer.fit_loop.epoch_progress.current
+    batch = trainer.fit_loop.epoch_loop.batch_progress.current
+    midway = epoch.started > epoch.processed
+    return epoch.processed, batch.processed if midway else 0

@@ -37,6 +37,17 @@ def failed_checks(*checks: Callable[[], None]) -> list[str]:
     return problems
 
 
+def check_size_schedule(schedule: list[tuple[int, int]] | None) -> None:
+    """Raise `UserError` unless a schedule of image sizes starts at epoch 0 and is in order."""
+    starts, sizes = zip(*(schedule or [(0, 32)]), strict=True)
+    rising = list(starts) == sorted(set(starts)) and starts[0] == 0
+    if not (rising and 32 <= min(sizes) <= max(sizes) <= MAX_IMAGE_SIZE):
+        raise UserError(
+            f"data.size_schedule is {schedule}; expected pairs of epoch and pixels (32 to {MAX_IMAGE_SIZE}), epochs "
+            "rising from 0, such as [[0, 128], [10, 224]]"
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class EvalRecipe:
     """How an image becomes the network's input outside training.

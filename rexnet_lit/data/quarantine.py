@@ -1,0 +1,94 @@
+"""Which images a run leaves out as unreadable, and when there are too many to go on."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from rexnet_lit.data import verify
+from rexnet_lit.data.duplicates import equal_groups, groups_across
+from rexnet_lit.data.folder import ImageFolder, Samples
+from rexnet_lit.data.splits import Split, first_few
+from rexnet_lit.utils.errors import UserError, plural
+
+
+def verify_splits(splits: Mapping[Split, Samples]) -> None:
+    """Verify all images, and print a warning if files have the same content in two splits or classes."""
+    results = [verify.verify_images(s, progress=_print_progress(f"verifying {name}")) for name, s in splits.items()]
+    groups = equal_groups(np.concatenate([result.contents for result in results]))
+    split_of = np.repeat(np.arange(len(splits)), [len(samples) for samples in splits.values()])
+    class_of = np.concatenate([samples.targets for samples in splits.values()])
+    for labels, where in (
+        (split_of, "splits: the scores are too good"),
+        (class_of, "classes: one label is wrong"),
+    ):
+        count = sum(map(len, groups_across(groups, labels)))
+        if count:
+            many = plural(count, "image", "images")
+            hint = "`python -m rexnet_lit check` lists them"
+            print(f"warning: {many} with the same content in several {where}; {hint}")  # noqa: T201
+
+
+def _print_progress(what: str, seconds: float = 10.0) -> Callable[[int, int], None]:
+    """Return a progress callback that prints every few seconds."""
+    last = time.monotonic()
+
+    def progress(done: int, total: int) -> None:
+        nonlocal last
+        if time.monotonic() - last > seconds:
+            last = time.monotonic()
+            print(f"{what}: {done:,} of {total:,}", flush=True)  # noqa: T201
+
+    return progress
+
+
+def find_bad(folder: ImageFolder, needed: Sequence[Split], limit: float) -> dict[Split, list[tuple[int, str]]]:
+    """Return index and reason of each split's unreadable images.
+
+    Args:
+        folder: The dataset.
+        needed: The splits to check; all where they come from one pool.
+        limit: The share of unreadable images that is accepted.
+
+    Raises:
+        UserError: There are more.
+    """
+    checked = [name for name in folder.splits if folder.pooled or name in needed]
+    bad = {name: verify.find_unreadable(folder.splits[name]) for name in checked}
+    names = verify.splits_over_limit(folder, {name: len(rows) for name, rows in bad.items()}, limit)
+    if names:
+        found = [(folder.splits[name].paths[i], reason) for name in names for i, reason in bad[name]]
+        total, (path, reason) = sum(len(folder.splits[name]) for name in names), found[0]
+        raise UserError(
+            f"{folder.root}: {len(found)} of {total} images of {', '.join(names)} cannot be read (such as {path!r}: "
+            f"{reason}), more than data.max_bad_fraction {limit}; `python -m rexnet_lit check` lists them: repair or "
+            "remove them, or set a larger fraction"
+        )
+    return bad
+
+
+def without_bad(samples: Samples, bad: Sequence[tuple[int, str]]) -> tuple[Samples, list[verify.UnreadableFile]]:
+    """Return the readable samples, and the others.
+
+    Raises:
+        UserError: None is readable.
+    """
+    found = [verify.UnreadableFile(samples.paths[i], reason) for i, reason in bad]
+    if found and len(found) == len(samples):
+        what = first_few([row.path for row in found])
+        raise UserError(f"{samples.root}: no image can be read: {what} ({found[0].reason}); repair or replace them")
+    return samples.take(np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad])), found
+
+
+def check_classes(samples: Samples, class_names: Sequence[str]) -> None:
+    """Raise `UserError` if no training image of a class is readable."""
+    counts = np.bincount(samples.targets, minlength=len(class_names))
+    empty = [class_names[number] for number in np.flatnonzero(counts == 0).tolist()]
+    if empty:
+        raise UserError(
+            f"{samples.root}: no training image can be read of {plural(len(empty), 'class', 'classes')}: "
+            f"{first_few(empty, 100)}; repair the files (`python -m rexnet_lit check` lists them), or remove these "
+            "folders"
+        )
