@@ -220,7 +220,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             good = self._readable(self.predict_samples, verify.find_unreadable(self.predict_samples))
             self._datasets["predict"] = ImageDataset(good, evaluate, 0)
             return
-        check_choice("setup: the stage", stage, [*_SPLITS_OF_STAGE, "predict"])
+        if stage not in _SPLITS_OF_STAGE:
+            raise UserError(f"setup: the stage is {stage!r}; expected one of {', '.join(_SPLITS_OF_STAGE)}, predict")
         splits = self.folder.splits if self.folder else self.splits()
         needed = _SPLITS_OF_STAGE[stage]
         bad = quarantine.find_bad(self.folder, needed, self.record.max_bad_fraction) if self.folder else {}
@@ -383,13 +384,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
 
 def _missing_split(name: str, record: DataRecord) -> str:
-    remedy = "a folder per class"
-    if name == "test":
-        remedy += ", or fit with data.test_fraction above 0"  # in an existing run all other images were trained on
-    elif name == "val":
-        more = "more images: a class keeps its only one for training"
-        remedy += f", or {more if record.val_fraction else 'set data.val_fraction above 0'}"
-    return f"{record.root}: there is no {name} split; add a {name} folder with {remedy}"
+    other = {"test": ", or fit with data.test_fraction above 0", "val": ", or set data.val_fraction above 0"}
+    if record.val_fraction:
+        other["val"] = ", or more images: a class keeps its only one for training"
+    return f"{record.root}: there is no {name} split; add a {name} folder with a folder per class{other.get(name, '')}"
 
 
 def any_datamodule(trainer: pl.Trainer | None) -> pl.LightningDataModule | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections.abc import Callable, Sequence
 from typing import cast
@@ -25,13 +26,13 @@ Batch = tuple[Tensor, Tensor, Tensor]
 class ImageDataset(Dataset[Batch]):
     """Images by batch: a `BatchKey` in; (B, 3, S, S) float32, targets (B,) int64 and indices (B,) out.
 
-    The images' memory is channels_last.
+    The images' memory format is channels_last.
 
     Args:
         samples: Paths and targets.
         transform: How an image becomes a tensor.
-        seed: The run's.
-        read: What reads files: `decode.read`, or a cache's.
+        seed: The run's seed.
+        read: Reads a file: `decode.read`, or a cache's method.
         mix: MixUp or CutMix: maps images (B, 3, S, S) and targets (B,) to images and target probabilities (B, K).
     """
 
@@ -46,7 +47,7 @@ class ImageDataset(Dataset[Batch]):
         self.samples, self.transform, self.seed = samples, transform, seed
         self._read, self.mix = read, mix
         self.images: Sequence[NDArray[np.uint8] | None] | None = None
-        """Decoded images by index, None for what is to be read from its file (``data.cache``)."""
+        """Decoded images by index (``data.cache``); None is read from its file."""
         self.min_size = transform.min_size
         """Pixels of the shorter side that decoding must keep, as `decode.read` takes it."""
 
@@ -69,29 +70,20 @@ class ImageDataset(Dataset[Batch]):
         image = None if self.images is None else self.images[index]
         if image is not None:
             return image
+        path = self.samples.path(index)
         try:
-            return self._read(self.samples.path(index), self.min_size)
+            return self._read(path, self.min_size)
         except image_header.DecodeError as error:
             if isinstance(self.transform, EvalTransform):
-                raise UserError(
-                    f"{self.samples.path(index)}: can no longer be read ({error}); "
-                    "restore the file, or remove it and start again"
-                ) from None
-            warnings.warn(
-                f"{self.samples.path(index)!r} can no longer be read ({error}); "
-                "the next readable image of its class stands in for it",
-                stacklevel=2,
-            )
-        return self._stand_in(index)
-
-    def _stand_in(self, index: int) -> NDArray[np.uint8]:
+                hint = "restore the file, or remove it and start again"
+                raise UserError(f"{path}: can no longer be read ({error}); {hint}") from None
+            replaced = "replaced by the next readable image of its class"
+            warnings.warn(f"{path!r} can no longer be read ({error}); {replaced}", stacklevel=2)
         same = np.flatnonzero(self.samples.targets == self.samples.targets[index])
-        for other in np.roll(same, -int(np.searchsorted(same, index)))[1:]:
-            try:
-                return self._read(self.samples.path(int(other)), self.min_size)
-            except image_header.DecodeError:
-                continue
-        raise UserError(f"{self.samples.path(index)}: no image of its class can be read any longer; restore the files")
+        for other in np.roll(same, -int(np.searchsorted(same, index)))[1:].tolist():
+            with contextlib.suppress(image_header.DecodeError):
+                return self._read(self.samples.path(other), self.min_size)
+        raise UserError(f"{path}: no image of its class can be read any longer; restore the files")
 
     def _load(self, index: int, epoch: int, draw: int) -> Tensor:
         image = self.read(index)
@@ -103,16 +95,16 @@ class ImageDataset(Dataset[Batch]):
         return int(np.random.SeedSequence((self.seed, epoch, index, draw)).generate_state(1)[0])
 
     def augmented(self, index: int, epoch: int) -> NDArray[np.uint8]:
-        """Return what the network is shown of a training image in an epoch, (S, S, 3), before normalisation."""
+        """Return a training image as the network sees it in an epoch, (S, S, 3), before normalisation."""
         transform = cast(TrainTransform, self.transform)
         return transform.at(epoch).augment(self.read(index), self._seed(index, epoch))
 
     def __getitem__(self, batch: BatchKey) -> Batch:
-        if not isinstance(batch, BatchKey):  # Lightning puts a sampler of its own in the place of ours
+        if not isinstance(batch, BatchKey):  # Lightning has replaced the sampler
             raise UserError("the trainer's overfit_batches is not supported; use limit_train_batches")
         drawn = zip(batch.indices.tolist(), batch.draws.tolist(), strict=True)
         images = [self._load(index, batch.epoch, draw) for index, draw in drawn]
-        stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one straight copy
+        stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one contiguous copy
         inputs, targets = stacked.permute(0, 3, 1, 2), torch.from_numpy(self.samples.targets[batch.indices])
         indices = torch.from_numpy(batch.indices)
         if self.mix is None:

@@ -1,4 +1,4 @@
-"""Who reads the batches: torch's loader, with failures that are named and workers that leave signals alone."""
+"""The DataLoader: torch's, with clear failures, and workers that leave signals to the main process."""
 
 from __future__ import annotations
 
@@ -16,32 +16,28 @@ from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.data.sampler import BatchKey, BatchSampler
 from rexnet_lit.utils.errors import UserError
 
-_POLL = 10
-"""Seconds after which to see whether a loader's workers are alive."""
-
 _PATIENCE = 300
-"""Seconds to wait for a batch of a worker before it is said to hang."""
+"""Seconds to wait for a worker's batch before the run fails."""
 
 
 class Loader(DataLoader[Any]):
-    """A loader of `Batch` keys whose failures are named.
+    """A loader of `BatchKey` whose failures name the cause.
 
-    Lightning sees by the two state methods that it can be resumed; it needs no state, since its sampler asks the
-    trainer.
+    By the two state methods Lightning sees that it can be resumed. It has no state: its sampler asks the trainer.
     """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return nothing: there is nothing to remember."""
+        """Return nothing."""
         return {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take nothing."""
+        """Do nothing."""
 
     def start(self) -> None:
-        """Start the workers now, if they are to stay.
+        """Start persistent workers now.
 
-        A process that forks copies, page by page, what it writes to afterwards. Once a training step has filled its
-        memory, a fork costs seconds.
+        A forking process copies, page by page, what it writes to afterwards. Once a training step has filled its
+        memory, a fork takes seconds.
         """
         if self.persistent_workers:
             super().__iter__()
@@ -50,30 +46,19 @@ class Loader(DataLoader[Any]):
         """Yield the batches.
 
         Raises:
-            UserError: A worker has died or hangs.
+            UserError: A worker died or hangs.
         """
-        batches: Any = None
-        due, done, waited = list(self.sampler), 0, 0.0
-        while True:
-            try:
-                if batches is None:
-                    batches = super().__iter__()
-                batch = next(batches)
-            except StopIteration:
-                return
-            except RuntimeError as error:
-                # Torch looks whether its workers live when this much time is up; asked again, it waits on.
-                waited += self.timeout
-                if not str(error).startswith("DataLoader "):
-                    raise  # a worker's own, such as a transform's
-                timed_out = str(error).startswith("DataLoader timed out")
-                if timed_out and waited < _PATIENCE:
-                    if batches is None:
-                        self._iterator = None  # what it has begun cannot be asked for again: start new workers
-                    continue
-                raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
-            done, waited = done + 1, 0.0
-            yield batch
+        due, done = list(self.sampler), 0
+        try:
+            for batch in super().__iter__():
+                done += 1
+                yield batch
+        except RuntimeError as error:
+            if not str(error).startswith("DataLoader "):
+                raise  # from a worker's own code, such as a transform
+            # Torch's SIGCHLD handler reports a dead worker at once; a timeout means that it lives and hangs.
+            timed_out = str(error).startswith("DataLoader timed out")
+            raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
 
     def _failure(self, batch: BatchKey, timed_out: bool, reason: str) -> UserError:
         what = f"gave nothing for {_PATIENCE:g} s" if timed_out else "died"
@@ -102,44 +87,43 @@ def build_loader(
         sampler: Their order; its items are whole batches.
         num_workers: Processes that read.
         stays: Whether the workers outlive an epoch.
-        on_gpu: Whether the batches go to one.
-        seed: The run's.
+        on_gpu: Whether the batches go to a GPU.
+        seed: The run's seed.
     """
-    return Loader(  # no `__init__` of its own: Lightning makes another of the same arguments for predictions
+    return Loader(  # without its own `__init__`: Lightning creates another one with the same arguments for predictions
         dataset,
         sampler=sampler,
         batch_size=None,
         num_workers=num_workers,
         persistent_workers=stays and num_workers > 0,
         pin_memory=on_gpu,
-        timeout=_POLL if num_workers else 0,
+        timeout=_PATIENCE if num_workers else 0,
         worker_init_fn=functools.partial(_start_worker, niceness=0 if on_gpu else 10),
-        # A loader without its own generator draws from the global one each time it is iterated.
+        # Without its own generator, each iteration would draw from the global one.
         generator=torch.Generator().manual_seed(seed),
     )
 
 
 def _start_worker(number: int, niceness: int = 0) -> None:
-    """Leave signals, which a terminal sends to every process, to the main one: it saves, and ends the workers.
+    """Ignore the signals that a terminal sends to every process: the main one saves, and ends the workers.
 
     Args:
-        number: The worker's.
-        niceness: How far to stand back behind the training step, where both want the CPU.
+        number: The worker's number.
+        niceness: Added to the worker's, so that the training step has priority on the CPU.
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    sys.excepthook = _unless_alone
+    sys.excepthook = _print_unless_disconnected
     if niceness and hasattr(os, "nice"):
         os.nice(niceness)
 
 
-def _unless_alone(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Print no traceback when the main process has turned away from a batch: it says why.
+def _print_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print no traceback if the main process stopped reading batches: it reports the cause.
 
-    In a worker this hook hears of nothing but the thread that hands batches over
-    (`multiprocessing.resource_sharer`).
+    In a worker this hook only sees errors of the thread that sends batches (`multiprocessing.resource_sharer`).
     """
     if not issubclass(kind, ConnectionError):
         sys.__excepthook__(kind, error, trace)

@@ -13,7 +13,7 @@ import math
 import os
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import cv2
 import numpy as np
@@ -22,17 +22,69 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn import functional
 
-from rexnet_lit.data.settings import EvalRecipe
+from rexnet_lit.data.settings import INTERPOLATIONS, EvalRecipe
 from rexnet_lit.utils.errors import UserError, did_you_mean
+from rexnet_lit.utils.settings import check_choice, check_range
 
 os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing it would ask the package index for news
 import albumentations as A  # noqa: N812
 
-_MODES = {"bicubic": "bicubic", "bilinear": "bilinear", "nearest": "nearest-exact"}  # torch's names
 _LONGEST = 3  # times the shorter side: what lies further out than the network sees is not resized
 _FILL = 128.0  # grey, for what a rotation or shift uncovers
 
-RecipeName = Literal["none", "light", "medium", "heavy", "randaugment"]
+
+def _none(_: AugmentSettings) -> list[Any]:
+    return []
+
+
+def _medium(_: AugmentSettings) -> list[Any]:
+    return [
+        A.Affine(rotate=(-10, 10), translate_percent=(-0.05, 0.05), fill=_FILL, p=0.5),
+        A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.02, 0.02), p=0.5),
+    ]
+
+
+def _heavy(_: AugmentSettings) -> list[Any]:
+    return [
+        A.Affine(rotate=(-20, 20), translate_percent=(-0.1, 0.1), shear=(-10, 10), fill=_FILL, p=0.7),
+        A.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.05, 0.05), p=0.8),
+        A.ToGray(p=0.1),
+        A.GaussianBlur(p=0.1),
+        A.CoarseDropout(num_holes_range=(1, 3), hole_height_range=(0.1, 0.25), hole_width_range=(0.1, 0.25), p=0.3),
+    ]
+
+
+def _randaugment(augment: AugmentSettings) -> list[Any]:
+    """Return ``num_ops`` of RandAugment's changes, at its ranges for the magnitude (timm's "rand-m9" family)."""
+    m = augment.magnitude / 10
+    shift, turn, shear, factor = 0.45 * m, 30 * m, 17 * m, 0.9 * m
+    colour = (max(0.05, 1 - factor), 1 + factor)
+    ops = [
+        A.AutoContrast(p=1),
+        A.Equalize(p=1),
+        A.InvertImg(p=1),
+        A.Rotate(limit=(-turn, turn), fill=_FILL, p=1),
+        A.Posterize(num_bits=min(7, round(8 - 4 * m)), p=1),
+        A.Solarize(threshold_range=(1 - m, 1 - m), p=1),
+        A.ColorJitter(brightness=colour, contrast=(1, 1), saturation=(1, 1), hue=(0, 0), p=1),
+        A.ColorJitter(brightness=(1, 1), contrast=colour, saturation=(1, 1), hue=(0, 0), p=1),
+        A.ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=colour, hue=(0, 0), p=1),
+        A.Sharpen(alpha=(0.0, factor), p=1),
+        A.Affine(shear={"x": (-shear, shear), "y": (0, 0)}, fill=_FILL, p=1),
+        A.Affine(shear={"x": (0, 0), "y": (-shear, shear)}, fill=_FILL, p=1),
+        A.Affine(translate_percent={"x": (-shift, shift), "y": (0, 0)}, fill=_FILL, p=1),
+        A.Affine(translate_percent={"x": (0, 0), "y": (-shift, shift)}, fill=_FILL, p=1),
+    ]
+    return [A.SomeOf(ops, n=augment.num_ops, replace=True, p=1)]
+
+
+RECIPES = {"none": _none, "light": _none, "medium": _medium, "heavy": _heavy, "randaugment": _randaugment}
+"""The changes that each training recipe makes after crop and flip; ``none`` has neither."""
+
+if TYPE_CHECKING:
+    RecipeName = str
+else:
+    RecipeName = Literal[tuple(RECIPES)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,18 +117,14 @@ class AugmentSettings:
     transforms: list[Any] | None = None
 
     def __post_init__(self) -> None:
-        if self.name not in get_args(RecipeName):
-            raise UserError(f"data.augment.name is {self.name!r}; expected one of {', '.join(get_args(RecipeName))}")
-        if not 0 < self.min_scale <= 1:
-            raise UserError(f"data.augment.min_scale is {self.min_scale}; expected a fraction above 0 and up to 1")
-        for key in ("hflip", "erasing"):
-            if not 0 <= getattr(self, key) <= 1:
-                raise UserError(f"data.augment.{key} is {getattr(self, key)}; expected a probability from 0 to 1")
-        if not 0 <= self.magnitude <= 10 or self.num_ops < 0:
-            raise UserError("data.augment.magnitude must be from 0 to 10 and data.augment.num_ops 0 or more")
-        for key in ("mixup", "cutmix"):
-            if not 0 <= getattr(self, key) < math.inf:
-                raise UserError(f"data.augment.{key} is {getattr(self, key)}; expected an alpha of 0 or more")
+        check_choice("data.augment.name", self.name, RECIPES)
+        check_range("data.augment.min_scale", self.min_scale, "(0, 1]")
+        check_range("data.augment.hflip", self.hflip, "[0, 1]")
+        check_range("data.augment.erasing", self.erasing, "[0, 1]")
+        check_range("data.augment.magnitude", self.magnitude, "[0, 10]")
+        check_range("data.augment.num_ops", self.num_ops, "[0, inf)")
+        check_range("data.augment.mixup", self.mixup, "[0, inf)")
+        check_range("data.augment.cutmix", self.cutmix, "[0, inf)")
 
     @property
     def fixed(self) -> bool:
@@ -102,7 +150,7 @@ def _resize(image: NDArray[np.uint8], height: int, width: int, interpolation: st
         return image
     planes = torch.from_numpy(np.require(image, requirements=["C", "W"])).permute(2, 0, 1)[None]
     resized = functional.interpolate(
-        planes, (height, width), mode=_MODES[interpolation], antialias=interpolation != "nearest"
+        planes, (height, width), mode=INTERPOLATIONS[interpolation], antialias=interpolation != "nearest"
     )
     return np.ascontiguousarray(resized[0].permute(1, 2, 0).numpy())
 
@@ -181,7 +229,7 @@ class TrainTransform:
             _try_out(own, image_size)
             steps += own
         else:
-            steps += _CHANGES[augment.name](augment)
+            steps += RECIPES[augment.name](augment)
         if augment.erasing:
             steps.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill="random", p=augment.erasing))
         self._compose = A.Compose(steps)
@@ -219,54 +267,6 @@ class ProgressiveTransform(TrainTransform):
     def at(self, epoch: int) -> TrainTransform:
         """Return what transforms the images of an epoch."""
         return [stage for start, stage in self._stages if epoch >= start][-1]
-
-
-def _none(_: AugmentSettings) -> list[Any]:
-    return []
-
-
-def _medium(_: AugmentSettings) -> list[Any]:
-    return [
-        A.Affine(rotate=(-10, 10), translate_percent=(-0.05, 0.05), fill=_FILL, p=0.5),
-        A.ColorJitter(brightness=(0.8, 1.2), contrast=(0.8, 1.2), saturation=(0.8, 1.2), hue=(-0.02, 0.02), p=0.5),
-    ]
-
-
-def _heavy(_: AugmentSettings) -> list[Any]:
-    return [
-        A.Affine(rotate=(-20, 20), translate_percent=(-0.1, 0.1), shear=(-10, 10), fill=_FILL, p=0.7),
-        A.ColorJitter(brightness=(0.6, 1.4), contrast=(0.6, 1.4), saturation=(0.6, 1.4), hue=(-0.05, 0.05), p=0.8),
-        A.ToGray(p=0.1),
-        A.GaussianBlur(p=0.1),
-        A.CoarseDropout(num_holes_range=(1, 3), hole_height_range=(0.1, 0.25), hole_width_range=(0.1, 0.25), p=0.3),
-    ]
-
-
-def _randaugment(augment: AugmentSettings) -> list[Any]:
-    """Return ``num_ops`` of RandAugment's changes, at its ranges for the magnitude (timm's "rand-m9" family)."""
-    m = augment.magnitude / 10
-    shift, turn, shear, factor = 0.45 * m, 30 * m, 17 * m, 0.9 * m
-    colour = (max(0.05, 1 - factor), 1 + factor)
-    ops = [
-        A.AutoContrast(p=1),
-        A.Equalize(p=1),
-        A.InvertImg(p=1),
-        A.Rotate(limit=(-turn, turn), fill=_FILL, p=1),
-        A.Posterize(num_bits=min(7, round(8 - 4 * m)), p=1),
-        A.Solarize(threshold_range=(1 - m, 1 - m), p=1),
-        A.ColorJitter(brightness=colour, contrast=(1, 1), saturation=(1, 1), hue=(0, 0), p=1),
-        A.ColorJitter(brightness=(1, 1), contrast=colour, saturation=(1, 1), hue=(0, 0), p=1),
-        A.ColorJitter(brightness=(1, 1), contrast=(1, 1), saturation=colour, hue=(0, 0), p=1),
-        A.Sharpen(alpha=(0.0, factor), p=1),
-        A.Affine(shear={"x": (-shear, shear), "y": (0, 0)}, fill=_FILL, p=1),
-        A.Affine(shear={"x": (0, 0), "y": (-shear, shear)}, fill=_FILL, p=1),
-        A.Affine(translate_percent={"x": (-shift, shift), "y": (0, 0)}, fill=_FILL, p=1),
-        A.Affine(translate_percent={"x": (0, 0), "y": (-shift, shift)}, fill=_FILL, p=1),
-    ]
-    return [A.SomeOf(ops, n=augment.num_ops, replace=True, p=1)]
-
-
-_CHANGES = {"none": _none, "light": _none, "medium": _medium, "heavy": _heavy, "randaugment": _randaugment}
 
 
 def build_mix(augment: AugmentSettings, num_classes: int) -> Any:

@@ -405,15 +405,15 @@ def test_a_deleted_training_image_is_replaced_by_the_next_of_its_class(tmp_path)
     second, first_of_other = data.read(1), data.read(4)
     (tmp_path / "0.png").unlink()
     for _ in range(2):  # always the same one
-        with pytest.warns(UserWarning, match=r"0\.png' can no longer be read .* stands in"):
+        with pytest.warns(UserWarning, match=r"0\.png' can no longer be read .* replaced"):
             assert np.array_equal(data.read(0), second)
     (tmp_path / "1.png").write_bytes(b"no picture any more")
-    with pytest.warns(UserWarning, match="stands in"):
+    with pytest.warns(UserWarning, match="replaced by the next"):
         assert np.array_equal(data.read(0), data.read(2))
     (tmp_path / "5.png").unlink()
-    with pytest.warns(UserWarning, match="stands in"):
+    with pytest.warns(UserWarning, match="replaced by the next"):
         assert np.array_equal(data.read(5), first_of_other)  # after the last comes the first
-    with pytest.warns(UserWarning, match="stands in"):
+    with pytest.warns(UserWarning, match="replaced by the next"):
         images, targets, _ = data[BatchKey(0, np.array([0, 5]), np.zeros(2, int))]
     assert images.shape == (2, 3, 32, 32)
     assert targets.tolist() == [0, 1]
@@ -424,7 +424,7 @@ def test_a_class_without_readable_images_is_one_line(tmp_path):
     for name in ("4.png", "5.png"):
         (tmp_path / name).unlink()
     with (
-        pytest.warns(UserWarning, match="stands in"),
+        pytest.warns(UserWarning, match="replaced by the next"),
         pytest.raises(UserError, match="no image of its class can be read any longer"),
     ):
         data.read(4)
