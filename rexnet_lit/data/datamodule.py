@@ -220,8 +220,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             good = self._readable(self.predict_samples, verify.find_unreadable(self.predict_samples))
             self._datasets["predict"] = ImageDataset(good, evaluate, 0)
             return
-        if stage not in _SPLITS_OF_STAGE:
-            raise UserError(f"setup: the stage is {stage!r}; expected one of {', '.join(_SPLITS_OF_STAGE)}, predict")
+        check_choice("setup: the stage", getattr(stage, "value", stage), _SPLITS_OF_STAGE)
         splits = self.folder.splits if self.folder else self.splits()
         needed = _SPLITS_OF_STAGE[stage]
         bad = quarantine.find_bad(self.folder, needed, self.record.max_bad_fraction) if self.folder else {}
@@ -373,21 +372,19 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return self._loader("test")
 
     def predict_dataloader(self) -> DataLoader[Any]:
-        """Batches of the unlabelled images, in order; the targets are -1.
-
-        Raises:
-            UserError: There are none.
-        """
+        """Batches of the unlabelled images, in order; the targets are -1."""
         if self.predict_samples is None:
             raise UserError("data.predict_path is not set; name an image or a folder: --data.predict_path PATH")
         return self._loader("predict")
 
 
 def _missing_split(name: str, record: DataRecord) -> str:
-    other = {"test": ", or fit with data.test_fraction above 0", "val": ", or set data.val_fraction above 0"}
-    if record.val_fraction:
-        other["val"] = ", or more images: a class keeps its only one for training"
-    return f"{record.root}: there is no {name} split; add a {name} folder with a folder per class{other.get(name, '')}"
+    hints = {"test": "fit with data.test_fraction above 0", "val": "set data.val_fraction above 0"}
+    if name == "val" and record.val_fraction:
+        hints["val"] = "more images: a class keeps its only one for training"
+    return (
+        f"{record.root}: there is no {name} split; add {name}/ with a folder per class, or {hints.get(name, 'images')}"
+    )
 
 
 def any_datamodule(trainer: pl.Trainer | None) -> pl.LightningDataModule | None:
