@@ -1,4 +1,8 @@
-"""The README's commands run, as they are written, and its table names settings that exist."""
+"""README.md and docs/: every command and Python block runs, every setting, link and file exists.
+
+Blocks marked ``sh`` are run line by line, in order, in one folder per page; blocks marked ``bash`` and ``yaml`` are
+checked but not run. Fits are shortened and start from random weights; what they learn is tested elsewhere.
+"""
 
 from __future__ import annotations
 
@@ -6,46 +10,238 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+import yaml
+from conftest import draw_shape
+from PIL import Image
 
 from rexnet_lit.cli import main
+from rexnet_lit.export.formats import FORMATS
+from rexnet_lit.models import checkpoint, rexnet
+from rexnet_lit.models.spec import ModelSpec
 
 ROOT = Path(__file__).parents[1]
-README = (ROOT / "README.md").read_text("utf-8")
-COMMANDS = [
-    line.partition("  #")[0].strip()
-    for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL)
-    for line in block.splitlines()
-]
+PACKAGE = ROOT / "rexnet_lit"
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+MAX_README_LINES = 150
+
+# What is not run here, and why. Commands of rexnet_lit are still parsed (`--print_config`).
+NOT_RUN = {
+    "configs/hardware/gpu_amp.yaml": "needs a GPU",
+    "configs/hardware/ddp.yaml": "needs a GPU",
+    "configs/hardware/multinode.yaml": "needs several machines",
+    "configs/hardware/ddp_sim.yaml": "starts a second process; tests/cli does that",
+    "configs/imagenet.yaml": "needs four GPUs and ImageNet",
+    "--find_lr true": "trains a hundred steps; tests/cli does that",
+    "--model.backbone rexnet_1": "larger networks take longer; tests/models builds them all",
+    "--data.num_folds 5": "the recipes run folds",
+    "--data.num_folds 3 --data.fold 1": "the same as fold 0",
+    "--data.num_folds 3 --data.fold 2": "the same as fold 0",
+    "--data.image_size 288": "large images take longer",
+    "--model.loss": "tests/training trains with every loss",
+}
+SKIPPED = {
+    "pip install": "installs packages",
+    "pre-commit install": "installs a git hook",
+    "--format torch": "tests/export writes it; that the format exists is checked",
+    "--format hub": "the same",
+    "--format onnx-int8": "the same",
+    "rexnet_lit models": "builds all networks; tests/cli runs it",
+    "make ": "installs packages, and calls the commands that are run here; that the target exists is checked",
+    "python tests/benchmarks/": "takes long or needs other tools; that the script has these options is checked",
+}
+SHORT = (
+    "--trainer.max_epochs=1",
+    "--trainer.limit_train_batches=2",
+    "--data.num_workers=0",
+    "--trainer.accelerator=cpu",
+)
 
 
-def test_every_command_runs(tmp_path, monkeypatch, capsys):
+def blocks(page: Path, language: str) -> list[str]:
+    """The code blocks of a language."""
+    return re.findall(rf"^```{language}\n(.*?)^```", page.read_text("utf-8"), re.DOTALL | re.MULTILINE)
+
+
+def commands(page: Path) -> list[str]:
+    """The lines of the shell blocks, without comments."""
+    lines = "".join(blocks(page, "sh")).replace("\\\n", " ").splitlines()
+    return [line for line in (line.partition(" #")[0].strip() for line in lines) if line]
+
+
+def ids(page: Path) -> str:
+    return page.stem
+
+
+def write_photos(root: Path) -> None:
+    """Class folders of images of five patients each, for every split, fold and group."""
+    for kind, name in enumerate(("cat", "dog")):
+        (root / name).mkdir(parents=True)
+        for i in range(15):
+            pixels = draw_shape(kind, np.random.default_rng((kind, i)))
+            Image.fromarray(pixels).save(root / name / f"patient{i // 3}_{i}.png")
+
+
+@pytest.fixture
+def surroundings(tmp_path, monkeypatch):
+    """A folder with what the pages mention: configs, a dataset, a photo, weights to start from, a model."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "configs").symlink_to(ROOT / "configs")
-    runs = [shlex.split(c)[3:] for c in COMMANDS if c.startswith("python -m rexnet_lit ")]
-    assert len(runs) >= 6
-    for argv in runs:
-        # The same command, but a short fit: what it learns is tested elsewhere.
-        short = ["--trainer.max_epochs=1", "--trainer.limit_train_batches=2"] if argv[0] == "fit" else []
-        assert main.main([*argv, *short]) == 0, (argv, capsys.readouterr().err)
-    assert (tmp_path / "lightning_logs/version_0/report/report.html").is_file()
-    assert (tmp_path / "digits.onnx").is_file()
+    write_photos(tmp_path / "DIR")
+    for name in ("photo.jpg", "other.jpg"):
+        Image.fromarray(draw_shape(0, np.random.default_rng(0), 80)).save(name)
+    spec = ModelSpec("rexnet_100", ("cat", "horse"))
+    checkpoint.save_model(tmp_path / "FILE.safetensors", spec, rexnet.build_network("rexnet_100", 2).state_dict())
+    for page in PAGES:
+        for text in blocks(page, "yaml"):
+            (tmp_path / "medical.yaml").write_text(text)
+    return tmp_path
 
 
-def test_make_targets_exist():
+def reason_not_to_run(command: str, reasons: dict[str, str]) -> str | None:
+    return next((reason for part, reason in reasons.items() if part in command), None)
+
+
+def short_form(argv: list[str], epochs: int) -> list[str]:
+    """The same fit, but short, on small images and from random weights."""
+    argv = [*argv, *SHORT, "--trainer.max_epochs", str(epochs)]
+    argv += [] if "--data.image_size" in argv else ["--data.image_size", "32"]
+    return argv if "--model.weights" in argv else [*argv, "--model.pretrained", "false"]
+
+
+def run_command(command: str, capsys) -> None:
+    """Run a line of a page, or parse it where it cannot run here."""
+    argv = shlex.split(command)
+    assert "rexnet_lit" in argv, f"not a command that this test knows: {command}"
+    argv = argv[argv.index("rexnet_lit") + 1 :]
+    if reason_not_to_run(command, NOT_RUN):
+        argv.append("--print_config")
+    elif argv[0] == "fit":
+        argv = short_form(argv, epochs=2 if "last" in argv else 1)
+    code = main.main(argv)
+    assert code == 0, (argv, capsys.readouterr().err)
+    capsys.readouterr()
+
+
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning:lightning.pytorch.cli",  # Lightning 2.6.6's own calls of jsonargparse
+    "ignore::sklearn.exceptions.ConvergenceWarning",
+)
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_commands_and_python_run(page, surroundings, capsys, monkeypatch):
+    for command in commands(page):
+        if not reason_not_to_run(command, SKIPPED):
+            run_command(command, capsys)
+    for text in blocks(page, "python"):
+        exec(compile(text, str(page), "exec"), {})  # noqa: S102
+
+
+def test_every_exception_is_used():
+    everything = "\n".join(command for page in PAGES for command in commands(page))
+    assert [part for part in {**NOT_RUN, **SKIPPED} if part not in everything] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_make_targets_exist(page):
     targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text("utf-8"), re.MULTILINE)
-    wanted = [c.split()[1] for c in COMMANDS if c.startswith("make ")]
-    assert wanted == ["quickstart", "test"]
-    assert set(wanted) <= set(targets)
+    for command in commands(page):
+        if command.startswith("make "):
+            assert set(command.split()[1:]) <= set(targets), command
 
 
-def test_the_settings_exist(capsys):
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_export_formats_exist(page):
+    for name in re.findall(r"--format ([\w-]+)", "\n".join(commands(page))):
+        assert name in FORMATS
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_benchmarks_have_the_options(page):
+    for command in commands(page):
+        if "tests/benchmarks/" in command:
+            _, script, *arguments = shlex.split(command)
+            source = (ROOT / script).read_text("utf-8")
+            compile(source, script, "exec")
+            for option in (a for a in arguments if a.startswith("--")):
+                assert f'"{option}"' in source, command
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_links_resolve(page):
+    for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text("utf-8")):
+        path, _, anchor = link.partition("#")
+        if "://" in link:
+            continue
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        headings = re.findall(r"^#+ (.*)", target.read_text("utf-8"), re.MULTILINE) if anchor else []
+        assert not anchor or anchor in {re.sub(r"[^\w -]", "", h.lower()).replace(" ", "-") for h in headings}, link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_files_named_exist(page):
+    for name in re.findall(r"\b(?:configs|tests|docs|notebooks)/[\w/.-]+\.\w+", page.read_text("utf-8")):
+        assert (ROOT / name).exists(), name
+
+
+def test_settings_exist(capsys):
     assert main.main(["fit", "--help"]) == 0
     help_text = capsys.readouterr().out
-    for key in re.findall(r"^\| `((?:data|model)\.\w+)`", README, re.MULTILINE):
-        assert f"--{key}" in help_text, key
+    settings = {
+        key
+        for page in PAGES
+        for key in re.findall(r"`(?:--)?((?:data|model|trainer)\.\w[\w.]*)\b(?!\.\*)", page.read_text("utf-8"))
+    }
+    assert len(settings) > 15
+    assert [key for key in sorted(settings) if f"--{key}" not in help_text] == []
 
 
-@pytest.mark.parametrize("name", re.findall(r"`?(configs/[\w/.]+\.yaml)", README))
-def test_the_configs_exist(name):
-    assert (ROOT / name).is_file()
+def test_yaml_blocks_are_configs():
+    assert [yaml.safe_load(text) for page in PAGES for text in blocks(page, "yaml")]
+
+
+def test_readme_is_short():
+    lines = (ROOT / "README.md").read_text("utf-8").splitlines()
+    assert len(lines) <= MAX_README_LINES
+    early = "\n".join(lines[:40])
+    for needed in ("For you if", "Not for you if", "pip install .", "rexnet_lit fit", "model.safetensors"):
+        assert needed in early, needed
+
+
+def test_images_are_small():
+    images = sorted((ROOT / "docs" / "images").glob("*.png"))
+    assert {image.stem for image in images} == {"report", "check"}
+    assert all(image.stat().st_size < 200_000 for image in images)
+
+
+def tree(text: str) -> set[str]:
+    """The files that the indented tree of architecture.md names."""
+    found, folder = set(), ""
+    for line in text.partition("    rexnet_lit/\n")[2].partition("\n## ")[0].splitlines():
+        name = line.split()[0] if line.strip() else ""
+        indent = len(line) - len(line.lstrip())
+        if name.endswith("/") and indent == 6:
+            folder = name
+        elif name.endswith(".py"):
+            found.add(name if indent == 6 else folder + name)
+    return found
+
+
+def test_architecture_names_every_file():
+    files = {path.relative_to(PACKAGE).as_posix() for path in PACKAGE.rglob("*.py")}
+    files -= {name for name in files if name.endswith("/__init__.py")}
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    assert tree(text) == files
+    mentioned = set(re.findall(r"`((?:%s)/\w+\.py)`" % "|".join(sorted({f.split("/")[0] for f in files})), text))
+    assert mentioned <= files
+
+
+def test_architecture_names_what_each_folder_imports():
+    from test_architecture import ALLOWED
+
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    for folder, allowed in ALLOWED.items():
+        line = re.search(rf"^      {folder}/ +\(imports ([\w, ]+)", text, re.MULTILINE)
+        if line and line[1] != "everything":
+            assert set(re.findall(r"\w+", line[1])) - {"nothing", "of", "this", "package"} == set(allowed), folder
