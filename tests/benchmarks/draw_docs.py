@@ -2,7 +2,7 @@
 
     python tests/benchmarks/draw_docs.py [--run RUN_FOLDER] [--browser chromium]
 
-Without --run, trains configs/quickstart.yaml first. RUN_FOLDER is a run of that config, whose digits are still in place.
+Without --run, trains configs/quickstart.yaml first. RUN_FOLDER is a run of that config, whose digits still exist.
 Needs Chromium (apt-get install chromium). Writes docs/images/report.png and docs/images/check.png.
 """
 
