@@ -15,7 +15,7 @@ import time
 
 import rexnet_lit
 
-rexnet_lit.tune()
+rexnet_lit.configure_allocator()
 
 import timm  # noqa: E402
 import torch  # noqa: E402

@@ -44,7 +44,7 @@ def draw_photos(folder: Path, width: int, height: int, count: int) -> None:
 def measure(reader: str, folder: Path, size: int) -> float:
     """Return images per second, of this process on one core."""
     if reader != "timm on PIL":
-        rexnet_lit.tune()
+        rexnet_lit.configure_allocator()
     import torch
     from PIL import Image
     from timm.data import create_transform
