@@ -1,7 +1,8 @@
 """README.md and docs/: every command and Python block runs, every setting, link and file exists.
 
 Blocks marked ``sh`` are run line by line, in order, in one folder per page. Of blocks marked ``bash``, which hold loops
-and job scripts, the commands are parsed; blocks marked ``yaml`` are used as configs. Fits are shortened and start from random weights; what they learn is tested elsewhere.
+and job scripts, the commands are parsed; blocks marked ``yaml`` are used as configs. Fits are shortened and start from
+random weights; what they learn is tested elsewhere.
 """
 
 from __future__ import annotations
