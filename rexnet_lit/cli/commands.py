@@ -146,7 +146,7 @@ def _export(args: argparse.Namespace) -> int:
     output = Path(args.output)
     size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
     print(  # noqa: T201
-        f"{args.output}: {size:.1f} MB; compared with the model on {parity.pictures} images: probabilities differ by "
+        f"{args.output}: {size:.1f} MB; compared with the model on {parity.images} images: probabilities differ by "
         f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class"
     )
     return 0
