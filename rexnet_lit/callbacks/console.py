@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import time
 from collections.abc import Iterable, Mapping
@@ -17,14 +18,15 @@ from rexnet_lit.callbacks.checkpoint import find_model_checkpoint, stopped_early
 from rexnet_lit.callbacks.weight_selection import WeightSelection
 from rexnet_lit.data.datamodule import find_datamodule
 
-SHOWN_METRICS = tuple(
-    f"{stage}/{name}" for stage in ("train", "val", "test") for name in ("loss", "top1", "top5", "macro_f1", "ece")
-)
+_STAGES = ("train", "val", "test")
+_FIRST = ("loss", "top1", "top5", "macro_f1", "ece")
 
 
 def main_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics to show, the most important first."""
-    return {name: float(metrics[name]) for name in SHOWN_METRICS if name in metrics}
+    """Return the metrics of each stage, the most important first; without learning rates and losses of single steps."""
+    names = [name for name in metrics if name.partition("/")[0] in _STAGES and not name.endswith("_step")]
+    ranks = {f"{stage}/{name}": rank for rank, (stage, name) in enumerate(itertools.product(_STAGES, _FIRST))}
+    return {name: float(metrics[name]) for name in sorted(names, key=lambda name: ranks.get(name, len(ranks)))}
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:

@@ -31,9 +31,10 @@ class PredictionCollector(Callback):
     ) -> None:  # fmt: skip
         if batch_idx == 0:
             self._indices, self._probs = [], []
-        if outputs["indices"] is not None:  # None with a user's own loader
-            self._indices.append(outputs["indices"].cpu().numpy())
-            self._probs.append(outputs["logits"].float().softmax(1).cpu().numpy())
+        if len(batch) > 2:  # a user's own loader has no indices
+            probs = outputs["logits"].float().softmax(1) if isinstance(outputs, dict) else outputs
+            self._indices.append(batch[2].cpu().numpy())
+            self._probs.append(probs.cpu().numpy())
 
     on_test_batch_end = on_predict_batch_end = _collect
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from rexnet_lit.callbacks.console import SHOWN_METRICS
+from rexnet_lit.callbacks.console import main_metrics
 from rexnet_lit.callbacks.predictions import PredictionCollector
 from rexnet_lit.data import decode, verify
 from rexnet_lit.data.datamodule import find_datamodule
@@ -72,7 +72,7 @@ def _history(path: Path) -> list[dict[str, float]]:
     epochs: dict[int, dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            shown = {name: float(row[name]) for name in SHOWN_METRICS if row.get(name)}
+            shown = main_metrics({name: value for name, value in row.items() if value})
             if shown and row.get("epoch"):
                 epoch = int(float(row["epoch"]))
                 epochs.setdefault(epoch, {"epoch": epoch}).update(shown)

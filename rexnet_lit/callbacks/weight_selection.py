@@ -10,7 +10,7 @@ temperature, the logits of each candidate are divided so first; else the loss wo
 
 Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
 al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020 (the new head); Guo et al., "On
-Calibration of Modern Neural Networks", 2017. Measured in tests/benchmarks/recipe.md.
+Calibration of Modern Neural Networks", 2017. Measured in docs/experiments.md.
 """
 
 from __future__ import annotations

@@ -51,7 +51,7 @@ def build_network(
     for block in network.features:
         if getattr(block, "use_shortcut", False):
             # Start as the identity (Goyal et al., "Accurate, Large Minibatch SGD", 2017): the largest gain of trainings
-            # from scratch in tests/benchmarks/recipe.md.
+            # from scratch in docs/experiments.md.
             nn.init.zeros_(block.conv_pwl.bn.weight)
     network.head.fc = HEADS[head.name](network.head_hidden_size, num_classes, head)
     last = next(m for m in reversed(list(network.head.fc.modules())) if isinstance(m, nn.Linear))

@@ -15,7 +15,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
 from torchmetrics.utilities import dim_zero_cat
 
-_BINS = 15
+from rexnet_lit.utils.reliability import confidence_bins, expected_calibration_error
 
 
 class _NegativeLogLikelihood(Metric):
@@ -74,9 +74,8 @@ class _CalibrationError(_FromLogits, MulticlassCalibrationError):
 
     def compute(self) -> Tensor:
         confidences, hits = (dim_zero_cat(state).cpu().double() for state in (self.confidences, self.accuracies))
-        bins = torch.bucketize(confidences, torch.linspace(0, 1, _BINS + 1, dtype=torch.float64)[1:-1])
-        gaps = torch.zeros(_BINS, dtype=torch.float64).index_add(0, bins, hits - confidences)
-        return gaps.abs().sum() / len(confidences)
+        bins = confidence_bins(confidences.numpy(), hits.numpy() > 0)
+        return torch.tensor(expected_calibration_error(bins), dtype=torch.float64)
 
 
 def build_metrics(num_classes: int, prefix: str) -> MetricCollection:
@@ -104,14 +103,14 @@ def test_results(metrics: MetricCollection) -> dict[str, Any]:
         metrics: What `build_metrics` returned, before its reset.
 
     Returns:
-        ``top1``, ``top5`` (with more than 5 classes), ``macro_f1``, ``nll``, ``ece``, ``count``, and for each class,
-        as lists of K, ``precision``, ``recall``, ``f1`` and ``support``.
+        Each metric by its name (``loss`` as ``nll``), ``count``, and for each class, as lists of K, ``precision``,
+        ``recall``, ``f1`` and ``support``.
     """
     values = {name: float(metric.compute()) for name, metric in metrics.items(keep_base=True)}
     values["nll"] = values.pop("loss")
     precision, recall, f1, support = cast(_MacroF1, metrics["macro_f1"]).table
     return {
-        **{name: values[name] for name in ("top1", "top5", "macro_f1", "nll", "ece") if name in values},
+        **values,
         "count": int(support.sum()),
         "precision": precision.tolist(),
         "recall": recall.tolist(),

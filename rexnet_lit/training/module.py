@@ -16,7 +16,7 @@ from lightning.pytorch.strategies import DDPStrategy
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric
+from torchmetrics import MeanMetric, MetricCollection
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule, any_datamodule, find_datamodule, run_seed
 from rexnet_lit.data.sampler import class_sampling_weights
@@ -287,10 +287,8 @@ class RexNetModule(pl.LightningModule):
         self.val_metrics.reset()
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor | None]:
-        """Return ``logits`` (B, K), ``targets`` (B,) and ``indices`` (B,) of a batch, after updating the metrics."""
-        result = {**self.predict_step(batch, batch_idx), "targets": batch[1]}
-        self.val_metrics.update(result["logits"], batch[1])
-        return result
+        """Update the metrics; return ``logits`` (B, K), ``targets`` (B,), and ``indices`` (B,) if the batch has them."""
+        return self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, which torchmetrics gathers over all processes."""
@@ -309,17 +307,21 @@ class RexNetModule(pl.LightningModule):
 
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor | None]:
         """Return what `validation_step` does."""
-        result = {**self.predict_step(batch, batch_idx), "targets": batch[1]}
-        self.test_metrics.update(result["logits"], batch[1])
-        return result
+        return self._evaluate(batch, self.test_metrics)
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
         self.log_dict(self.test_metrics)
 
-    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor | None]:
-        """Return ``logits`` (B, K) of images (B, 3, H, W), and their ``indices`` (B,) if the batch has them."""
-        return {"logits": self(batch[0]), "indices": batch[2] if len(batch) > 2 else None}
+    def _evaluate(self, batch: Sequence[Tensor], metrics: MetricCollection) -> dict[str, Tensor | None]:
+        logits = self(batch[0])
+        metrics.update(logits, batch[1])
+        return {"logits": logits, "targets": batch[1], "indices": batch[2] if len(batch) > 2 else None}
+
+    def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
+        """Return the probabilities (B, K) of images (B, 3, H, W)."""
+        logits: Tensor = self(batch[0])
+        return logits.float().softmax(1)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped every optimiser step."""

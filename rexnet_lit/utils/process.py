@@ -2,7 +2,7 @@
 
 glibc returns every large activation to the kernel and faults it in again at the next step. With an allocator that
 keeps its memory, a ReXNet training step on a CPU takes about half the time, for roughly a quarter more memory
-(README, "Speed"). ``REXNET_LIT_TUNE=0`` turns this off.
+(docs/benchmarks.md). ``REXNET_LIT_TUNE=0`` turns this off.
 
 Source: glibc's mallopt(3); the figures are measured by ``tests/benchmarks/bench_train.py``.
 """

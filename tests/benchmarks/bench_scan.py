@@ -28,9 +28,10 @@ def measure(scan: str, root: str) -> tuple[float, float]:
     from torchvision.datasets import ImageFolder
 
     from rexnet_lit.data.folder import scan as ours
+    from rexnet_lit.data.settings import SplitSettings
 
     before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
-    found = ImageFolder(root) if scan == "torchvision" else ours(root, val_fraction=0.01).splits["train"]
+    found = ImageFolder(root) if scan == "torchvision" else ours(root, SplitSettings(val_fraction=0.01)).splits["train"]
     seconds = time.perf_counter() - started
     assert len(found) > 0
     return seconds, (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
@@ -45,8 +46,9 @@ def memory() -> float:
 def epoch(root: str) -> tuple[float, float]:
     """Return a forked worker's megabytes before and after it has asked for every path once."""
     from rexnet_lit.data.folder import scan
+    from rexnet_lit.data.settings import SplitSettings
 
-    samples = scan(root, val_fraction=0.01).splits["train"]
+    samples = scan(root, SplitSettings(val_fraction=0.01)).splits["train"]
 
     def work(pipe: multiprocessing.connection.Connection) -> None:
         samples.path(0)
