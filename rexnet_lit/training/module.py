@@ -287,7 +287,7 @@ class RexNetModule(pl.LightningModule):
         self.val_metrics.reset()
 
     def validation_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor | None]:
-        """Update the metrics; return ``logits`` (B, K), ``targets`` (B,), and ``indices`` (B,) if the batch has them."""
+        """Update the metrics; return ``logits`` (B, K), ``targets`` (B,) and, if there are any, ``indices`` (B,)."""
         return self._evaluate(batch, self.val_metrics)
 
     def on_validation_epoch_end(self) -> None:
