@@ -129,11 +129,13 @@ def test_no_lightning(file):
 
 
 def test_modules_and_functions_fit_a_screen():
+    """At most 400 lines a module, and 55 a function, its signature and docstring apart."""
     for path in FILES:
         assert len(path.read_text("utf-8").splitlines()) <= 400, path
         for node in ast.walk(parse(path)):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 55, f"{path}: {node.name}"
+                first = node.body[1 if ast.get_docstring(node) and len(node.body) > 1 else 0]
+                assert node.end_lineno - first.lineno < 55, f"{path}: {node.name}"
 
 
 def test_what_really_gets_imported():
