@@ -7,6 +7,7 @@ In Python: `load` a model and predict; or train with `ImageFolderDataModule` and
 from __future__ import annotations
 
 import importlib
+import os
 from typing import TYPE_CHECKING, Any
 
 from rexnet_lit.utils.errors import UserError
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Classifier", "ImageFolderDataModule", "RexNetModule", "UserError", "configure_allocator", "load"]
 __version__ = "0.1.0"
+
+os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")  # importing albumentations would query the package index
 
 # Imported on first use: torch and Lightning take seconds, and `python -m rexnet_lit --help` needs neither.
 _LAZY = {

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
-    from rexnet_lit.data.transforms import AugmentSettings
+    from rexnet_lit.data.augmentation import AugmentSettings
     from rexnet_lit.inspect.findings import CheckResult
 
 

@@ -12,8 +12,8 @@ import jsonargparse
 import yaml
 
 from rexnet_lit.cli.messages import Parser
+from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
-from rexnet_lit.data.transforms import AugmentSettings
 from rexnet_lit.utils.errors import UserError
 
 _yaml_load = jsonargparse.get_loader("yaml")  # before `load_yaml` replaces it

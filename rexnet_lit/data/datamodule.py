@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from rexnet_lit.data import decode, quarantine, verify
+from rexnet_lit.data.augmentation import AugmentSettings, build_mix
 from rexnet_lit.data.cache import DiskCache
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.data.features import embed_dataset
@@ -30,7 +31,7 @@ from rexnet_lit.data.sampler import (
 )
 from rexnet_lit.data.settings import MAX_BAD_FRACTION, DataRecord, EvalRecipe, check_size_schedule, failed_checks
 from rexnet_lit.data.splits import Split
-from rexnet_lit.data.transforms import AugmentSettings, EvalTransform, ProgressiveTransform, TrainTransform, build_mix
+from rexnet_lit.data.transforms import EvalTransform, ProgressiveTransform, TrainTransform
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError, plural
 from rexnet_lit.utils.files import absolute_path

@@ -32,8 +32,6 @@ def configure_allocator() -> bool:
     The command line calls this before it imports torch. In a notebook, call `rexnet_lit.configure_allocator` in
     the first cell: memory that was allocated before stays as it is.
     """
-    # Importing albumentations would otherwise query the package index for its newest version.
-    os.environ.setdefault("NO_ALBUMENTATIONS_UPDATE", "1")
     if os.environ.get("REXNET_LIT_TUNE") == "0" or sys.platform != "linux" or platform.libc_ver()[0] != "glibc":
         return False
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch requests huge pages

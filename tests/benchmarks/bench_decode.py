@@ -50,9 +50,10 @@ def measure(reader: str, folder: Path, size: int) -> float:
     from timm.data import create_transform
 
     from rexnet_lit.data import decode
+    from rexnet_lit.data.augmentation import AugmentSettings
     from rexnet_lit.data.cache import DiskCache
     from rexnet_lit.data.settings import EvalRecipe
-    from rexnet_lit.data.transforms import AugmentSettings, TrainTransform
+    from rexnet_lit.data.transforms import TrainTransform
 
     torch.set_num_threads(1)
     augment = AugmentSettings("light", min_scale=0.35)

@@ -14,12 +14,13 @@ from image_tools import SAMPLES, mutate
 from PIL import Image
 
 from rexnet_lit.cli.messages import user_message
+from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.dataset import ImageDataset
 from rexnet_lit.data.folder import Samples, write_split
 from rexnet_lit.data.sampler import BatchKey, BatchSampler, training_order
 from rexnet_lit.data.settings import EvalRecipe
-from rexnet_lit.data.transforms import AugmentSettings, EvalTransform, TrainTransform
+from rexnet_lit.data.transforms import EvalTransform, TrainTransform
 from rexnet_lit.data.walk import PathList
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError

@@ -11,8 +11,9 @@ import timm.data
 import torch
 from PIL import Image
 
+from rexnet_lit.data.augmentation import AugmentSettings, build_pipeline
 from rexnet_lit.data.settings import EvalRecipe
-from rexnet_lit.data.transforms import AugmentSettings, EvalTransform, TrainTransform, build_pipeline
+from rexnet_lit.data.transforms import EvalTransform, TrainTransform
 from rexnet_lit.utils.errors import UserError
 
 RECIPES = ("none", "light", "medium", "heavy", "randaugment")

@@ -11,8 +11,8 @@ import torch
 from module_tools import data_of, equal, model_of, state_of, trainer_of
 from sklearn.linear_model import LogisticRegression
 
+from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
-from rexnet_lit.data.transforms import AugmentSettings
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.training import logistic_head
 from rexnet_lit.training.freezing import StrategySettings

@@ -18,9 +18,9 @@ from module_tools import NAMES, data_of, equal, model_of, state_of, trainer_of
 from sklearn.metrics import f1_score, log_loss
 
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.settings import EvalRecipe
-from rexnet_lit.data.transforms import AugmentSettings
 from rexnet_lit.models import checkpoint, rexnet, variants, weights
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.rexnet import build_network
