@@ -16,12 +16,12 @@ ALLOWED = {
     "utils": (),
     "data": (),
     "models": ("data",),
-    "inspect": ("data",),
+    "checks": ("data",),
     "report": (),
     "training": ("data", "models"),
     "callbacks": ("data", "models", "report", "training"),
     "export": ("data", "models", "report"),
-    "cli": ("data", "models", "inspect", "report", "training", "callbacks", "export"),
+    "cli": ("data", "models", "checks", "report", "training", "callbacks", "export"),
     "__main__": ("cli",),
     "__init__": ("data", "training", "models"),  # lazily
 }
@@ -30,7 +30,7 @@ DATA_WITH_LIGHTNING = ("data/datamodule.py",)
 DATA_WITHOUT_TORCH = (
     "settings", "image_header", "decode", "duplicates", "walk", "folder", "splits", "verify", "cache", "sample",
 )  # fmt: skip
-NO_TORCH = ("utils", "inspect", "report")
+NO_TORCH = ("utils", "checks", "report")
 NO_LIGHTNING = ("models", "export")
 TORCH = {"torch", "torchvision", "torchmetrics", "timm", "lightning", "safetensors"}
 LIGHTNING = {"lightning", "pytorch_lightning", "lightning_fabric"}
@@ -141,7 +141,7 @@ def test_modules_and_functions_fit_a_screen():
 def test_what_really_gets_imported():
     """The same two rules in fresh processes, where third parties' imports count too."""
     check = (
-        "import sys, rexnet_lit.data.folder, rexnet_lit.data.decode, rexnet_lit.inspect.check\n"
+        "import sys, rexnet_lit.data.folder, rexnet_lit.data.decode, rexnet_lit.checks.check\n"
         "import rexnet_lit.report.test_page\n"
         "assert not {'torch', 'lightning', 'timm'} & sys.modules.keys(), 'torch is imported'\n"
         "import rexnet_lit.models.rexnet, rexnet_lit.models.predictor, rexnet_lit.export.export\n"

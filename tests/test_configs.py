@@ -97,3 +97,30 @@ def test_sgd_uses_nesterov_momentum():
 
     optimizer = build_optimizer(torch.nn.Linear(2, 2), OptimizerSettings("sgd", lr=0.5, weight_decay=1e-5))
     assert all(group["nesterov"] and group["momentum"] == 0.9 for group in optimizer.param_groups)
+
+
+def test_help_and_errors_list_what_the_registries_hold(capsys, tmp_path):
+    from rexnet_lit.data.augmentation import RECIPES
+    from rexnet_lit.data.sampler import SAMPLERS
+    from rexnet_lit.models.heads import HEADS
+    from rexnet_lit.training.freezing import STRATEGIES
+    from rexnet_lit.training.losses import LOSSES
+    from rexnet_lit.training.schedules import SCHEDULES
+
+    assert main.main(["fit", "--help"]) == 0
+    shown = capsys.readouterr().out
+    registries = {
+        "data.augment.name": RECIPES, "data.sampler": SAMPLERS, "model.head.name": HEADS,
+        "model.strategy.name": STRATEGIES, "model.loss.name": LOSSES, "model.schedule.name": SCHEDULES,
+    }  # fmt: skip
+    for key, registry in registries.items():
+        assert f"--{key} {{{','.join(registry)}}}" in shown
+        config = tmp_path / "config.yaml"
+        group, _, rest = key.partition(".")
+        inner = rest.split(".")
+        value = {inner[0]: "nope"} if len(inner) == 1 else {inner[0]: {inner[1]: "nope"}}
+        config.write_text(yaml.safe_dump({group: value}))
+        assert main.main(["fit", "--config", str(config)]) == 2
+        error = capsys.readouterr().err
+        assert str(config) in error
+        assert all(name in error for name in (key, *registry))

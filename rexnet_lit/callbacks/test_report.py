@@ -48,12 +48,13 @@ class TestReport(PredictionCollector):
             "Test images": f"{len(samples)} of {len(images)}" if len(samples) < len(images) else str(len(images)),
             "Left out as unreadable": str(len(data.bad_files)),
         }
+        predictions = Predictions(list(samples.paths), probs, samples.targets, spec.class_names)
         target, root = self.folder / "report", samples.root
         if target.exists():  # the newest report gets the name; earlier ones are kept
             target.rename(unused_path(target))
         write_report(
             target,
-            Predictions(list(samples.paths), probs, samples.targets, spec.class_names),
+            predictions,
             self.metrics,
             read_image=lambda path: decode.read(root / path, 160),
             title=f"Test report: {Path(root).name}",
@@ -72,7 +73,7 @@ def _history(path: Path) -> list[dict[str, float]]:
     epochs: dict[int, dict[str, float]] = {}
     with path.open(encoding="utf-8", newline="") as file:
         for row in csv.DictReader(file):
-            shown = main_metrics({name: value for name, value in row.items() if value})
+            shown = main_metrics({name: value for name, value in row.items() if name and value})
             if shown and row.get("epoch"):
                 epoch = int(float(row["epoch"]))
                 epochs.setdefault(epoch, {"epoch": epoch}).update(shown)

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from rexnet_lit.checks.findings import CheckResult
     from rexnet_lit.data.augmentation import AugmentSettings
-    from rexnet_lit.inspect.findings import CheckResult
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ def _check(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.progress import Progress
 
-    from rexnet_lit.inspect import check, findings
+    from rexnet_lit.checks import check, findings
 
     if not args.dir or not Path(args.dir).is_dir():
         raise UserError(f"check: there is no folder {args.dir!r}")

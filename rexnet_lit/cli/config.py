@@ -21,13 +21,21 @@ _yaml_load = jsonargparse.get_loader("yaml")  # before `load_yaml` replaces it
 _NAMED = {"model": ("head", "strategy", "optimizer", "schedule", "loss"), "data": ("augment",)}
 _FIT_ONLY = ("model", "ckpt_path", "accept_changes", "find_lr")
 _MAX_ALIASES = 20
+_MAX_BYTES = 2**20
 
 
 def split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Return the config files that a command line names, and its other arguments."""
-    parser = Parser(prog="rexnet-lit", add_help=False, allow_abbrev=False)
+    """Return the config files that a command line names, and its other arguments.
+
+    Raises:
+        UserError: A config is a URL, or ``--config`` has no value.
+    """
+    parser = Parser(prog=f"rexnet-lit {argv[0]}", add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     found, rest = parser.parse_known_args(argv)
+    for path in found.config:
+        if "://" in path:
+            raise UserError(f"--config: {path!r} is a URL; configs are read from local files only")
     return found.config, rest
 
 
@@ -72,6 +80,8 @@ def load_yaml(text: str, command: str, leave_out: Iterable[str] = ()) -> Any:
     Keys in ``leave_out`` are dropped, and so are the settings of a fit if ``command`` is another run: its model comes
     from a file.
     """
+    if len(text) > _MAX_BYTES:
+        raise yaml.YAMLError(f"more than {_MAX_BYTES} bytes")
     try:
         yaml.compose(text, Loader=_Checker)
     except RecursionError:

@@ -67,10 +67,10 @@ def _randaugment(augment: AugmentSettings) -> list[Any]:
 RECIPES = {"none": _none, "light": _none, "medium": _medium, "heavy": _heavy, "randaugment": _randaugment}
 """Each maps the settings to the transforms that follow crop and flip; ``none`` has no crop and flip either."""
 
-if TYPE_CHECKING:
-    RecipeName = str
-else:
+if not TYPE_CHECKING:
     RecipeName = Literal[tuple(RECIPES)]
+else:
+    RecipeName = str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -19,10 +19,10 @@ from torch.utils.data import DistributedSampler
 SAMPLERS = {"shuffle": 0.0, "balanced": -1.0, "balanced_sqrt": -0.5}
 """Ways to draw training images: an image's weight is its class's number of images to this power."""
 
-if TYPE_CHECKING:
-    SamplerName = str
-else:
+if not TYPE_CHECKING:
     SamplerName = Literal[tuple(SAMPLERS)]
+else:
+    SamplerName = str
 
 
 @dataclasses.dataclass(frozen=True)

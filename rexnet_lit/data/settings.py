@@ -20,10 +20,10 @@ MAX_BAD_FRACTION = 0.05
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "nearest": "nearest-exact"}
 """Ways to resize, and torch's names for them."""
 
-if TYPE_CHECKING:
-    Interpolation = str
-else:
+if not TYPE_CHECKING:
     Interpolation = Literal[tuple(INTERPOLATIONS)]
+else:
+    Interpolation = str
 
 
 def failed_checks(*checks: Callable[[], None]) -> list[str]:

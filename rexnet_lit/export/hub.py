@@ -44,7 +44,8 @@ def write(classifier: Classifier, model: Path, example: Tensor, target: Path) ->
         "std": recipe.std,
         "first_conv": "stem.conv",
         "classifier": "head.fc",
-        **dict.fromkeys(("test_input_size", "test_crop_pct")),  # of the published weights
+        # Facts about the published weights, which timm would copy.
+        **dict.fromkeys(("test_input_size", "test_crop_pct", "tag", "license", "custom_load")),
     }
     config = {"label_names": spec.class_names, "pretrained_cfg": pretrained_cfg}
     arguments = {"global_pool": spec.head.pool}

@@ -51,10 +51,10 @@ HEADS: dict[str, Callable[[int, int, HeadSpec], nn.Module]] = {"linear": _linear
 
 Pool = Literal["avg", "max", "avgmax"]
 
-if TYPE_CHECKING:
-    HeadName = str
+if not TYPE_CHECKING:
+    HeadName = Literal[tuple(HEADS)]  # for jsonargparse, which would follow an `if TYPE_CHECKING`
 else:
-    HeadName = Literal[tuple(HEADS)]  # jsonargparse shows these in --help
+    HeadName = str
 
 
 @dataclasses.dataclass(frozen=True)

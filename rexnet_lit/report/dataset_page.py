@@ -11,7 +11,7 @@ from rexnet_lit.report.html import gallery_entry, render_page, thumbnail
 from rexnet_lit.utils.files import write_file
 
 if TYPE_CHECKING:
-    from rexnet_lit.inspect.findings import CheckResult
+    from rexnet_lit.checks.findings import CheckResult
     from rexnet_lit.report.html import Image
 
 

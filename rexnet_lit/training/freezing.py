@@ -44,10 +44,10 @@ STRATEGIES: dict[str, Callable[[int, StrategySettings, Sequence[str]], Sequence[
 
 _GROUPS = 18
 
-if TYPE_CHECKING:
-    StrategyName = str
+if not TYPE_CHECKING:
+    StrategyName = Literal[tuple(STRATEGIES)]
 else:
-    StrategyName = Literal[tuple(STRATEGIES)]  # jsonargparse shows these in --help
+    StrategyName = str
 
 
 @dataclasses.dataclass(frozen=True)

@@ -38,10 +38,10 @@ LOSSES: dict[str, Callable[[Tensor, Tensor, Tensor, LossSettings], Tensor]] = {
 }
 """Each maps logits (B, K), target probabilities (B, K) and class weights (K,) to losses (B,)."""
 
-if TYPE_CHECKING:
-    LossName = str
+if not TYPE_CHECKING:
+    LossName = Literal[tuple(LOSSES)]
 else:
-    LossName = Literal[tuple(LOSSES)]  # jsonargparse shows these in --help
+    LossName = str
 
 
 @dataclasses.dataclass(frozen=True)

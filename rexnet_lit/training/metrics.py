@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 from torchmetrics import Metric, MetricCollection
-from torchmetrics.classification import MulticlassAccuracy, MulticlassCalibrationError, MulticlassStatScores
+from torchmetrics.classification import MulticlassCalibrationError, MulticlassStatScores
 from torchmetrics.utilities import dim_zero_cat
 
 from rexnet_lit.utils.reliability import confidence_bins, expected_calibration_error
+
+_FIRST = ("top1", "top5", "macro_f1", "nll", "ece")  # in metrics.json
 
 
 class _NegativeLogLikelihood(Metric):
@@ -28,7 +30,8 @@ class _NegativeLogLikelihood(Metric):
         self.add_state("losses", [], dist_reduce_fx="cat")
 
     def update(self, logits: Tensor, targets: Tensor) -> None:
-        self.losses.append(functional.cross_entropy(logits.float(), targets, reduction="none"))
+        losses = functional.cross_entropy(logits.float(), targets, reduction="none")
+        self.losses.append(losses.clamp(max=torch.finfo(torch.float32).max))  # JSON has no infinity
 
     def compute(self) -> Tensor:
         return dim_zero_cat(self.losses).cpu().double().mean()
@@ -44,12 +47,28 @@ class _FromLogits(Metric):
         super().update(logits.float().softmax(1), targets)  # type: ignore[safe-super]
 
 
-class _Accuracy(_FromLogits, MulticlassAccuracy):
-    """Share of the images whose class is among the ``top_k`` most probable ones."""
+class _TopK(Metric):
+    """Share of the images whose class is among the ``k`` most probable ones; of equals the lower index comes first."""
+
+    hits: Tensor
+    count: Tensor
+
+    def __init__(self, k: int) -> None:
+        super().__init__()
+        self._k = k
+        for name in ("hits", "count"):
+            self.add_state(name, torch.tensor(0), dist_reduce_fx="sum")
+
+    def update(self, logits: Tensor, targets: Tensor) -> None:
+        probs = logits.float().softmax(1)  # as in the files of predictions
+        own = probs.gather(1, targets[:, None])
+        before = torch.arange(probs.shape[1], device=probs.device) < targets[:, None]
+        rank = (~(probs <= own) | ((probs == own) & before)).sum(1)  # a NaN is a miss
+        self.hits += (rank < self._k).sum()
+        self.count += len(targets)
 
     def compute(self) -> Tensor:
-        hits, misses = (cast(Tensor, state).sum().cpu().double() for state in (self.tp, self.fn))
-        return hits / (hits + misses)
+        return self.hits.cpu().double() / self.count.cpu()
 
 
 class _MacroF1(_FromLogits, MulticlassStatScores):
@@ -87,12 +106,12 @@ def build_metrics(num_classes: int, prefix: str) -> MetricCollection:
     """
     metrics: dict[str, Metric | MetricCollection] = {
         "loss": _NegativeLogLikelihood(),
-        "top1": _Accuracy(num_classes, average="micro", validate_args=False),
+        "top1": _TopK(1),
         "macro_f1": _MacroF1(num_classes, average=None, validate_args=False),
         "ece": _CalibrationError(num_classes, validate_args=False),
     }
     if num_classes > 5:
-        metrics["top5"] = _Accuracy(num_classes, top_k=5, average="micro", validate_args=False)
+        metrics["top5"] = _TopK(5)
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
 
@@ -110,7 +129,8 @@ def test_results(metrics: MetricCollection) -> dict[str, Any]:
     values["nll"] = values.pop("loss")
     precision, recall, f1, support = cast(_MacroF1, metrics["macro_f1"]).table
     return {
-        **values,
+        **{name: values[name] for name in _FIRST if name in values},
+        **{name: value for name, value in values.items() if name not in _FIRST},
         "count": int(support.sum()),
         "precision": precision.tolist(),
         "recall": recall.tolist(),

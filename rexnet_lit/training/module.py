@@ -305,6 +305,10 @@ class RexNetModule(pl.LightningModule):
         self.val_metrics.reset()
         return found
 
+    def on_test_epoch_start(self) -> None:
+        """Reset: an earlier test may have been interrupted."""
+        self.test_metrics.reset()
+
     def test_step(self, batch: Sequence[Tensor], batch_idx: int) -> dict[str, Tensor | None]:
         """Return what `validation_step` does."""
         return self._evaluate(batch, self.test_metrics)

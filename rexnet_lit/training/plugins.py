@@ -10,6 +10,7 @@ from lightning.pytorch.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
 from lightning.pytorch.strategies import Strategy
 from timm.layers import convert_sync_batchnorm
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from rexnet_lit.models import checkpoint
 
@@ -29,14 +30,26 @@ class SafeCheckpointIO(TorchCheckpointIO):
 class TimmSyncBatchNorm(LayerSync):
     """timm's conversion, which keeps the activation that timm has in its BatchNorm; Lightning's would drop it."""
 
+    def __init__(self) -> None:
+        self._replaced: list[tuple[nn.Module, str, _BatchNorm]] = []
+
     def apply(self, model: nn.Module) -> nn.Module:
-        """Convert all layers of a model, once: a second conversion would drop the activations too."""
-        if not any(isinstance(module, nn.SyncBatchNorm) for module in model.modules()):
-            convert_sync_batchnorm(model)  # type: ignore[no-untyped-call]
+        """Replace each BatchNorm by a synchronised one with the same tensors and activation."""
+        for parent in list(model.modules()):
+            for name, child in list(parent.named_children()):
+                if isinstance(child, _BatchNorm) and not isinstance(child, nn.SyncBatchNorm):
+                    self._replaced.append((parent, name, child))
+                    setattr(parent, name, convert_sync_batchnorm(child))  # type: ignore[no-untyped-call]
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
-        """Keep the converted layers: in one process they compute what BatchNorm does."""
+        """Put the original layers back, with the trained tensors."""
+        for parent, name, original in self._replaced:
+            synchronised = getattr(parent, name)
+            original._parameters, original._buffers = synchronised._parameters, synchronised._buffers
+            original.train(synchronised.training)
+            setattr(parent, name, original)
+        self._replaced = []
         return model
 
 

@@ -52,10 +52,10 @@ SCHEDULES: dict[str, Callable[[ScheduleSettings, int, int, float], float]] = {
 
 _NEED_AN_END = ("cosine", "one_cycle")
 
-if TYPE_CHECKING:
-    ScheduleName = str
+if not TYPE_CHECKING:
+    ScheduleName = Literal[tuple(SCHEDULES)]
 else:
-    ScheduleName = Literal[tuple(SCHEDULES)]  # jsonargparse shows these in --help
+    ScheduleName = str
 
 
 @dataclasses.dataclass(frozen=True)

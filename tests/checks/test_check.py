@@ -14,11 +14,11 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from rexnet_lit.checks import findings
+from rexnet_lit.checks.check import check
+from rexnet_lit.checks.findings import print_result
 from rexnet_lit.data import duplicates
 from rexnet_lit.data.settings import DataRecord
-from rexnet_lit.inspect import findings
-from rexnet_lit.inspect.check import check
-from rexnet_lit.inspect.findings import print_result
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
 

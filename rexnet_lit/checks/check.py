@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
+from rexnet_lit.checks.findings import CheckResult, Finding, Severity
 from rexnet_lit.data.duplicates import equal_groups, groups_across, near_groups
 from rexnet_lit.data.folder import ImageFolder, try_scan
 from rexnet_lit.data.image_header import ImageInfo
 from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.data.splits import Split, first_few
 from rexnet_lit.data.verify import Details, UnreadableFile, splits_over_limit, verify_images
-from rexnet_lit.inspect.findings import CheckResult, Finding, Severity
 from rexnet_lit.utils.errors import plural
 
 FEW_IMAGES = 10  # a class with fewer training images is hardly learned
