@@ -179,7 +179,7 @@ def _no_room_for_logs(step: int) -> None:
 def _worker_hangs(step: int) -> None:
     from rexnet_lit.data import loader
 
-    loader._PATIENCE = 3
+    loader._POLL, loader._PATIENCE = 1, 3
     read = loader.ImageDataset.read
 
     def slow(self: Any, index: int) -> Any:

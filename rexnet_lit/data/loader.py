@@ -16,6 +16,9 @@ from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.data.sampler import BatchKey, BatchSampler
 from rexnet_lit.utils.errors import UserError
 
+_POLL = 10
+"""Seconds of waiting after which torch checks that the workers live. One that dies during start-up raises no signal."""
+
 _PATIENCE = 300
 """Seconds to wait for a worker's batch before the run fails."""
 
@@ -48,17 +51,27 @@ class Loader(DataLoader[Any]):
         Raises:
             UserError: A worker died or hangs.
         """
-        due, done = list(self.sampler), 0
-        try:
-            for batch in super().__iter__():
-                done += 1
-                yield batch
-        except RuntimeError as error:
-            if not str(error).startswith("DataLoader "):
-                raise  # from a worker's own code, such as a transform
-            # Torch's SIGCHLD handler reports a dead worker at once; a timeout means that it lives and hangs.
-            timed_out = str(error).startswith("DataLoader timed out")
-            raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
+        batches: Any = None
+        due, done, waited = list(self.sampler), 0, 0.0
+        while True:
+            try:
+                if batches is None:
+                    batches = super().__iter__()
+                batch = next(batches)
+            except StopIteration:
+                return
+            except RuntimeError as error:
+                if not str(error).startswith("DataLoader "):
+                    raise  # from a worker's own code, such as a transform
+                waited += self.timeout
+                timed_out = str(error).startswith("DataLoader timed out")
+                if timed_out and waited < _PATIENCE:  # the workers live: wait on
+                    if batches is None:
+                        self._iterator = None  # half-built by `super().__iter__()`: start new workers
+                    continue
+                raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
+            done, waited = done + 1, 0.0
+            yield batch
 
     def _failure(self, batch: BatchKey, timed_out: bool, reason: str) -> UserError:
         what = f"gave nothing for {_PATIENCE:g} s" if timed_out else "died"
@@ -97,7 +110,7 @@ def build_loader(
         num_workers=num_workers,
         persistent_workers=stays and num_workers > 0,
         pin_memory=on_gpu,
-        timeout=_PATIENCE if num_workers else 0,
+        timeout=_POLL if num_workers else 0,
         worker_init_fn=functools.partial(_start_worker, niceness=0 if on_gpu else 10),
         # Without its own generator, each iteration would draw from the global one.
         generator=torch.Generator().manual_seed(seed),
