@@ -1,4 +1,4 @@
-# ruff: noqa: PTH114, PTH118, PTH119, PTH120 - bytes, and a million of them
+# ruff: noqa: PTH114, PTH118, PTH120 - bytes, and a million of them
 """Walking folders of images: which files are images, which are clutter, and where links may lead.
 
 One pass of ``os.scandir`` over bytes, without a ``stat`` or an object per file, so that a million files take
@@ -8,7 +8,6 @@ seconds and little memory. No file is opened or written.
 from __future__ import annotations
 
 import collections
-import functools
 import itertools
 import os
 from collections.abc import Iterator, Sequence
@@ -117,37 +116,48 @@ class Walk:
     def images(self, tops: Sequence[bytes]) -> list[PathList]:
         """List the images below each of these folders, sorted.
 
-        Each real folder is read once, and before any link to it is followed.
+        Each real folder is read once, and before any link to it is followed. Links are followed in the order in which
+        they are found, `tops` that are links among them.
         """
-        found: dict[int, PathList] = {}
-        seen: set[bytes] = set()
-        realpath = functools.cache(os.path.realpath)
-        starts = ((os.path.islink(self._absolute(top)), number, top) for number, top in enumerate(tops))
-        todo = collections.deque(sorted(starts))  # links last
-        while todo:
-            is_link, number, start = todo.popleft()
-            path = self._absolute(start)
-            holder = realpath(os.path.dirname(path))
-            real = os.path.realpath(path) if is_link else os.path.join(holder, os.path.basename(path))
-            if is_link and (real in seen or _is_inside(holder, real)):
-                self.repeated_links.append(os.fsdecode(start))
-            elif not is_link or self.stays_inside(start):
-                names, links = self._read(start, real, tops[number], seen)
-                todo.extend((True, number, link) for link in links)
-                found[number] = PathList(sorted(names + (found[number].raws() if number in found else [])))
-        return [found.get(number) or PathList() for number in range(len(tops))]
+        found: list[list[PathList]] = [[] for _ in tops]
+        links: collections.deque[tuple[int, bytes]] = collections.deque()
+        seen: set[tuple[int, int]] = set()
 
-    def _read(self, start: bytes, real: bytes, top: bytes, seen: set[bytes]) -> tuple[list[bytes], list[bytes]]:
+        def read(start: bytes, number: int, is_link: bool = False) -> None:
+            names, inner = self._read(start, tops[number], seen, is_link)
+            found[number].append(PathList(sorted(names)))
+            links.extend((number, link) for link in inner)
+
+        for number, top in enumerate(tops):
+            if os.path.islink(self._absolute(top)):
+                links.append((number, top))
+            else:
+                read(top, number)
+        while links:
+            number, link = links.popleft()
+            identity = self._identity(link)
+            if identity in seen or (identity and self._leads_up(link)):
+                self.repeated_links.append(os.fsdecode(link))
+            elif identity and self.stays_inside(link):
+                read(link, number, is_link=True)
+        return [parts[0] if len(parts) == 1 else _merge(parts) for parts in found]
+
+    def _read(
+        self, start: bytes, top: bytes, seen: set[tuple[int, int]], is_link: bool
+    ) -> tuple[list[bytes], list[bytes]]:
         """Return the images in a folder and in the real folders below it, and the links to folders."""
         names: list[bytes] = []
         links: list[bytes] = []
-        stack = [(start, real)]
+        stack = [start]
         while stack:
-            folder, real = stack.pop()
-            if real in seen:  # by a link to a folder inside this one
+            folder = stack.pop()
+            identity = self._identity(folder)
+            if identity is None:
+                continue
+            if is_link and identity in seen:  # by a link to a folder inside this one
                 self.repeated_links.append(os.fsdecode(folder))
                 continue
-            seen.add(real)
+            seen.add(identity)
             before, prefix = len(names), folder + b"/" if folder else b""
             for entry in self._entries(folder):
                 name = entry.name
@@ -158,8 +168,8 @@ class Walk:
                 if kind == "folder" and entry.is_symlink():
                     links.append(path)
                 elif kind == "folder":
-                    stack.append((path, real + b"/" + name))
-                elif kind == "image" and self.stays_inside(path):
+                    stack.append(path)
+                elif kind == "image" and (not entry.is_symlink() or self.stays_inside(path)):
                     names.append(path)
             if folder != top and len(names) > before:
                 self.nested.append(os.fsdecode(folder))
@@ -198,14 +208,36 @@ class Walk:
     def _absolute(self, relative: bytes) -> bytes:
         return os.path.join(self.root, relative) if relative else self.root
 
+    def _identity(self, relative: bytes) -> tuple[int, int] | None:
+        """Return what two names of the same folder share; None, and record it, if it cannot be read."""
+        try:
+            status = os.stat(self._absolute(relative))
+        except OSError:
+            self.unreadable.append(os.fsdecode(relative))
+            return None
+        return status.st_dev, status.st_ino
+
+    def _leads_up(self, link: bytes) -> bool:
+        """Return whether a link leads to a folder that contains it: a loop."""
+        path = self._absolute(link)
+        return _is_inside(os.path.realpath(os.path.dirname(path)), os.path.realpath(path))
+
     def stays_inside(self, path: bytes) -> bool:
         """Return whether a path, links followed, is allowed; record it if not."""
+        if self._follow_outside_links:
+            return True
         real = os.path.realpath(self._absolute(path))
-        allowed = self._follow_outside_links or (_is_inside(real, self._real_root) and real != self._real_root)
-        if not allowed:
+        inside = _is_inside(real, self._real_root) and real != self._real_root
+        if not inside:
             self.outside_links.append(os.fsdecode(path))
-        return allowed
+        return inside
 
 
 def _is_inside(path: bytes, folder: bytes) -> bool:
-    return (path + b"/").startswith(folder.rstrip(b"/") + b"/")
+    separator = os.fsencode(os.sep)  # realpath's: a backslash on Windows
+    return (path + separator).startswith(folder.rstrip(separator) + separator)
+
+
+def _merge(parts: Sequence[PathList]) -> PathList:
+    """Sort once what was found behind links: a class may have thousands of them."""
+    return PathList(sorted(path for part in parts for path in part.raws()))

@@ -14,9 +14,10 @@ import numpy as np
 import pytest
 
 from rexnet_lit.data import folder as scanner
+from rexnet_lit.data import walk as walk_module
 from rexnet_lit.data.folder import Samples, fingerprint, list_images, try_scan, write_split
 from rexnet_lit.data.settings import SplitSettings
-from rexnet_lit.data.walk import PathList
+from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.errors import UserError
 
 
@@ -454,6 +455,48 @@ def test_links_inside_the_root_broken_links_and_a_linked_root(tmp_path):
     assert sum(map(len, folder.splits.values())) == 7
     assert any("1 broken link ignored" in note for note in folder.notes)
     assert folder.splits["train"].path(0).startswith(str(tmp_path / "link"))
+
+
+def test_only_links_are_resolved(tmp_path, monkeypatch):
+    make(tmp_path, *many("a", 3, "JPEG"), *many("b", 3, "webp"))
+    walk = Walk(os.fsencode(tmp_path))
+    monkeypatch.setattr(os.path, "realpath", lambda path: pytest.fail(f"{path} is no link"))
+    assert [len(paths) for paths in walk.images([b"a", b"b"])] == [3, 3]
+
+
+def test_many_links_in_a_class_are_merged_once(tmp_path, monkeypatch):
+    make(tmp_path, *many("a", 2), *many("b", 2), *(f".store/{i}/1.jpg" for i in range(20)))
+    for i in range(20):
+        (tmp_path / f"a/{i}").symlink_to(f"../.store/{i}")
+    merges = []
+    monkeypatch.setattr(walk_module, "_merge", lambda parts, merge=walk_module._merge: merges.append(1) or merge(parts))
+    assert [len(paths) for paths in Walk(os.fsencode(tmp_path)).images([b"a", b"b"])] == [22, 2]
+    assert merges == [1]
+
+
+def test_links_are_followed_in_the_order_of_the_classes(tmp_path):
+    """A folder that two classes link to belongs to the one whose link is found first, as in earlier versions."""
+    make(tmp_path, *many("b", 2), ".store/in/1.jpg", ".store/all/2.jpg", ".store/all/x.jpg")
+    (tmp_path / ".store/all/deep").symlink_to("../in")
+    (tmp_path / "a").symlink_to(".store/all")
+    (tmp_path / "b/in").symlink_to("../.store/in")
+    walk = Walk(os.fsencode(tmp_path))
+    a, b = walk.images([b"a", b"b"])
+    assert "b/in/1.jpg" in list(b)
+    assert list(a) == ["a/2.jpg", "a/x.jpg"]
+    assert walk.repeated_links == ["a/deep"]
+
+
+def test_a_folder_is_known_by_device_and_inode(tmp_path, monkeypatch):
+    """Two paths of one folder need not have the same real path: on a bind mount, say."""
+    make(tmp_path, *many("a", 2), *many("b", 2), ".one/1.jpg", ".two/1.jpg")
+    (tmp_path / "a/link").symlink_to("../.one")
+    (tmp_path / "b/link").symlink_to("../.two")
+    stat = os.stat
+    two, one = os.fsencode(tmp_path / "b/link"), os.fsencode(tmp_path / "a/link")
+    monkeypatch.setattr(walk_module.os, "stat", lambda path, **options: stat(one if path == two else path, **options))
+    a, b = Walk(os.fsencode(tmp_path)).images([b"a", b"b"])
+    assert (len(a), len(b)) == (3, 2)
 
 
 # --- names and permissions (A25, A26) -------------------------------------------------------------
