@@ -1,4 +1,4 @@
-# ruff: noqa: PTH114, PTH118, PTH120 - bytes, and a million of them
+# ruff: noqa: PTH114, PTH116, PTH118, PTH120 - bytes, and a million of them
 """Walking folders of images: which files are images, which are clutter, and where links may lead.
 
 One pass of ``os.scandir`` over bytes, without a ``stat`` or an object per file, so that a million files take
