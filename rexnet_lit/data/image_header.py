@@ -101,11 +101,28 @@ def open_header(data: bytes) -> ImageFile.ImageFile:
     plugin = _plugin(data)
     if plugin is None:
         raise DecodeError(_describe(data))
-    stream = _HeaderStream(data)
-    image = plugin(stream)
-    stream.reads_left = float("inf")
-    check_size(*image.size)
+    if plugin is WebPImagePlugin.WebPImageFile:
+        check_size(*webp_size(data), "WEBP")  # the plugin would allocate all pixels
+    if len(data) <= _MAX_READS:  # too small for so many parts
+        image = plugin(io.BytesIO(data))
+    else:
+        stream = _HeaderStream(data)
+        image = plugin(stream)
+        stream.reads_left = float("inf")
+    check_size(*image.size, str(image.format))
     return image
+
+
+def webp_size(data: bytes) -> tuple[int, int]:
+    """Return the size in a WebP's first chunk (RFC 9649)."""
+    kind = data[12:16]
+    if kind == b"VP8X":
+        return int.from_bytes(data[24:27], "little") + 1, int.from_bytes(data[27:30], "little") + 1
+    if kind == b"VP8L":
+        (bits,) = struct.unpack_from("<I", data, 21)
+        return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+    width, height = struct.unpack_from("<HH", data, 26)
+    return width & 0x3FFF, height & 0x3FFF
 
 
 def _describe(data: bytes) -> str:
@@ -117,10 +134,10 @@ def _describe(data: bytes) -> str:
     return next(matching, "not an image of a known format")
 
 
-def check_size(width: int, height: int) -> None:
+def check_size(width: int, height: int, name: str) -> None:
     """Raise `DecodeError` for an empty image, or one above `MAX_PIXELS`."""
     if width < 1 or height < 1:
-        raise DecodeError(f"damaged image (its size is {width} x {height})")
+        raise DecodeError(f"damaged {name} (its size is {width} x {height})")
     if width * height > MAX_PIXELS:
         megapixels = f"{width * height / 1e6:,.0f} megapixels"
         raise DecodeError(f"{width} x {height} is {megapixels}; the limit is {MAX_PIXELS / 1e6:.0f}")
@@ -132,32 +149,37 @@ def failure_reason(data: bytes, error: Exception) -> str:
     text = str(error)
     if isinstance(error, MemoryError):
         return f"{name} needs more memory than there is"
-    if "decompression bomb" in text:  # the WebP plugin checks by itself, before it allocates
-        return f"{name} of far more than {MAX_PIXELS / 1e6:.0f} megapixels"
     cause = error.__cause__ or error
-    cut = name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data)
+    cut = 0 < len(data) < 4 or (name == "WEBP" and int.from_bytes(data[4:8], "little") + 8 > len(data))
     if cut or isinstance(cause, (EOFError, IndexError, struct.error)) or "truncated" in text.lower():
         return f"truncated {name}"
     first_line = "".join(c if " " <= c <= "~" else " " for c in text)[:80].strip()
     return f"damaged {name}" + (f" ({first_line})" if first_line else "")
 
 
-def critical_chunks(data: bytes) -> bytes:
-    """Verify the checksums of a PNG's image data, which Pillow skips, and drop metadata.
+def critical_chunks(data: bytes) -> tuple[bytes, bytes]:
+    """Verify the checksums of a PNG's image data, which Pillow skips, and remove metadata.
 
     libpng in OpenCV writes about damaged metadata (such as colour profiles) to stderr.
+
+    Returns:
+        The file without metadata, and its EXIF data; empty if there is none or its checksum is wrong.
     """
-    kept, at = [data[:8]], 8
+    kept, exif, at = [data[:8]], b"", 8
     for _ in range(_MAX_CHUNKS):
         length, name = struct.unpack_from(">I4s", data, at)
         chunk = data[at : at + 12 + length]
         if len(chunk) < 12 + length:
             raise DecodeError("truncated PNG")
         if name in (b"IHDR", b"PLTE", b"IDAT", b"IEND", b"tRNS", b"eXIf"):
-            if zlib.crc32(chunk[4:-4]) != int.from_bytes(chunk[-4:], "big"):
+            intact = zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:], "big")
+            if name == b"eXIf":
+                exif = chunk[8:-4] if intact else exif
+            elif not intact:
                 raise DecodeError(f"damaged PNG (checksum of {name.decode()})")
-            kept.append(chunk)
+            else:
+                kept.append(chunk)
         if name == b"IEND":
-            return b"".join(kept)
+            return b"".join(kept), exif
         at += len(chunk)
     raise DecodeError(f"damaged PNG (more than {_MAX_CHUNKS} chunks)")

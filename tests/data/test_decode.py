@@ -21,6 +21,7 @@ from image_tools import SAMPLES, encode, mutate, photo
 from PIL import Image, ImageOps
 
 from rexnet_lit.data import decode as module
+from rexnet_lit.data import image_header
 from rexnet_lit.data.decode import BACKGROUND, MAX_BYTES, count_frames, decode, decode_with_info, from_pil, read
 from rexnet_lit.data.image_header import MAX_PIXELS, DecodeError
 
@@ -339,6 +340,53 @@ def test_a13_first_frame_of_an_animation(format):
     assert count_frames(encode(frames[0], format, **options)) == 1
 
 
+def opaque_files() -> dict[str, bytes]:
+    picture = Image.fromarray(photo(67, 45))
+    return {
+        "png": encode(picture, "PNG"),
+        "png-grey": encode(picture.convert("L"), "PNG"),
+        "png-1-bit": encode(picture.convert("1"), "PNG"),
+        "png-palette": encode(picture.quantize(40), "PNG"),
+        "png-2-bit-palette": encode(picture.quantize(4), "PNG", bits=2),
+        "webp": encode(picture, "WEBP", quality=80),
+        "webp-extended": encode(picture, "WEBP", quality=80, icc_profile=b"x" * 200),
+    }
+
+
+@pytest.mark.parametrize("name", opaque_files())
+def test_opencv_decodes_opaque_files_to_pillow_s_pixels(name, monkeypatch):
+    data = opaque_files()[name]
+    expected = np.array(Image.open(io.BytesIO(data)).convert("RGB"))
+    monkeypatch.setattr(module, "_load", lambda *_: pytest.fail("Pillow takes longer"))
+    assert np.array_equal(decode(data), expected)
+
+
+def test_orientation_of_an_opaque_webp():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(photo(67, 45))
+    turned = decode(encode(picture, "WEBP", quality=80, exif=exif))
+    assert np.array_equal(turned, cv2.rotate(decode(encode(picture, "WEBP", quality=80)), cv2.ROTATE_90_CLOCKWISE))
+
+
+def test_exif_data_without_orientation_is_not_parsed(monkeypatch):
+    exif = Image.Exif()
+    exif[0x010F] = "maker"
+    data = encode(Image.fromarray(photo(20, 10)), "PNG", exif=exif)
+    monkeypatch.setattr(Image.Exif, "load", lambda *_: pytest.fail("this takes time"))
+    assert decode(data).shape == (10, 20, 3)
+
+
+def test_a_damaged_exif_chunk_is_no_reason_to_refuse_a_png():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture = Image.fromarray(photo(20, 10))
+    data = bytearray(encode(picture, "PNG", exif=exif))
+    assert decode(bytes(data)).shape == (20, 10, 3)
+    data[data.index(b"eXIf") + 5] ^= 1
+    assert np.array_equal(decode(bytes(data)), np.array(picture))
+
+
 # --- limits (A5, A6, S7) -----------------------------------------------------------------------------
 
 
@@ -384,6 +432,26 @@ def test_a5_20000_x_20000():
     for format in ("JPEG", "PNG", "BMP", "GIF", "TIFF"):
         with pytest.raises(DecodeError, match="20000 x 20000 is 400 megapixels"):
             decode(header_only(format, 20_000, 20_000))
+
+
+def test_sizes_are_named_with_their_format():
+    with pytest.raises(DecodeError, match="16383 x 16383 is 268 megapixels; the limit is 80"):
+        decode(header_only("WEBP", 16_383, 16_383))
+    for format in ("JPEG", "PNG", "BMP", "TIFF"):
+        with pytest.raises(DecodeError, match=f"(damaged|truncated) {format}"):
+            decode(header_only(format, 0, 10))
+    with pytest.raises(DecodeError, match=r"damaged WEBP \(its size is 0 x 10\)"):
+        decode(header_only("WEBP", 0, 10))
+    with pytest.raises(DecodeError, match="truncated JPEG"):
+        decode(b"\xff\xd8\xff")
+
+
+def test_a_large_webp_is_refused_before_pillow_allocates_its_canvas(monkeypatch):
+    monkeypatch.setattr(image_header, "MAX_PIXELS", 64 * 48 - 1)
+    monkeypatch.setattr(image_header.WebPImagePlugin.WebPImageFile, "_open", lambda *_: pytest.fail("too late"))
+    for name in ("webp", "webp-alpha"):
+        with pytest.raises(DecodeError, match="64 x 48 is"):
+            decode(SAMPLES[name])
 
 
 def test_a6_limit_lies_between_48_and_90_megapixels():
