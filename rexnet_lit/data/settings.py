@@ -90,11 +90,14 @@ class SplitSettings:
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fractions and folds."""
+        folds = self.num_folds if isinstance(self.num_folds, int) else 0
         problems = failed_checks(
             partial(check_range, "data.val_fraction", self.val_fraction, "[0, 1)"),
             partial(check_range, "data.test_fraction", self.test_fraction, "[0, 1)"),
-            partial(check_range, "data.num_folds", self.num_folds or None, "[2, inf)", "0 for none"),
-            partial(check_range, "data.fold", self.fold, f"[0, {max(self.num_folds, 1)})", "see data.num_folds"),
+            partial(
+                check_range, "data.num_folds", 2 if self.num_folds == 0 else self.num_folds, "[2, inf)", "0 for none"
+            ),
+            partial(check_range, "data.fold", self.fold, f"[0, {max(folds, 1)})", "see data.num_folds"),
         )
         if not problems and not self.num_folds and self.val_fraction + self.test_fraction >= 1:
             problems.append("data.val_fraction and data.test_fraction add up to 1 or more; leave images for train")

@@ -51,11 +51,11 @@ class OptimizerSettings:
             raise UserError(f"model.optimizer.name: timm has no optimiser {self.name!r}{near}")
         if why := _UNSUPPORTED.get(name):
             raise UserError(f"model.optimizer.name: {self.name} {why}; choose another, such as adamw")
-        check_range("model.optimizer.lr", self.lr, "(0, 100]")
+        check_range("model.optimizer.lr", self.lr, "(0, 100]", optional=True)
         check_range("model.optimizer.weight_decay", self.weight_decay, "[0, inf]")
         check_range("model.optimizer.momentum", self.momentum, "[0, 1)")
         check_range("model.optimizer.layer_decay", self.layer_decay, "(0, 1]")
-        check_range("model.optimizer.base_batch_size", self.base_batch_size, "[1, inf)")
+        check_range("model.optimizer.base_batch_size", self.base_batch_size, "[1, inf)", optional=True)
 
     def full_lr(self, scratch: bool, batch_size: int | None = None) -> float:
         """Return the full learning rate.
