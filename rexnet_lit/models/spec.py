@@ -61,26 +61,34 @@ class ModelSpec:
         try:
             raw: dict[str, Any] = json.loads(text)
             version = int(raw["format_version"])
-            if version > FORMAT_VERSION:
-                raise UserError(
-                    f"{where}: model format {version} is newer than this rexnet_lit reads ({FORMAT_VERSION}); "
-                    "upgrade with: pip install -U rexnet-lit"
-                )
-            recipe, head, names = dict(raw["eval_recipe"]), dict(raw["head"]), raw["class_names"]
-            recipe["mean"], recipe["std"] = tuple(recipe["mean"]), tuple(recipe["std"])
-            sizes = [recipe["image_size"], *(head[key] for key in ("hidden", "layers") if key in head)]
-            if not all(type(size) is int for size in sizes) or version < 1:
-                raise TypeError("a size is not an integer, or the format is below 1")
-            if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
-                raise TypeError("class_names is not a list of names")
-            if not 0 < len(set(names)) == len(names) <= _MAX_CLASSES:
-                raise ValueError(f"{len(names)} class names, {len(set(names))} of them different")
-            return cls(
-                backbone=str(raw["backbone"]),
-                class_names=tuple(names),
-                head=HeadSpec(**head),
-                eval_recipe=EvalRecipe(**recipe),
-                format_version=version,
-            )
+            if version <= FORMAT_VERSION:
+                return cls._from_plain(raw, version)
+        except UserError as error:
+            raise UserError(f"{where}: its model description is invalid ({error}); export the file again") from None
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
             raise UserError(f"{where}: its model description is invalid ({error!r}); export the file again") from None
+        raise UserError(
+            f"{where}: model format {version} is newer than this rexnet_lit reads ({FORMAT_VERSION}); "
+            "upgrade with: pip install -U rexnet-lit"
+        )
+
+    @classmethod
+    def _from_plain(cls, raw: dict[str, Any], version: int) -> ModelSpec:
+        recipe, head, names = dict(raw["eval_recipe"]), dict(raw["head"]), raw["class_names"]
+        recipe["mean"], recipe["std"] = tuple(recipe["mean"]), tuple(recipe["std"])
+        sizes = [recipe["image_size"], *(head[key] for key in ("hidden", "layers") if key in head)]
+        if not all(type(size) is int for size in sizes) or version < 1:
+            raise TypeError("a size is not an integer, or the format is below 1")
+        if not isinstance(raw["backbone"], str):
+            raise TypeError("backbone is not a name")
+        if not isinstance(names, list) or not all(isinstance(name, str) and name for name in names):
+            raise TypeError("class_names is not a list of names")
+        if not 0 < len(set(names)) == len(names) <= _MAX_CLASSES:
+            raise ValueError(f"{len(names)} class names, {len(set(names))} of them different")
+        return cls(
+            backbone=raw["backbone"],
+            class_names=tuple(names),
+            head=HeadSpec(**head),
+            eval_recipe=EvalRecipe(**recipe),
+            format_version=version,
+        )
