@@ -42,7 +42,8 @@ def atomic_write(path: Path, previous: Path | None = None, *, durable: bool = Tr
                 os.fsync(file.fileno())
         mask = os.umask(0)
         os.umask(mask)
-        temporary.chmod(0o666 & ~mask)  # mkstemp makes private files
+        with contextlib.suppress(OSError):  # some network file systems (CIFS, FUSE) refuse it
+            temporary.chmod(0o666 & ~mask)  # mkstemp makes private files
         _replace(temporary, path, previous, durable=durable)
     except BaseException:
         temporary.unlink(missing_ok=True)
