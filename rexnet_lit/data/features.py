@@ -10,6 +10,7 @@ from torch import Tensor
 from rexnet_lit.data.dataset import ImageDataset
 from rexnet_lit.data.loader import build_loader
 from rexnet_lit.data.sampler import BatchSampler
+from rexnet_lit.utils.errors import UserError, plural
 
 
 def embed_dataset(
@@ -32,7 +33,15 @@ def embed_dataset(
         batch_size: Images per batch, at most.
         num_workers: Loader processes.
         on_gpu: Whether the batches go to a GPU.
+
+    Raises:
+        UserError: There are fewer images than processes. All processes raise it, so that none waits for another.
     """
+    if len(dataset) < trainer.world_size:
+        raise UserError(
+            f"{plural(len(dataset), 'image', 'images')} for {trainer.world_size} processes: each computes the features "
+            "of at least one; set fewer trainer.devices, or add images"
+        )
     found: Tensor | None = None
     for view in range(views):
         sampler = BatchSampler(len(dataset), batch_size, rank=trainer.global_rank, world_size=trainer.world_size)
