@@ -30,6 +30,7 @@ from rexnet_lit.utils.process import cache_dir, cpu_count
 
 _CHUNK = 32  # files per task: large enough that tasks cost little, small enough for a progress bar
 _NO_CONTENT = bytes(16)
+_ANIMATED = ("GIF", "PNG", "TIFF", "WEBP")  # formats that can have several frames or pages
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +165,8 @@ def _examine(data: bytes, details: bool) -> _Result:
         return _Result(str(error), content)
     if not details:
         return _Result("", content)
-    info = dataclasses.replace(info, frames=count_frames(data))
+    if info.format in _ANIMATED:
+        info = dataclasses.replace(info, frames=count_frames(data))
     return _Result("", content, Details(info, perceptual_hash(pixels), thumbnail(pixels)))
 
 
