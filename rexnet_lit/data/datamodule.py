@@ -112,10 +112,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         problems = failed_checks(
             partial(check_range, "data.batch_size", batch_size, f"[{1 + trains}, inf)", "BatchNorm needs 2"),
             partial(check_size_schedule, size_schedule),
-            partial(check_range, "data.num_workers", num_workers, "[0, 1024]", "0 reads in the main process"),
+            partial(check_range, "data.num_workers", num_workers, "[0, 1024]", "0 for the main process", optional=True),
             partial(check_choice, "data.cache", cache, get_args(CacheName)),
             partial(check_choice, "data.sampler", sampler, SAMPLERS),
-            partial(check_range, "data.cache_gb", cache_gb, "(0, inf]", "or data.cache none"),
+            partial(check_range, "data.cache_gb", cache_gb, "(0, inf]", "or data.cache none", optional=True),
             partial(check_range, "data.max_bad_fraction", max_bad_fraction, "[0, 1]"),
         )
         if problems:
@@ -221,7 +221,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             good = self._readable(self.predict_samples, verify.find_unreadable(self.predict_samples))
             self._datasets["predict"] = ImageDataset(good, evaluate, 0)
             return
-        check_choice("setup: the stage", getattr(stage, "value", stage), _SPLITS_OF_STAGE)
+        check_choice("setup: the stage", getattr(stage, "value", stage), [*_SPLITS_OF_STAGE, "predict"])
         splits = self.folder.splits if self.folder else self.splits()
         needed = _SPLITS_OF_STAGE[stage]
         bad = quarantine.find_bad(self.folder, needed, self.record.max_bad_fraction) if self.folder else {}
@@ -288,9 +288,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def _readable(self, samples: Samples, bad: list[tuple[int, str]]) -> Samples:
         """Return ``samples`` without the unreadable files, which are recorded for ``quarantine.csv``."""
-        good, found = quarantine.without_bad(samples, bad)
+        found = [verify.UnreadableFile(samples.paths[i], reason) for i, reason in bad]
         self.bad_files += [row for row in found if row not in self.bad_files]
-        return good
+        return quarantine.without_bad(samples, bad)
 
     def compute_features(
         self, name: Split, embed: Callable[[Tensor], Tensor], views: int = 1, *, evaluate: bool = False

@@ -28,7 +28,7 @@ import os
 import stat
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import cv2
 import numpy as np
@@ -118,8 +118,10 @@ def decode_with_info(
     """Decode an image, and return the facts from its header too (``frames`` is 1); see `decode`."""
     try:
         exif = None
-        if _is_plain_webp(data) and (pixels := cv2.imdecode(np.frombuffer(data, np.uint8), _SCALED[1])) is not None:
-            return pixels, ImageInfo("WEBP", pixels.shape[1], pixels.shape[0])
+        if _is_plain_webp(data):
+            plain = _imdecode(data)
+            if plain is not None:
+                return plain, ImageInfo("WEBP", plain.shape[1], plain.shape[0])
         if data.startswith(b"\x89PNG"):
             data, exif = critical_chunks(data)
         image = open_header(data)
@@ -198,6 +200,11 @@ _SCALED = {
 }
 
 
+def _imdecode(data: bytes, scale: int = 1) -> NDArray[np.uint8] | None:
+    """Decode to RGB with OpenCV; None if it cannot."""
+    return cast("NDArray[np.uint8] | None", cv2.imdecode(np.frombuffer(data, np.uint8), _SCALED[scale]))
+
+
 def _decode_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes, min_size: int | None, thorough: bool) -> Pixels:
     """Decode a JPEG at the smallest scale that keeps ``min_size``, if it ends with an end marker."""
     start = image.fp.tell() if image.fp else 0  # of the first scan
@@ -212,7 +219,7 @@ def _decode_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes, min_size: in
     short = min(image.size)
     scale = next((n for n in (8, 4, 2) if min_size is not None and -(-short // n) >= min_size), 1)
     if not thorough and image.mode in ("L", "RGB"):
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _SCALED[scale])
+        pixels = _imdecode(data, scale)
         if pixels is not None:
             return pixels
     pixels = _load(image, scale)  # libjpeg in OpenCV writes warnings to stderr, Pillow's does not
@@ -225,7 +232,7 @@ def _decode_other(image: ImageFile.ImageFile, data: bytes) -> Pixels:
     if _has_deep_colours(image):
         return _decode_deep(data)
     if image.format == "PNG" and image.mode in ("1", "L", "P", "RGB") and not image.has_transparency_data:
-        pixels = cv2.imdecode(np.frombuffer(data, np.uint8), _SCALED[1])
+        pixels = _imdecode(data)
         if pixels is not None:
             return pixels
     return _load(image)

@@ -69,17 +69,16 @@ def find_bad(folder: ImageFolder, needed: Sequence[Split], limit: float) -> dict
     return bad
 
 
-def without_bad(samples: Samples, bad: Sequence[tuple[int, str]]) -> tuple[Samples, list[verify.UnreadableFile]]:
-    """Return the readable samples, and the others.
+def without_bad(samples: Samples, bad: Sequence[tuple[int, str]]) -> Samples:
+    """Return the readable samples.
 
     Raises:
         UserError: None is readable.
     """
-    found = [verify.UnreadableFile(samples.paths[i], reason) for i, reason in bad]
-    if found and len(found) == len(samples):
-        what = first_few([row.path for row in found])
-        raise UserError(f"{samples.root}: no image can be read: {what} ({found[0].reason}); repair or replace them")
-    return samples.take(np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad])), found
+    if bad and len(bad) == len(samples):
+        what, many = first_few([samples.paths[i] for i, _ in bad]), plural(len(bad), "image", "images")
+        raise UserError(f"{samples.root}: none of {many} can be read: {what} ({bad[0][1]}); repair or replace them")
+    return samples.take(np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad]))
 
 
 def check_classes(samples: Samples, class_names: Sequence[str]) -> None:
