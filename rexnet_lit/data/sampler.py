@@ -87,10 +87,6 @@ class BatchSampler(DistributedSampler[BatchKey]):
         # With batches of 2 or 3, some numbers of images leave one over: then the batches are larger.
         self._steps = max(1, min(math.ceil(size / (batch_size * world_size)), size // (2 * world_size)))
 
-    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """Return the indices of this process's batches in ``epoch``."""
-        return self._share(self._images(epoch))
-
     def _images(self, epoch: int) -> NDArray[np.int64]:
         return np.arange(self._size) if self._order is None else self._order(epoch)
 

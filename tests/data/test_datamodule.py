@@ -14,6 +14,7 @@ from image_tools import SAMPLES, mutate
 from PIL import Image
 
 from rexnet_lit.cli.messages import user_message
+from rexnet_lit.data import loader as loader_module
 from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.dataset import ImageDataset
@@ -49,7 +50,7 @@ def sampler_batches(n: int, batch_size: int, world: int) -> list[np.ndarray]:
     """The training batches of all processes."""
     order = np.random.default_rng((n, batch_size)).permutation(n)
     samplers = [BatchSampler(n, batch_size, lambda epoch: order, rank=r, world_size=world) for r in range(world)]
-    per_rank = [s.batches(0) for s in samplers]
+    per_rank = [[key.indices for key in s] for s in samplers]
     assert {len(b) for b in per_rank} == {len(s) for s in samplers}  # as many steps on each, as the length says
     return [batch for batches in per_rank for batch in batches]
 
@@ -84,7 +85,7 @@ def test_evaluation_batches_cover_without_padding(world):
     for n in [*range(1, 40), 100]:
         for batch_size in (2, 7, 32):
             samplers = [BatchSampler(n, batch_size, rank=r, world_size=world) for r in range(world)]
-            per_rank = [s.batches(0) for s in samplers]
+            per_rank = [[key.indices for key in s] for s in samplers]
             assert [len(b) for b in per_rank] == [len(s) for s in samplers]
             found = [int(i) for batches in per_rank for b in batches for i in b]
             assert sorted(found) == list(range(n))
@@ -285,6 +286,56 @@ def test_the_cache_changes_no_features(tmp_path, cache):
         assert (data._datasets["train"].images is not None) == (kept == "ram")
         found.append(data.compute_features("train", lambda images: images.flatten(1), evaluate=True))
     assert torch.equal(*found)
+
+
+def test_features_of_fewer_images_than_processes(shapes):
+    data = module(shapes)
+    data.trainer = trainer_like()
+    data.trainer.world_size = 1000
+    data.setup("fit")
+    with pytest.raises(UserError, match=r"images for 1000 processes: .* trainer.devices"):
+        data.compute_features("train", lambda images: images.flatten(1))
+
+
+class Workers:
+    """In place of torch's iterator: times out before each batch."""
+
+    def __init__(self, batches):
+        self.events = [event for batch in batches for event in (RuntimeError("DataLoader timed out after 10 s"), batch)]
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        if not self.events:
+            raise StopIteration
+        event = self.events.pop(0)
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+
+def test_a_loader_waits_while_its_workers_live(shapes, monkeypatch):
+    """Torch checks that they do after each timeout; one that comes while they start leaves a half-built iterator."""
+    data = module(shapes, num_workers=1)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    assert loader.timeout == 10
+    starts: list[object] = []
+
+    def start(self):
+        starts.append(self._iterator)
+        if len(starts) == 1:
+            self._iterator = "half-built"
+            raise RuntimeError("DataLoader timed out after 10 s")
+        return Workers([1, 2, 3])
+
+    monkeypatch.setattr(torch.utils.data.DataLoader, "__iter__", start)
+    assert list(loader) == [1, 2, 3]
+    assert starts == [None, None]
+    monkeypatch.setattr(loader_module, "_PATIENCE", 10)
+    with pytest.raises(UserError, match="gave nothing for 10 s"):
+        list(loader)
 
 
 def test_another_recipe_creates_new_datasets(shapes):
@@ -519,6 +570,20 @@ def test_the_limit_of_a_drawn_split_is_of_all_images(tmp_path, make_shapes):
         assert len(data.bad_files) == 1
     with pytest.raises(UserError, match=r"1 of 60 images of train, val cannot be read .*, more than"):
         module(root, max_bad_fraction=0.01).setup("fit")
+
+
+def test_unreadable_images_are_recorded_also_if_none_is_left(tmp_path):
+    for name in ("a.jpg", "b.jpg"):
+        (tmp_path / name).write_bytes(b"\xff\xd8\xff")
+    data = ImageFolderDataModule(predict_path=str(tmp_path), image_size=32, num_workers=0)
+    with pytest.raises(UserError, match=r"none of 2 images can be read: .*a.jpg.* \(truncated JPEG\)"):
+        data.setup("predict")
+    assert [row.path for row in data.bad_files] == ["a.jpg", "b.jpg"]
+
+
+def test_an_unknown_stage_lists_all(shapes):
+    with pytest.raises(UserError, match="fit, validate, test, predict"):
+        module(shapes).setup("fitt")
 
 
 def test_a_split_without_readable_images(tmp_path, make_shapes):

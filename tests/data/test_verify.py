@@ -10,6 +10,8 @@ from pathlib import Path
 import cv2
 import numpy as np
 import pytest
+from image_tools import encode
+from PIL import Image
 
 from rexnet_lit.data import verify
 from rexnet_lit.data.duplicates import equal_groups, groups_across
@@ -110,6 +112,15 @@ def decodes(monkeypatch) -> list[bytes]:
 
     monkeypatch.setattr(verify, "decode_with_info", counted)
     return calls
+
+
+def test_frames_are_counted_only_where_there_can_be_several(tmp_path, monkeypatch):
+    counted: list[bytes] = []
+    monkeypatch.setattr(verify, "count_frames", lambda data: counted.append(data) or 7)
+    gif = encode(Image.fromarray(picture()).quantize(16), "GIF")
+    samples = make(tmp_path, {"a.jpg": jpeg(), "b.gif": gif})
+    assert [details.info.frames for details in verify.verify_images(samples, details=True).details] == [1, 7]
+    assert counted == [gif]
 
 
 def test_the_second_verification_decodes_nothing(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import FORMAT_VERSION, ModelSpec
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError, did_you_mean
+from rexnet_lit.utils.settings import check_range
 
 SPEC = ModelSpec(
     "rexnet_130.nav_in1k",
@@ -83,13 +84,20 @@ def changed(**values) -> str:
         changed(class_names={"a": 1, "b": 2}),
         changed(class_names=["a", ["b"]]),
         changed(class_names=list(map(str, range(200_001)))),
+        changed(backbone=None),
+        changed(head={**dataclasses.asdict(SPEC.head), "name": 5}),
+        changed(head={**dataclasses.asdict(SPEC.head), "dropout": None}),
+        changed(head={**dataclasses.asdict(SPEC.head), "temperature": "0.05"}),
+        changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "crop_pct": None}),
+        changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "interpolation": None}),
     ],
-    ids=range(33),
+    ids=range(39),
 )
 def test_what_is_no_description_is_one_line(text):
     with pytest.raises(UserError) as error:
         ModelSpec.from_json(text, "model.ckpt")
     assert "\n" not in str(error.value)
+    assert str(error.value).startswith("model.ckpt: ")
 
 
 def test_a_newer_format_says_so():
@@ -114,6 +122,21 @@ def test_a_newer_format_says_so():
 def test_wrong_settings(make, message):
     with pytest.raises(UserError, match=message):
         make()
+
+
+@pytest.mark.parametrize("value", [None, "0.5", [0.5], float("nan"), 1j])
+def test_a_range_holds_numbers_only(value):
+    with pytest.raises(UserError, match=r"model.ema is "):
+        check_range("model.ema", value, "[0, 1)")
+    with pytest.raises(UserError, match=r"model.head.dropout is "):
+        HeadSpec(dropout=value)
+
+
+def test_an_optional_setting_may_be_none_and_values_are_shown_as_written():
+    check_range("data.cache_gb", None, "(0, inf]", optional=True)
+    check_range("data.cache_gb", np.float32(1), "(0, inf]", optional=True)
+    with pytest.raises(UserError, match=r"data.batch_size is 123456789; expected a number in \[1, 10\]"):
+        check_range("data.batch_size", 123456789, "[1, 10]")
 
 
 def test_resize_size():
