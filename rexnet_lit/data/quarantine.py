@@ -77,7 +77,7 @@ def without_bad(samples: Samples, bad: Sequence[tuple[int, str]]) -> Samples:
     """
     if bad and len(bad) == len(samples):
         what, many = first_few([samples.paths[i] for i, _ in bad]), plural(len(bad), "image", "images")
-        raise UserError(f"{samples.root}: none of {many} can be read: {what} ({bad[0][1]}); repair or replace them")
+        raise UserError(f"{samples.root}: none of the {many} can be read: {what} ({bad[0][1]}); repair or replace them")
     return samples.take(np.setdiff1d(np.arange(len(samples)), [i for i, _ in bad]))
 
 

@@ -576,7 +576,7 @@ def test_unreadable_images_are_recorded_also_if_none_is_left(tmp_path):
     for name in ("a.jpg", "b.jpg"):
         (tmp_path / name).write_bytes(b"\xff\xd8\xff")
     data = ImageFolderDataModule(predict_path=str(tmp_path), image_size=32, num_workers=0)
-    with pytest.raises(UserError, match=r"none of 2 images can be read: .*a.jpg.* \(truncated JPEG\)"):
+    with pytest.raises(UserError, match=r"none of the 2 images can be read: .*a.jpg.* \(truncated JPEG\)"):
         data.setup("predict")
     assert [row.path for row in data.bad_files] == ["a.jpg", "b.jpg"]
 
@@ -590,7 +590,7 @@ def test_a_split_without_readable_images(tmp_path, make_shapes):
     root = make_shapes(tmp_path, test=0, val=1)
     for path in (root / "val").rglob("*.*"):
         path.write_bytes(b"")
-    with pytest.raises(UserError, match=r"no image can be read: 'val/.*repair or replace them"):
+    with pytest.raises(UserError, match=r"none of the 3 images can be read: 'val/.*repair or replace them"):
         module(root, max_bad_fraction=1.0).setup("fit")
 
 
