@@ -155,7 +155,7 @@ def test_a_setting_that_does_not_suit_the_data(images, capsys):
         ("data: {augment: {mixup: .inf}}", "data.augment.mixup is inf"),
         ("model: {head: {temperature: .nan}}", "model.head.temperature is nan"),
         ("model: {schedule: {warmup_epochs: .nan}}", "model.schedule.warmup_epochs is nan"),
-        ("model: {schedule: {step_epochs: .inf}}", "model.schedule.step_epochs and"),
+        ("model: {schedule: {step_epochs: .inf}}", "model.schedule.step_epochs is inf"),
         ("# data: {batch_size: 4}", "mine.yaml: "),
         ("- data", "mine.yaml: "),
     ],
