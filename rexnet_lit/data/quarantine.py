@@ -75,6 +75,8 @@ def without_bad(samples: Samples, bad: Sequence[tuple[int, str]]) -> Samples:
     Raises:
         UserError: None is readable.
     """
+    if len(bad) == len(samples) == 1:
+        raise UserError(f"{samples.path(0)}: cannot be read as an image ({bad[0][1]}); repair or replace it")
     if bad and len(bad) == len(samples):
         what, many = first_few([samples.paths[i] for i, _ in bad]), plural(len(bad), "image", "images")
         raise UserError(f"{samples.root}: none of the {many} can be read: {what} ({bad[0][1]}); repair or replace them")

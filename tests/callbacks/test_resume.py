@@ -500,7 +500,7 @@ def test_a_loss_that_is_no_number(whole, cwd):
 
 def test_a_full_disk(whole, cwd):
     done = fit(cwd, trouble=("full disk", 7))
-    failed(done, ".ckpt: the checkpoint cannot be written (File too large)", "the one before is untouched")
+    failed(done, ".ckpt: the checkpoint cannot be written (File too large)", "the previous one is unchanged")
     folder = run_folder(cwd) / "checkpoints"
     assert {f.name for f in folder.iterdir()} <= {"best.ckpt", "last.ckpt", checkpoint.PREVIOUS}  # no debris
     assert checkpoint.read_ckpt(str(folder / "last.ckpt"))["global_step"] == 6

@@ -241,7 +241,7 @@ def test_a_wrong_model(command, capsys, monkeypatch):
         "text.ckpt": "text.ckpt: ",
         "empty.ckpt": "empty.ckpt: damaged",
         "empty.safetensors": "empty.safetensors: damaged",
-        "foreign.ckpt": "rexnet_lit did not write this",
+        "foreign.ckpt": "not a checkpoint of rexnet_lit",
     }
     for model, expected in cases.items():
         if command == "export":
@@ -276,7 +276,7 @@ def test_predict_overwrites_nothing_of_value(tmp_path, capsys):
     (tmp_path / "flat" / "broken.png").touch()
     argv = ["predict", "--ckpt_path", model, "--data.num_workers", 0, "--data.predict_path", tmp_path / "flat"]
     line = fails(capsys, *argv[:-1], tmp_path / "flat" / "broken.png")
-    assert line == f"{tmp_path / 'flat' / 'broken.png'}: cannot be read as an image (empty file); mend or replace it"
+    assert line == f"{tmp_path / 'flat' / 'broken.png'}: cannot be read as an image (empty file); repair or replace it"
     line = fails(capsys, *argv, "--data.predict_output", model)
     assert "model.safetensors' exists and is no .csv file" in line
     (tmp_path / "mine.csv").write_text("path,label\na.jpg,disc\n")
@@ -583,7 +583,7 @@ def test_a24_a29_duplicates_and_images_lost_in_a_run_are_reported(tmp_path, caps
     out = capsys.readouterr().out
     assert "1 image was lost during the run" in out
     for where in ("splits", "classes"):  # A24
-        assert f"warning: 2 images stand with the same content in several {where}: " in out
+        assert f"warning: 2 images with the same content in several {where}: " in out
     reason = "No such file or directory"
     name = f"train/disc/{lost.name}"
     assert rows_of("runs/lightning_logs/version_0/quarantine.csv") == [{"path": name, "reason": reason}]

@@ -179,7 +179,7 @@ def test_timm_loads_a_hub_folder(tmp_path, capsys, expected):
     model = lively_model(_run(tmp_path), names=names, size=32)
     command = ["export", str(model), "--format", "hub", "--output"]
     assert main.main([*command, str(tmp_path / "hub")]) == 0
-    assert "agree" in capsys.readouterr().out
+    assert "compared with the model" in capsys.readouterr().out
     assert sorted(f.name for f in (tmp_path / "hub").iterdir()) == ["README.md", "config.json", "model.safetensors"]
     net = timm.create_model(f"local-dir:{tmp_path / 'hub'}", pretrained=True).eval()
     assert net.pretrained_cfg["label_names"] == list(names)

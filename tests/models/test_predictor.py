@@ -275,7 +275,7 @@ def test_imagenet_weights_from_the_local_cache(hub):
 
 
 def test_imagenet_weights_that_are_not_available(hub):
-    with pytest.raises(UserError, match="neither in the local cache nor to be had from the hub") as error:
+    with pytest.raises(UserError, match="neither in the local cache nor available from the hub") as error:
         rexnet_lit.load("rexnet_100")
     assert "\n" not in str(error.value)
     assert not hub.exists() or not list(hub.rglob("*.safetensors"))

@@ -450,7 +450,7 @@ def test_no_way_through_lightning_unpickles(tmp_path, shapes, monkeypatch):
     monkeypatch.chdir(tmp_path)
     model, path, good = model_of(), tmp_path / "bomb.ckpt", tmp_path / "good.ckpt"
     torch.save({"state_dict": model.state_dict(), "hyper_parameters": Bomb()}, path)
-    with pytest.raises(UserError, match="a checkpoint holds no data"):
+    with pytest.raises(UserError, match="a checkpoint contains no data"):
         ImageFolderDataModule.load_from_checkpoint(path, weights_only=False)
     for refused in (
         lambda: RexNetModule.load_from_checkpoint(path, map_location="cpu"),
@@ -459,7 +459,7 @@ def test_no_way_through_lightning_unpickles(tmp_path, shapes, monkeypatch):
     ):
         with pytest.raises(UserError, match=r"bomb.ckpt: refused, it holds pickled objects"):
             refused()
-    with pytest.raises(UserError, match="is an address; models are read from local files only"):
+    with pytest.raises(UserError, match="is a URL; models are read from local files only"):
         trainer_of(tmp_path).fit(model_of(), data_of(shapes), ckpt_path="http://127.0.0.1:1/a.ckpt")
     assert not Path("exploded").exists()
     trainer = trainer_of(tmp_path, max_epochs=1)
@@ -502,7 +502,7 @@ def test_sizes_that_differ_are_one_line(tmp_path, shapes):
 def test_what_lightning_would_ask_of_the_data_otherwise(tmp_path, shapes):
     with pytest.raises(UserError, match="overfit_batches is not supported"):
         trainer_of(tmp_path, overfit_batches=1).fit(model_of(), data_of(shapes))
-    with pytest.raises(UserError, match="the stage is 'train'; expected one of fit, validate, test, predict"):
+    with pytest.raises(UserError, match=r"the stage is 'train'; expected one of .*predict"):
         data_of(shapes).setup("train")
 
 
