@@ -171,7 +171,7 @@ class RexNetModule(pl.LightningModule):
         """
         if find_datamodule(self.trainer) is None:
             return False
-        images = self._count_steps()[1] * cast(int, self.images_per_step)
+        images = schedules.count_steps(self.trainer, self.schedule_settings.name)[1] * cast(int, self.images_per_step)
         return images * (self.spec.eval_recipe.image_size / 224) ** 2 > 100_000
 
     def _class_counts(self) -> Sequence[int]:
@@ -331,7 +331,7 @@ class RexNetModule(pl.LightningModule):
         """Return the optimiser and its schedule, stepped every optimiser step."""
         lr = self.optimizer_settings.full_lr(self.scratch, self.images_per_step)
         optimizer = optim.build_optimizer(self.network, self.optimizer_settings, lr)
-        per_epoch, total = self._count_steps()
+        per_epoch, total = schedules.count_steps(self.trainer, self.schedule_settings.name)
         settings = self.schedule_settings
         if self.strategy_settings.only_solves:
             scheduler = LambdaLR(optimizer, lambda step: 0.0)
@@ -351,9 +351,6 @@ class RexNetModule(pl.LightningModule):
     def images_per_step(self) -> int | None:
         """Images of an optimiser step, over all processes; None if the data module has no batch size."""
         return schedules.images_per_step(self.trainer)
-
-    def _count_steps(self) -> tuple[int, int]:
-        return schedules.count_steps(self.trainer, self.schedule_settings.name)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Average the weights if ``ema`` is set."""
