@@ -89,7 +89,8 @@ class WeightSelection(EndOfTraining):
         with network_restored(module):
             candidates = _candidates(module, data, best, last, line)
             targets = torch.from_numpy(data.splits()["val"].targets)
-            scores = {name: _score(module, *candidate, targets) for name, candidate in candidates.items()}
+            weights = torch.from_numpy(module.class_weights()).float()
+            scores = {name: _score(module, *candidate, targets, weights) for name, candidate in candidates.items()}
         chosen = _select(scores)
         self.metrics = module.measure(scores[chosen].logits, targets)
         if chosen == "the best epoch":
@@ -122,9 +123,9 @@ def _candidates(
     return candidates
 
 
-def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor) -> _Score:
+def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor, weights: Tensor) -> _Score:
     module.network.load_state_dict(state)
-    logits, weights = module.logits(features), torch.from_numpy(module.class_weights()).float()
+    logits = module.logits(features)
     top1 = float((logits.argmax(1) == targets).float().mean())
     temperature, loss = 1.0, float(functional.cross_entropy(logits, targets, weights))
     if module.calibrates:
