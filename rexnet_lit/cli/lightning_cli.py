@@ -220,7 +220,7 @@ class RexNetCLI(LightningCLI):
         folder = self.datamodule.folder
         if folder is not None and folder.drawn and self.datamodule.record != self.file.data:
             rank_zero_only(print)(
-                f"warning: the splits of {settings['root']} are drawn anew, not as in the model's run: "
+                f"warning: the splits of {settings['root']} differ from those of the model's training run: "
                 "images that it was trained on may be among these",
                 flush=True,
             )

@@ -51,7 +51,7 @@ def atomic_write(path: Path, previous: Path | None = None, *, durable: bool = Tr
 
 
 def link_or_copy(source: Path, path: Path, previous: Path) -> None:
-    """Give a complete file a second name: a hard link, or a copy where there are none.
+    """Create a second name for a complete file: a hard link, or a copy where hard links are not supported.
 
     Args:
         source: The file, in the same folder.
