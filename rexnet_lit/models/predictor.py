@@ -191,6 +191,5 @@ def load(model: str | os.PathLike[str], device: str | torch.device | None = None
         return Classifier(spec, net, device)
     file = checkpoint.load_model(model, "model")
     net = rexnet.build_network(file.spec.backbone, file.spec.num_classes, file.spec.head)
-    if not weights.load_weights(net, file.state, name):
-        raise UserError(f"{name}: its head does not fit its description; re-create the file")
+    weights.load_trained(net, file.state, name)
     return Classifier(file.spec, net, device)

@@ -90,6 +90,16 @@ def load_weights(
     return fits
 
 
+def load_trained(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
+    """Load the ``state`` of a model file, head included, into a network that was built from its description.
+
+    Raises:
+        UserError: The state does not match the network.
+    """
+    if not load_weights(network, state, where):
+        raise UserError(f"{where}: its head does not match its description; export it again")
+
+
 def load_pretrained(
     network: nn.Module, backbone: str, *, keep_head: bool = False, rows: Mapping[int, int] | None = None
 ) -> None:

@@ -24,7 +24,7 @@ from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.models import checkpoint, rexnet, variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
-from rexnet_lit.models.weights import load_weights
+from rexnet_lit.models.weights import load_trained
 from rexnet_lit.training import freezing, frozen_features, optim, plugins, schedules, start
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.logistic_head import LogisticHead, fit_logistic_head
@@ -134,8 +134,7 @@ class RexNetModule(pl.LightningModule):
         spec = model.spec
         module = cls(spec.backbone, pretrained=False, head=spec.head, class_names=spec.class_names)
         module.spec = spec
-        if not load_weights(module.network, model.state, str(model.path)):
-            raise UserError(f"{model.path}: its head does not match its description; export it again")
+        load_trained(module.network, model.state, str(model.path))
         return module
 
     @classmethod
