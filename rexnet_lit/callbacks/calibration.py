@@ -22,6 +22,7 @@ from rexnet_lit.callbacks.end_of_training import EndOfTraining, network_restored
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import LARGEST_FACTOR, fit_temperature
+from rexnet_lit.training.features import embedder, head_logits
 from rexnet_lit.training.module import RexNetModule
 
 
@@ -55,8 +56,8 @@ class Calibrate(EndOfTraining):
         assert best is not None  # noqa: S101 (for the type checker)
         with network_restored(module):
             module.network.load_state_dict(best)
-            features = data.compute_features("val", module.embedder())[0]
-            logits = module.logits(features)
+            features = data.compute_features("val", embedder(module))[0]
+            logits = head_logits(module, features)
         targets = torch.from_numpy(data.splits()["val"].targets)
         temperature, _ = fit_temperature(logits, targets)
         if abs(math.log10(temperature)) > LARGEST_FACTOR - 0.01:

@@ -31,6 +31,7 @@ from rexnet_lit.callbacks.end_of_training import EndOfTraining, copy_state, netw
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import fit_temperature
+from rexnet_lit.training.features import class_weights, embedder, head_logits, solve_head
 from rexnet_lit.training.module import RexNetModule
 
 State = dict[str, Tensor]
@@ -89,7 +90,7 @@ class WeightSelection(EndOfTraining):
         with network_restored(module):
             candidates = _candidates(module, data, best, last, line)
             targets = torch.from_numpy(data.splits()["val"].targets)
-            weights = torch.from_numpy(module.class_weights()).float()
+            weights = torch.from_numpy(class_weights(module)).float()
             scores = {name: _score(module, *candidate, targets, weights) for name, candidate in candidates.items()}
         chosen = _select(scores)
         self.metrics = module.measure(scores[chosen].logits, targets)
@@ -110,7 +111,7 @@ def _candidates(
     network, embedders = module.network, []
     for state in (*(line.values() or [last]), best):
         network.load_state_dict(state)
-        embedders.append(module.embedder())
+        embedders.append(embedder(module))
     # One pass for all networks, because reading the images may take the longest.
     val = data.compute_features("val", _side_by_side(embedders))[0].chunk(len(embedders), dim=1)
     candidates = {"the best epoch": (best, val[-1]), "the last epoch": (last, val[-2])}
@@ -118,14 +119,14 @@ def _candidates(
         train = data.compute_features("train", _side_by_side(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
         for (name, state), features, val_features in zip(line.items(), train, val[:-1], strict=True):
             network.load_state_dict(state)
-            module.solve(features, val_features)
+            solve_head(module, features, val_features)
             candidates[name] = copy_state(network.state_dict()), val_features
     return candidates
 
 
 def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor, weights: Tensor) -> _Score:
     module.network.load_state_dict(state)
-    logits = module.logits(features)
+    logits = head_logits(module, features)
     top1 = float((logits.argmax(1) == targets).float().mean())
     temperature, loss = 1.0, float(functional.cross_entropy(logits, targets, weights))
     if module.calibrates:

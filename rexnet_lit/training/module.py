@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -13,21 +13,18 @@ import numpy as np
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule, any_datamodule, find_datamodule, run_seed
-from rexnet_lit.data.sampler import class_sampling_weights
 from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.models import checkpoint, rexnet, variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.models.weights import load_trained
-from rexnet_lit.training import freezing, frozen_features, optim, plugins, schedules, start
+from rexnet_lit.training import features, freezing, optim, plugins, schedules, start
 from rexnet_lit.training.freezing import StrategySettings
-from rexnet_lit.training.logistic_head import LogisticHead, fit_logistic_head
 from rexnet_lit.training.losses import LossSettings, build_loss
 from rexnet_lit.training.metrics import build_metrics
 from rexnet_lit.training.optim import OptimizerSettings
@@ -185,50 +182,7 @@ class RexNetModule(pl.LightningModule):
 
     def on_fit_start(self) -> None:
         """Compute the features of a frozen backbone that are needed once."""
-        frozen_features.prepare(self)
-
-    def embedder(self) -> Callable[[Tensor], Tensor]:
-        """Return a function from images (B, 3, H, W) to features (B, C): the current backbone, for inference."""
-        fused = rexnet.fuse_batchnorm(self.network)
-        dtype = next(fused.parameters()).dtype
-
-        def embed(images: Tensor) -> Tensor:
-            with torch.no_grad(), self.trainer.precision_plugin.forward_context():
-                return rexnet.embed(fused, rexnet.match_memory_format(images.to(dtype), fused))
-
-        return embed
-
-    def logits(self, features: Tensor) -> Tensor:
-        """Return the current head's logits (N, K), float32 on the CPU, for features (N, C), in eval mode."""
-        weights = next(self.network.get_submodule("head").parameters())
-        with torch.no_grad():
-            return rexnet.classify(self.network, features.to(weights)).float().cpu()
-
-    def solve(self, features: Tensor, val_features: Tensor) -> LogisticHead:
-        """Set the head to the best linear one for the features of the training and validation images.
-
-        Args:
-            features: (N, C), the same on all processes.
-            val_features: (M, C).
-        """
-        head, splits = None, cast(ImageFolderDataModule, find_datamodule(self.trainer)).splits()
-        if self.trainer.is_global_zero:
-            head = fit_logistic_head(
-                features.numpy(),
-                splits["train"].targets,
-                val_features.numpy(),
-                splits["val"].targets,
-                self.class_weights(),
-            )
-        solved = cast(LogisticHead, self.trainer.strategy.broadcast(head))
-        solved.copy_to(self.network.get_submodule("head.fc"))
-        return solved
-
-    def class_weights(self) -> NDArray[np.float64]:
-        """Return the weight of an image of each class, (K,): that of the loss times how often it is drawn."""
-        data = cast(ImageFolderDataModule, find_datamodule(self.trainer))
-        counts = np.bincount(data.splits()["train"].targets, minlength=self.spec.num_classes)
-        return cast(Tensor, self.loss.weights).double().cpu().numpy() * class_sampling_weights(counts, data.sampler)
+        features.prepare(self)
 
     def train(self, mode: bool = True) -> RexNetModule:
         """Set the training mode; frozen parts stay in eval mode."""

@@ -86,7 +86,7 @@ def test_a_best_epoch_that_may_be_luck_is_told(tmp_path, shapes, capsys, monkeyp
     """Its loss is a little lower, by one image of twelve; logits that nobody will divide are compared as they are."""
     right = torch.eye(3).repeat_interleave(4, dim=0)
     found = iter([3 * right, 3 * torch.cat([right[:-1], right[:1]])])  # of the best epoch, then of the last
-    monkeypatch.setattr("rexnet_lit.training.module.RexNetModule.logits", lambda self, features: next(found))
+    monkeypatch.setattr("rexnet_lit.callbacks.weight_selection.head_logits", lambda module, features: next(found))
     fit(tmp_path, shapes, saver_of_the_worst(), epochs=6, head="cosine")
     out = capsys.readouterr().out
     assert "selected: the last epoch (0.917), the lower val loss of the best epoch may be chance." in out
@@ -101,7 +101,7 @@ def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys
     for calibrate in (False, True):
         found = iter(logits.values())
         monkeypatch.setattr(
-            "rexnet_lit.training.module.RexNetModule.logits", lambda self, features, found=found: next(found)
+            "rexnet_lit.callbacks.weight_selection.head_logits", lambda module, features, found=found: next(found)
         )
         fit(tmp_path / str(calibrate), shapes, saver_of_the_worst(), epochs=6, head="mlp", calibrate=calibrate)
         kept = re.search("selected: (.*) \\(", capsys.readouterr().out)[1]

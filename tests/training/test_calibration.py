@@ -96,7 +96,7 @@ def test_half_precision(shapes, tmp_path, capsys):
 @pytest.mark.parametrize(("sure", "told"), [(0.1, False), (20.0, True)])
 def test_a_loss_that_rises_is_explained(sure, told, shapes, tmp_path, capsys, monkeypatch):
     right = sure * torch.eye(3).repeat_interleave(4, dim=0)
-    monkeypatch.setattr("rexnet_lit.training.module.RexNetModule.logits", lambda self, features: right)
+    monkeypatch.setattr("rexnet_lit.callbacks.calibration.head_logits", lambda module, features: right)
     fit(tmp_path, shapes)
     assert ("12 validation images are too few for such confidence" in capsys.readouterr().out) is told
 

@@ -15,6 +15,7 @@ from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.training import logistic_head
+from rexnet_lit.training.features import class_weights, embedder
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.utils.errors import UserError
 
@@ -122,8 +123,8 @@ def test_the_solved_probe_needs_one_epoch_and_changes_nothing_else(shapes, tmp_p
     assert {name for name in fresh if not torch.equal(fresh[name], solved[name])} == {"head.fc.weight", "head.fc.bias"}
     module.eval()
     data = trainer.datamodule
-    features = data.compute_features("train", module.embedder(), evaluate=True)[0].numpy()
-    val = data.compute_features("val", module.embedder())[0].numpy()
+    features = data.compute_features("train", embedder(module), evaluate=True)[0].numpy()
+    val = data.compute_features("val", embedder(module))[0].numpy()
     splits = data.splits()
     head = logistic_head.fit_logistic_head(features, splits["train"].targets, val, splits["val"].targets, np.ones(3))
     np.testing.assert_allclose(solved["head.fc.weight"], head.weight, rtol=1e-3, atol=1e-5)
@@ -188,7 +189,7 @@ def test_a_solved_head_weighs_classes_as_training_does(tmp_path, make_shapes, sa
     module = model_of(loss={"class_weights": loss})
     data = data_of(root, sampler=sampler)
     trainer_of(tmp_path, max_epochs=1).fit(module, data)
-    np.testing.assert_allclose(module.class_weights(), expected, rtol=1e-6)
+    np.testing.assert_allclose(class_weights(module), expected, rtol=1e-6)
 
 
 def test_only_a_linear_head_can_be_solved():

@@ -1,13 +1,20 @@
-"""Features of a frozen backbone, computed once before training: to train on, and to solve the head with."""
+"""Features of a module's current backbone, to train a head on, to solve the head with, and to compare weights by."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
+import numpy as np
+import torch
 from lightning.pytorch.utilities import rank_zero_only
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
+from rexnet_lit.data.sampler import class_sampling_weights
+from rexnet_lit.models import rexnet
+from rexnet_lit.training.logistic_head import LogisticHead, fit_logistic_head
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 
@@ -34,7 +41,7 @@ def prepare(module: RexNetModule) -> None:
     if not train_on_features and not solves:
         return
     module.eval()
-    embed = module.embedder()
+    embed = embedder(module)
     val = data.compute_features("val", embed)
     fixed = data.compute_features("train", embed, evaluate=True) if settings.solves_head else None
     if train_on_features:
@@ -43,7 +50,7 @@ def prepare(module: RexNetModule) -> None:
     nn.Module.train(module)  # Lightning expects this mode; `on_train_start` freezes
     if fixed is None or not solves:
         return
-    head = module.solve(fixed[0], val[0])
+    head = solve_head(module, fixed[0], val[0])
     rank_zero_only(print)(
         f"Solved the head on the frozen features: val top-1 {head.top1:.3f}, loss {head.loss:.3f} "
         f"(C = {head.strength:g}).",
@@ -67,3 +74,53 @@ def _views(module: RexNetModule, data: ImageFolderDataModule) -> int:
         rank_zero_only(print)(f"The features would take {needed / 1e9:.0f} GB: they are computed in each epoch.")
         return 0
     return views
+
+
+def embedder(module: RexNetModule) -> Callable[[Tensor], Tensor]:
+    """Return a function from images (B, 3, H, W) to features (B, C): the current backbone, for inference."""
+    fused = rexnet.fuse_batchnorm(module.network)
+    dtype = next(fused.parameters()).dtype
+
+    def embed(images: Tensor) -> Tensor:
+        with torch.no_grad(), module.trainer.precision_plugin.forward_context():
+            return rexnet.embed(fused, rexnet.match_memory_format(images.to(dtype), fused))
+
+    return embed
+
+
+def head_logits(module: RexNetModule, features: Tensor) -> Tensor:
+    """Return the current head's logits (N, K), float32 on the CPU, for features (N, C), in eval mode."""
+    weights = next(module.network.get_submodule("head").parameters())
+    with torch.no_grad():
+        return rexnet.classify(module.network, features.to(weights)).float().cpu()
+
+
+def solve_head(module: RexNetModule, features: Tensor, val_features: Tensor) -> LogisticHead:
+    """Set the head to the best linear one for the features of the training and validation images.
+
+    Args:
+        module: The module.
+        features: (N, C), the same on all processes.
+        val_features: (M, C).
+    """
+    head, splits = None, cast(ImageFolderDataModule, find_datamodule(module.trainer)).splits()
+    if module.trainer.is_global_zero:
+        head = fit_logistic_head(
+            features.numpy(),
+            splits["train"].targets,
+            val_features.numpy(),
+            splits["val"].targets,
+            class_weights(module),
+        )
+    solved = cast(LogisticHead, module.trainer.strategy.broadcast(head))
+    solved.copy_to(module.network.get_submodule("head.fc"))
+    return solved
+
+
+def class_weights(module: RexNetModule) -> NDArray[np.float64]:
+    """Return the weight of an image of each class, (K,): that of the loss times how often it is drawn."""
+    data = cast(ImageFolderDataModule, find_datamodule(module.trainer))
+    counts = np.bincount(data.splits()["train"].targets, minlength=module.spec.num_classes)
+    of_loss = getattr(module.loss, "weights", None)  # a user's own loss has none
+    drawn = class_sampling_weights(counts, data.sampler)
+    return drawn if of_loss is None else cast(Tensor, of_loss).double().cpu().numpy() * drawn
