@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import os
 import subprocess
 import sys
@@ -67,6 +68,12 @@ def lively_model(path, names=NAMES, size=64, backbone="rexnet_100"):
     spec = ModelSpec(backbone, tuple(names), eval_recipe=EvalRecipe(image_size=size))
     checkpoint.save_model(path, spec, net.state_dict())
     return Path(path)
+
+
+def rows_of(path):
+    """The rows of a CSV file."""
+    with Path(path).open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
 
 
 def fails(capsys, *argv):

@@ -102,6 +102,12 @@ def _signalled(number: signal.Signals, hook: str, step: int) -> None:
     at_step(step, lambda module: os.kill(os.getpid(), number), hook)
 
 
+def _signalled_in_selection(number: signal.Signals, step: int) -> None:
+    from rexnet_lit.callbacks import weight_selection
+
+    weight_selection.solve_head = lambda *args: os.kill(os.getpid(), number)  # type: ignore[assignment]
+
+
 def _killed_at_batch_3(step: int) -> None:
     """In the second half of an accumulated step, which the number of steps does not show."""
     from rexnet_lit.training.module import RexNetModule
@@ -235,9 +241,9 @@ _TROUBLES = {
     "no screen": _no_screen,
     "ctrl-c": functools.partial(_signalled, signal.SIGINT, "on_train_batch_start"),
     "terminal closed": functools.partial(_signalled, signal.SIGHUP, "on_train_batch_start"),
-    "kill in blend": functools.partial(_signalled, signal.SIGKILL, "solve"),
-    "term in blend": functools.partial(_signalled, signal.SIGTERM, "solve"),
-    "ctrl-c in blend": functools.partial(_signalled, signal.SIGINT, "solve"),
+    "kill in blend": functools.partial(_signalled_in_selection, signal.SIGKILL),
+    "term in blend": functools.partial(_signalled_in_selection, signal.SIGTERM),
+    "ctrl-c in blend": functools.partial(_signalled_in_selection, signal.SIGINT),
     "nan": _nan,
     "full disk": _full_disk,
     "worker dies": functools.partial(_worker_dies, signal.SIGKILL),

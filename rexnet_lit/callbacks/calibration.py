@@ -8,16 +8,16 @@ is calibrated wherever it is loaded, in timm too.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
-from torch import Tensor, nn
+from torch import nn
 
-from rexnet_lit.callbacks.checkpoint import replace_weights
+from rexnet_lit.callbacks.checkpoint import RunCheckpoint, replace_weights
 from rexnet_lit.callbacks.end_of_training import EndOfTraining, network_restored
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.models import checkpoint
@@ -32,13 +32,7 @@ class Calibrate(EndOfTraining):
     Not with a cosine head, whose temperature is a setting. The weights in training, and ``last.ckpt``, stay the same.
     """
 
-    def __init__(self) -> None:
-        self.metrics: dict[str, Tensor] = {}
-        """The validation metrics of the calibrated model."""
-
-    def finish(
-        self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
-    ) -> None:
+    def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Fit the temperature of the best weights, and save them divided by it."""
         if not module.calibrate or module.spec.num_classes == 1:
             return
@@ -47,10 +41,14 @@ class Calibrate(EndOfTraining):
         elif not module.calibrates:
             message = "Not calibrated: a cosine head has a temperature of its own."
         else:
-            message = self._calibrate(trainer, module, data, Path(saver.best_model_path))
+            rank_zero_only(print)("Calibrating the probabilities, on the validation images.", flush=True)
+            message = self._calibrate(trainer, module, data, saver)
         rank_zero_only(print)(message, flush=True)
 
-    def _calibrate(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, path: Path) -> str:
+    def _calibrate(
+        self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint
+    ) -> str:
+        path = Path(saver.best_model_path)
         best = checkpoint.load_model(path).state if trainer.is_global_zero else None
         best = trainer.strategy.broadcast(best)
         assert best is not None  # noqa: S101 (for the type checker)
@@ -66,9 +64,10 @@ class Calibrate(EndOfTraining):
             last = [name for name, part in module.network.named_modules() if isinstance(part, nn.Linear)][-1]
             scaled = {f"network.{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")}
             replace_weights(path, scaled)
-        before, self.metrics = (module.measure(scores, targets) for scores in (logits, logits / temperature))
-        changes = (f"{key} {before[f'val/{key}']:.3f} -> {self.metrics[f'val/{key}']:.3f}" for key in ("loss", "ece"))
+        before, after = (module.measure(scores, targets) for scores in (logits, logits / temperature))
+        saver.shipped = dataclasses.replace(saver.shipped, metrics=after)
+        changes = (f"{key} {before[f'val/{key}']:.3f} -> {after[f'val/{key}']:.3f}" for key in ("loss", "ece"))
         message = f"Calibrated: temperature {temperature:.2f}; val {', '.join(changes)}"
-        if self.metrics["val/loss"] > before["val/loss"]:
+        if after["val/loss"] > before["val/loss"]:
             message += f": {len(targets)} validation images are too few for such confidence"
         return f"{message}."

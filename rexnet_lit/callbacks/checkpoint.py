@@ -3,27 +3,53 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import shlex
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rexnet_lit.callbacks import resume
+from rexnet_lit.callbacks.run_files import find_run_folder
 from rexnet_lit.callbacks.signals import StopSignals
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.metrics import main_metrics
+from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.training.parts import SELECT
 from rexnet_lit.utils.errors import Stopped, UserError
 from rexnet_lit.utils.files import link_or_copy
 
 
+@dataclasses.dataclass(frozen=True)
+class Shipped:
+    """Which weights are in ``best.ckpt`` and will ship.
+
+    Args:
+        weights: What they are, such as "epoch 3".
+        why: Why these.
+        metrics: Their validation metrics, by name (``val/top1``).
+    """
+
+    weights: str
+    why: str
+    metrics: Mapping[str, float]
+
+
+NOTHING = Shipped("the last weights", "nothing was validated", {})
+WHY = {"top1": "highest val top-1", "macro_f1": "highest val macro F1", "loss": "lowest val loss"}
+
+
 class RunCheckpoint(ModelCheckpoint):
-    """Keeps ``best.ckpt`` (highest validation top-1) and ``last.ckpt``.
+    """Keeps ``best.ckpt``, by ``model.select``, and ``last.ckpt``, in the run folder.
 
     ``last.ckpt`` is written at the end of each epoch, every ``every`` seconds within one, and when the process receives
     SIGTERM, Ctrl-C or the hang-up of its terminal: the running step (or validation) is finished first.
@@ -49,6 +75,25 @@ class RunCheckpoint(ModelCheckpoint):
         self._new_best: Path | None = None
         """The best checkpoint, while it holds the present weights."""
         self._validated = -1
+        self.shipped = NOTHING
+        """What is in ``best.ckpt``; the selection and the calibration at the end of training change it."""
+
+    def reset(self) -> None:
+        """Forget the run, before the trainer's next one."""
+        RunCheckpoint.__init__(self, self._every, self._accept_changes)
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Take the metric that makes weights the best."""
+        if stage == "fit" and isinstance(pl_module, RexNetModule):
+            self.monitor, self.mode = f"val/{pl_module.select}", SELECT[pl_module.select]
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Checkpoint directory")  # that of the last fit; the next may get another
+            super().setup(trainer, pl_module, stage)
+
+    def _use_run_folder(self, trainer: Trainer) -> None:
+        folder = find_run_folder(trainer)
+        if folder is not None:
+            self.dirpath = str(folder / "checkpoints")
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the temporary files of a save that was killed, and handle the signals."""
@@ -144,8 +189,19 @@ class RunCheckpoint(ModelCheckpoint):
 
     def _save_best(self, trainer: Trainer) -> None:
         candidates = self._monitor_candidates(trainer)
-        if self.monitor in candidates:
-            self._save_topk_checkpoint(trainer, candidates)
+        if self.monitor in candidates and self._is_best(trainer, candidates):
+            metrics = {name: float(value) for name, value in main_metrics(candidates).items() if name[:4] == "val/"}
+            why = WHY.get(str(self.monitor).removeprefix("val/"), f"best {self.monitor}")
+            self.shipped = Shipped(f"epoch {trainer.current_epoch + 1}", why, metrics)
+            self._update_best_and_save(candidates[str(self.monitor)], trainer, candidates)
+
+    def _is_best(self, trainer: Trainer, candidates: Mapping[str, Tensor]) -> bool:
+        """Return whether the present weights are better than the best ones; of equals the lower loss wins."""
+        score, best = candidates[str(self.monitor)], self.best_model_score
+        if best is None or self.check_monitor_top_k(trainer, score):
+            return True
+        lower = float(candidates.get("val/loss", torch.inf)) < self.shipped.metrics.get("val/loss", -torch.inf)
+        return trainer.strategy.reduce_boolean_decision(bool(score == best.to(score)) and lower)
 
     def _save_last(self, trainer: Trainer) -> None:
         self._save_last_checkpoint(trainer, self._monitor_candidates(trainer))
@@ -162,7 +218,8 @@ class RunCheckpoint(ModelCheckpoint):
         return f"resume with: {shlex.join(command)}"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Do not train a resumed run that had stopped early."""
+        """Save into the run folder; do not train a resumed run that had stopped early."""
+        self._use_run_folder(trainer)
         if stopped_early(trainer):
             trainer.should_stop = True
             rank_zero_only(print)("note: EarlyStopping has ended this run; remove it from trainer.callbacks to resume")
@@ -173,6 +230,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a resume that would silently be another run; find the best weights so far."""
+        self._use_run_folder(trainer)
         self.refuse_changes(trainer, pl_module, find_datamodule(trainer), checkpoint)
         self._restore_best(trainer, checkpoint)
         resume.print_length_changes(trainer, checkpoint)
@@ -192,13 +250,20 @@ class RunCheckpoint(ModelCheckpoint):
         if trainer.is_global_zero and best.is_file():
             with contextlib.suppress(UserError):  # a damaged one counts as missing
                 written = checkpoint.read_ckpt(str(best))
-                found = written["global_step"], written["callbacks"][self.state_key]["best_model_score"]
+                state = written["callbacks"][self.state_key]
+                found = written["global_step"], {key: state[key] for key in ("best_model_score", "shipped")}
         step, score = trainer.strategy.broadcast(found) or (0, None)
         if recorded is not None and step <= content["global_step"]:
-            recorded["best_model_score"] = score
+            recorded |= score or {"best_model_score": None}
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what Lightning's does, and what is in ``best.ckpt``."""
+        shipped = dataclasses.asdict(self.shipped)
+        return {**super().state_dict(), "shipped": {**shipped, "metrics": dict(self.shipped.metrics)}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score; the paths are those of the present folder, as a run may have been moved."""
+        self.shipped = Shipped(**state_dict["shipped"]) if "shipped" in state_dict else NOTHING
         folder = Path(self.dirpath or "")
         self.last_model_path = str(folder / "last.ckpt")
         self.best_model_score = state_dict["best_model_score"]
@@ -215,10 +280,10 @@ def replace_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     checkpoint.write_ckpt({**content, resume.REPLACED: True}, path)
 
 
-def find_model_checkpoint(trainer: Trainer) -> ModelCheckpoint | None:
-    """Return the callback that keeps a run's best and last weights: a `RunCheckpoint` before any that a user added."""
-    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-    return next((c for c in found if isinstance(c, RunCheckpoint)), found[0] if found else None)
+def find_checkpoint(trainer: Trainer) -> RunCheckpoint | None:
+    """Return the callback that keeps a run's best and last weights."""
+    found = [c for c in trainer.checkpoint_callbacks if isinstance(c, RunCheckpoint)]
+    return found[0] if found else None
 
 
 def stopped_early(trainer: Trainer) -> bool:

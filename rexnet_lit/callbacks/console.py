@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 import shlex
+import sys
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,20 +13,12 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit.callbacks.calibration import Calibrate
-from rexnet_lit.callbacks.checkpoint import find_model_checkpoint, stopped_early
-from rexnet_lit.callbacks.weight_selection import WeightSelection
+from rexnet_lit.callbacks.checkpoint import find_checkpoint, stopped_early
+from rexnet_lit.callbacks.record import find_record
+from rexnet_lit.callbacks.run_files import find_run_folder
 from rexnet_lit.data.datamodule import find_datamodule
-
-_STAGES = ("train", "val", "test")
-_FIRST = ("loss", "top1", "top5", "macro_f1", "ece")
-
-
-def main_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
-    """Return the metrics of each stage, the most important first; without learning rates and losses of single steps."""
-    names = [name for name in metrics if name.partition("/")[0] in _STAGES and not name.endswith("_step")]
-    ranks = {f"{stage}/{name}": rank for rank, (stage, name) in enumerate(itertools.product(_STAGES, _FIRST))}
-    return {name: float(metrics[name]) for name in sorted(names, key=lambda name: ranks.get(name, len(ranks)))}
+from rexnet_lit.training.metrics import main_metrics
+from rexnet_lit.utils.progress import SECONDS
 
 
 def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
@@ -39,86 +31,73 @@ def print_table(title: str, rows: Iterable[tuple[str, str]]) -> None:
 class ConsoleSummary(Callback):
     """Prints the metrics of each epoch, and at the end of a fit those of the model, the files and the next command.
 
-    Args:
-        lines: Print a line per epoch, for a log file; a terminal has a progress bar.
+    Where a progress bar shows the epochs, in a terminal or a notebook, only the end is printed. In a log file an epoch
+    that takes long has a line every few seconds.
     """
 
-    def __init__(self, *, lines: bool) -> None:
-        self._lines = lines
-        self._start = self._trained = 0.0
-        self._images, self._validated = 0, False
-        self._best: dict[str, float] = {}
-        self._best_epoch = -1
+    def __init__(self) -> None:
+        self._start, self._printed, self._validated = 0.0, 0.0, False
+
+    def _prints(self, trainer: Trainer) -> bool:
+        shows_bar = sys.stdout.isatty() or "ipykernel" in sys.modules
+        return trainer.is_global_zero and not (shows_bar and trainer.progress_bar_callback is not None)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock: the first batch of the epoch is loaded after this."""
-        self._start, self._images, self._validated = time.monotonic(), 0, False
+        self._start = self._printed = time.monotonic()
+        self._validated = False
 
     on_train_start = on_train_epoch_start  # a run that is resumed within an epoch does not start that epoch
-
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Keep the best metrics; there may be several validations in an epoch."""
-        if trainer.sanity_checking:
-            return
-        self._validated = True
-        found = {k: v for k, v in main_metrics(trainer.callback_metrics).items() if k.startswith("val/")}
-        if found.get("val/top1", -1.0) > self._best.get("val/top1", -1.0):
-            self._best, self._best_epoch = found, trainer.current_epoch
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._images += len(batch[1]) * trainer.world_size
-        self._trained = time.monotonic()
+        self._print_progress(trainer, "training", batch_idx + 1, trainer.num_training_batches)
+
+    def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        """Print how far the validation is."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking:
+            done, batches = trainer.fit_loop.epoch_loop.val_loop.batch_progress.current.ready, trainer.num_val_batches
+            self._print_progress(trainer, "validation", done, sum(batches))
+
+    def _print_progress(self, trainer: Trainer, what: str, done: int, batches: float) -> None:
+        if time.monotonic() - self._printed > SECONDS and self._prints(trainer):
+            self._printed = time.monotonic()
+            loss = trainer.callback_metrics.get("train/loss_step")
+            shown = f", loss {float(loss):.4f}" if loss is not None and what == "training" else ""
+            print(f"epoch {trainer.current_epoch + 1}: {what}, batch {done} of {batches}{shown}", flush=True)  # noqa: T201
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Note that the metrics are those of this epoch."""
+        self._validated = self._validated or not trainer.sanity_checking
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the metrics of the epoch."""
         values = main_metrics(trainer.callback_metrics)
         if not self._validated:  # they are those of an earlier epoch
             values = {name: value for name, value in values.items() if not name.startswith("val/")}
-        if self._best_epoch in (trainer.current_epoch, -1):
-            self._best |= {name: value for name, value in values.items() if name.startswith("train/")}
-        if self._lines and trainer.is_global_zero and values:  # none in a run that is resumed at the end of an epoch
+        if self._prints(trainer) and values:  # none in a run that is resumed at the end of an epoch
             shown = "  ".join(f"{name} {value:.4f}" for name, value in values.items())
             end = f"/{trainer.max_epochs}" if trainer.max_epochs != -1 else ""
-            took = f"{time.monotonic() - self._start:.1f} s"
-            if self._images:
-                took += f"; training {self._images / (self._trained - self._start):.1f} images/s"
-            print(f"epoch {trainer.current_epoch + 1}{end}  {shown}  ({took})", flush=True)  # noqa: T201
-
-    def state_dict(self) -> dict[str, Any]:
-        """Return the best epoch so far, for the summary of a resumed run."""
-        return {"best": self._best, "best_epoch": self._best_epoch}
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the best epoch of the run that is resumed."""
-        self._best, self._best_epoch = dict(state_dict["best"]), int(state_dict["best_epoch"])
+            took, speed = time.monotonic() - self._start, find_record(trainer).images_per_second
+            trained = f"; training {speed:.1f} images/s" if speed else ""
+            print(f"epoch {trainer.current_epoch + 1}{end}  {shown}  ({took:.1f} s{trained})", flush=True)  # noqa: T201
 
     @rank_zero_only
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Print the summary."""
-        saver = find_model_checkpoint(trainer)
-        if saver is None and not getattr(trainer, "fast_dev_run", False):
-            print("Fit finished. Nothing was saved: trainer.enable_checkpointing is false.", flush=True)  # noqa: T201
-        saved = (saver.best_model_path or saver.last_model_path) if saver is not None else ""
-        model = Path(saved).parent.parent / "model.safetensors"
-        if not saved or not model.is_file():
+        saver, folder = find_checkpoint(trainer), find_run_folder(trainer)
+        if saver is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
+            print("Fit finished. Nothing was saved: the trainer's enable_checkpointing is false.", flush=True)  # noqa: T201
+        if saver is None or folder is None or not (folder / "model.safetensors").is_file():
             return
-        ends = [c for c in trainer.callbacks if isinstance(c, WeightSelection | Calibrate)]  # type: ignore[attr-defined]
-        selected = next((c.kept for c in ends if isinstance(c, WeightSelection)), "")
-        metrics: dict[str, Any] = {} if selected else dict(self._best)  # the training loss is of other weights
-        for end in ends:
-            metrics |= end.metrics
-        rows = [(name, f"{value:.4f}") for name, value in main_metrics(metrics).items()]
-        rows += [("run folder", str(model.parent)), ("model", str(model)), ("next", _next_command(trainer, model))]
-        print_table(f"Fit finished{_why_ended(trainer)}{self._which_weights(trainer, selected)}", rows)
-
-    def _which_weights(self, trainer: Trainer, selected: str) -> str:
-        if selected:
-            return f". Selected weights: {selected}"
-        if self._best_epoch >= 0:
-            return f". Best epoch: {self._best_epoch + 1} of {trainer.current_epoch}"
-        return ", without a validation"
+        shipped, model = saver.shipped, folder / "model.safetensors"
+        rows = [(name, f"{value:.4f}") for name, value in main_metrics(shipped.metrics).items()]
+        rows += [("run folder", str(folder)), ("model", str(model)), ("next", _next_command(trainer, model))]
+        kept = f"Kept: {shipped.weights} of {trainer.current_epoch} ({shipped.why})"
+        if not shipped.weights.startswith("epoch"):
+            kept = f"Kept: {shipped.weights} ({shipped.why})"
+        print_table(f"Fit finished{_why_ended(trainer)}. {kept}", rows)
 
 
 def _why_ended(trainer: Trainer) -> str:

@@ -6,10 +6,10 @@ import contextlib
 from collections.abc import Iterator
 
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint, find_model_checkpoint
+from rexnet_lit.callbacks.checkpoint import RunCheckpoint, find_checkpoint
 from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
 from rexnet_lit.training.module import RexNetModule
 
@@ -17,18 +17,17 @@ from rexnet_lit.training.module import RexNetModule
 class EndOfTraining(Callback):
     """Calls `finish` once, when the training of a run ends."""
 
-    def finish(
-        self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
-    ) -> None:
+    def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Do the work, in all processes."""
         raise NotImplementedError
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish, unless the model or the data are of a user's own class, or nothing is saved."""
-        saver, data = find_model_checkpoint(trainer), find_datamodule(trainer)
-        if isinstance(saver, RunCheckpoint):
-            saver.end_training(trainer)
-        if isinstance(pl_module, RexNetModule) and data is not None and saver is not None:
+        saver, data = find_checkpoint(trainer), find_datamodule(trainer)
+        if saver is None:
+            return
+        saver.end_training(trainer)
+        if isinstance(pl_module, RexNetModule) and data is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.finish(trainer, pl_module, data, saver)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

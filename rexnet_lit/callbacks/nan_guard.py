@@ -15,7 +15,7 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from rexnet_lit.callbacks.checkpoint import find_model_checkpoint
+from rexnet_lit.callbacks.checkpoint import find_checkpoint
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.utils.errors import UserError
 
@@ -91,7 +91,7 @@ class NaNGuard(Callback):
 
 
 def _what_is_saved(trainer: Trainer) -> str:
-    saver = find_model_checkpoint(trainer)
+    saver = find_checkpoint(trainer)
     return "the last checkpoint is from before" if saver and saver.last_model_path else "nothing was saved yet"
 
 

@@ -19,24 +19,26 @@ from rexnet_lit.utils.files import unused_path
 
 
 class PredictionCollector(Callback):
-    """Collects the probabilities of each image from what `test_step` and `predict_step` return."""
+    """Collects the probabilities of each image from what the steps return.
+
+    A subclass assigns `collect` to the hooks that end a batch: ``on_test_batch_end``.
+    """
 
     def __init__(self) -> None:
         self._indices: list[NDArray[np.int64]] = []
         self._probs: list[NDArray[np.float32]] = []
 
-    def _collect(
+    def collect(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int,
         dataloader_idx: int = 0,
     ) -> None:  # fmt: skip
+        """Keep the probabilities of a batch."""
         if batch_idx == 0:
             self._indices, self._probs = [], []
         if len(batch) > 2:  # a user's own loader has no indices
             probs = outputs["logits"].float().softmax(1) if isinstance(outputs, dict) else outputs
             self._indices.append(batch[2].cpu().numpy())
             self._probs.append(probs.cpu().numpy())
-
-    on_test_batch_end = on_predict_batch_end = _collect
 
     def gather(self, trainer: Trainer) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the indices (N,) of the images, rising, and their probabilities (N, K), in every process."""
@@ -57,6 +59,8 @@ class PredictionWriter(PredictionCollector):
         self.path = path
         self.predictions: Predictions | None = None
         self.quarantined: Path | None = None
+
+    on_predict_batch_end = PredictionCollector.collect
 
     def on_predict_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the files."""

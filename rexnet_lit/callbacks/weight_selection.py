@@ -5,7 +5,7 @@ be better than the last epoch by two standard errors of the difference. A head t
 training images without augmentation is often better than the one that was trained with the backbone, far better after a
 few epochs from scratch. And fine-tuning on few images also forgets: on the straight line between the starting and the
 fine-tuned weights there is often a better backbone than at either end, which must be better by one standard error.
-The validation loss decides, because top-1 is too coarse. Where `model.calibrate` will divide the logits by their best
+``model.select`` decides, and of equals the loss. Where `model.calibrate` will divide the logits by their best
 temperature, the logits of each candidate are divided so first; else the loss would prefer whichever is calibrated.
 
 Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
@@ -21,12 +21,11 @@ from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn import functional
 
-from rexnet_lit.callbacks.checkpoint import replace_weights
+from rexnet_lit.callbacks.checkpoint import WHY, RunCheckpoint, Shipped, replace_weights
 from rexnet_lit.callbacks.end_of_training import EndOfTraining, copy_state, network_restored
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.models import checkpoint
@@ -43,18 +42,25 @@ SHARES = {
 }
 """Points on the line from the starting weights to the last epoch; a finer grid finds nothing better."""
 
+BEST = "the best epoch"
+
 MAX_IMAGES = 20_000
 """Training images up to which heads are solved: it takes long for more, and there is less to gain."""
 
 
 @dataclass(frozen=True)
 class _Score:
-    """Logits (N, K) of the validation images, top-1, loss as compared, and loss of each image (N,)."""
+    """Logits (N, K) of the validation images, metrics, loss as compared, and what each image adds to the error (N,)."""
 
     logits: Tensor
     top1: float
+    macro_f1: float
     loss: float
-    losses: Tensor
+    errors: Tensor
+
+    def rank(self, select: str) -> tuple[float, float]:
+        """Return what is lower for better weights: by ``model.select``, and of equals by the loss."""
+        return {"top1": -self.top1, "macro_f1": -self.macro_f1, "loss": self.loss}[select], self.loss
 
 
 class WeightSelection(EndOfTraining):
@@ -64,40 +70,31 @@ class WeightSelection(EndOfTraining):
     run that did not start from scratch, the weights between the start and the last epoch with solved heads.
     """
 
-    def __init__(self) -> None:
-        self.kept = ""
-        """The candidate that ships instead of the best epoch, if one does."""
-        self.metrics: dict[str, Tensor] = {}
-        """The validation metrics of the selected weights, if there was a choice."""
-
-    def finish(
-        self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: ModelCheckpoint
-    ) -> None:
+    def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Compare the candidates on the validation images, and save the best."""
-        # A user's own ModelCheckpoint may keep no last.ckpt.
-        if not module.blends or not saver.best_model_path or not saver.last_model_path:
+        if not module.blends or not saver.best_model_path:
             return
         files = [Path(saver.best_model_path), Path(saver.last_model_path)]
         states = [checkpoint.load_model(file).state for file in files] if trainer.is_global_zero else []
         best, last = trainer.strategy.broadcast(states)
         line: dict[str, State] = {}
         if module.spec.head.name == "linear" and len(data.splits()["train"]) <= MAX_IMAGES:
-            start = module.start
+            start = module.start.state
             line = {name: _interpolate(start, last, share) for share, name in SHARES.items()} if start else {}
             line[SHARES[1.0]] = last
         if not line and all(torch.equal(tensor, last[name]) for name, tensor in best.items()):
             return
+        rank_zero_only(print)("Selecting the weights that ship, on the validation images.", flush=True)
         with network_restored(module):
             candidates = _candidates(module, data, best, last, line)
             targets = torch.from_numpy(data.splits()["val"].targets)
             weights = torch.from_numpy(class_weights(module)).float()
             scores = {name: _score(module, *candidate, targets, weights) for name, candidate in candidates.items()}
-        chosen = _select(scores)
-        self.metrics = module.measure(scores[chosen].logits, targets)
-        if chosen == "the best epoch":
-            return
-        self.kept = chosen
-        if trainer.is_global_zero:
+        chosen, why = _select(scores, module.select)
+        metrics = module.measure(scores[chosen].logits, targets)
+        name = saver.shipped.weights if chosen == BEST else chosen
+        saver.shipped = Shipped(name, why, metrics)
+        if chosen != BEST and trainer.is_global_zero:
             replace_weights(files[0], {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()})
 
 
@@ -114,7 +111,7 @@ def _candidates(
         embedders.append(embedder(module))
     # One pass for all networks, because reading the images may take the longest.
     val = data.compute_features("val", _side_by_side(embedders))[0].chunk(len(embedders), dim=1)
-    candidates = {"the best epoch": (best, val[-1]), "the last epoch": (last, val[-2])}
+    candidates = {BEST: (best, val[-1]), "the last epoch": (last, val[-2])}
     if line:
         train = data.compute_features("train", _side_by_side(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
         for (name, state), features, val_features in zip(line.items(), train, val[:-1], strict=True):
@@ -127,30 +124,37 @@ def _candidates(
 def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor, weights: Tensor) -> _Score:
     module.network.load_state_dict(state)
     logits = head_logits(module, features)
-    top1 = float((logits.argmax(1) == targets).float().mean())
     temperature, loss = 1.0, float(functional.cross_entropy(logits, targets, weights))
     if module.calibrates:
         temperature, loss = fit_temperature(logits, targets, weights)
-    losses = functional.cross_entropy(logits / temperature, targets, reduction="none") * weights[targets]
-    return _Score(logits, top1, loss, losses)
+    wrong = (logits.argmax(1) != targets).float()
+    shares = torch.bincount(targets, minlength=len(weights)).clamp(min=1) / len(targets)
+    errors = {
+        "top1": wrong,
+        "macro_f1": wrong / shares[targets],
+        "loss": functional.cross_entropy(logits / temperature, targets, reduction="none") * weights[targets],
+    }
+    metrics = module.measure(logits, targets)
+    return _Score(logits, metrics["val/top1"], metrics["val/macro_f1"], loss, errors[module.select])
 
 
-def _select(scores: Mapping[str, _Score]) -> str:
-    """Return the candidate with the lowest loss that is better than its rival by more than chance, and print why."""
-    rivals = {"the best epoch": ("the last epoch", 2), SHARES[0.0]: (SHARES[1.0], 1), SHARES[0.5]: (SHARES[1.0], 1)}
+def _select(scores: Mapping[str, _Score], select: str) -> tuple[str, str]:
+    """Return the best candidate that is better than its rival by more than chance, and why; print both."""
+    rivals = {BEST: ("the last epoch", 2), SHARES[0.0]: (SHARES[1.0], 1), SHARES[0.5]: (SHARES[1.0], 1)}
     eligible = []
     for name, score in scores.items():
-        rival, errors = rivals.get(name, (name, 0))
-        gain = scores[rival].losses - score.losses
-        if not errors or not float(gain.mean()) < errors * float(gain.std()) / len(gain) ** 0.5:
+        rival, deviations = rivals.get(name, (name, 0))
+        gain = scores[rival].errors - score.errors
+        if not deviations or not float(gain.mean()) < deviations * float(gain.std()) / len(gain) ** 0.5:
             eligible.append(name)
-    lowest, chosen = (min(names, key=lambda name: scores[name].loss) for names in (list(scores), eligible))
-    ends = ("the best epoch", SHARES[0.0], "the last epoch")
+    first, chosen = (min(names, key=lambda name: scores[name].rank(select)) for names in (list(scores), eligible))
+    ends = (BEST, SHARES[0.0], "the last epoch")
     compared = ", ".join(f"{scores[name].top1:.3f} for {name}" for name in ends if name in scores)
-    why = "lowest val loss" if chosen == lowest else f"the lower val loss of {lowest} may be chance"
+    better = WHY[select].replace("highest", "higher").replace("lowest", "lower")
+    why = WHY[select] if chosen == first else f"the {better} of {first} may be chance"
     selected = f"selected: {chosen} ({scores[chosen].top1:.3f}), {why}"
     rank_zero_only(print)(f"Weight selection: val top-1 {compared}; {selected}.", flush=True)
-    return chosen
+    return chosen, why
 
 
 def _side_by_side(embedders: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:

@@ -7,11 +7,9 @@ that they need; options and configs override it. Only its record of the dataset 
 from __future__ import annotations
 
 import atexit
-import contextlib
 import dataclasses
 import inspect
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +24,11 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
+from rexnet_lit.callbacks import run_folder
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.callbacks.loggers import RunCSVLogger, RunTensorBoardLogger
+from rexnet_lit.callbacks.loggers import RunTensorBoardLogger
 from rexnet_lit.callbacks.signals import StopOnSignal
-from rexnet_lit.cli import output, previous_run, run_folder, trainer_checks, trainer_parts
+from rexnet_lit.cli import output, previous_run, trainer_checks, trainer_parts
 from rexnet_lit.cli.config import expand, load_yaml, read_configs, split_configs, without_key, without_option
 from rexnet_lit.cli.messages import named_key, parser_message, raised_by_lightning
 from rexnet_lit.data.datamodule import ImageFolderDataModule
@@ -39,7 +38,7 @@ from rexnet_lit.training.lr_finder import find_lr
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import absolute_path, check_writable
+from rexnet_lit.utils.files import absolute_path
 from rexnet_lit.utils.settings import check_range
 
 _TRAINER_DEFAULTS = {
@@ -57,6 +56,8 @@ class RexNetCLI(LightningCLI):
     Only ``fit`` has model settings; the other runs read the model file.
     """
 
+    writer: Any = None
+    """What writes the report or the predictions of this run."""
     folder: Path | None = None
     """The run folder that this run has created or resumes in."""
 
@@ -107,6 +108,9 @@ class RexNetCLI(LightningCLI):
             parser.add_argument(f"--trainer.{name}", type=int | float | None, help=help_)
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
         fit = self._adding == "fit"
+        if self._adding == "validate":
+            help_ = "write the report of a test, for models without a test split"
+            parser.add_argument("--report", action="store_true", help=help_)
         parser.add_class_arguments(ImageFolderDataModule, "data", skip={"class_names"}, instantiate=fit)
         if fit:
             help_ = "resume although the images, batch size or number of processes differ from the checkpoint's"
@@ -194,7 +198,7 @@ class RexNetCLI(LightningCLI):
         if not config["data"]["root"]:
             raise UserError("data.root is not set; name a folder of images: --data.root DIR")
         try:
-            with trainer_checks.one_line_errors(), self._without_initial_weights():
+            with trainer_checks.one_line_errors():
                 super().instantiate_classes()
         except UserError as error:
             raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
@@ -229,24 +233,6 @@ class RexNetCLI(LightningCLI):
             self.config_init = self.parser.instantiate_classes(self.config)
         self.trainer = self.instantiate_trainer()
 
-    @contextlib.contextmanager
-    def _without_initial_weights(self) -> Iterator[None]:
-        """Have a resumed run read its checkpoint only: the weights that it started from may no longer exist.
-
-        Unless they are to be blended with the last ones.
-        """
-        model = self.config["fit"]["model"]
-        if not self.resumed or model["strategy"]["blend"]:
-            yield
-            return
-        weights, pretrained = model["weights"], model["pretrained"]
-        model["weights"], model["pretrained"] = None, False
-        try:
-            yield
-            self.model.scratch = weights is None and not pretrained
-        finally:
-            model["weights"], model["pretrained"] = weights, pretrained
-
     def _wrong_settings(self) -> list[str]:
         """Return what is wrong with each group of settings, to report all errors at once."""
         found = []
@@ -269,9 +255,10 @@ class RexNetCLI(LightningCLI):
         trainer_checks.check_callbacks(given)
         bar = trainer_parts.progress_bar(settings, given)
         if self.subcommand == "fit":
-            own = trainer_parts.fit_callbacks(settings, given, self.config["fit"]["accept_changes"])
-            if settings["logger"] in (None, True, False):  # metrics.csv is written even without a logger
-                settings["logger"] = self._loggers(settings["default_root_dir"] or ".", settings["logger"] is not False)
+            saves = settings["enable_checkpointing"] is not False
+            own: list[Callback] = [RunCheckpoint(accept_changes=self.config["fit"]["accept_changes"])] if saves else []
+            if settings["logger"] in (None, True):
+                settings["logger"] = self._logger(settings["default_root_dir"] or ".")
         else:
             settings["callbacks"] = [c for c in given if not isinstance(c, trainer_parts.TRAINING_CALLBACKS)]
             settings["enable_checkpointing"] = False
@@ -284,23 +271,23 @@ class RexNetCLI(LightningCLI):
         trainer_checks.check_trainer(trainer, settings, str(self.subcommand))
         return trainer
 
-    def _loggers(self, root: str, tensorboard: bool) -> list[Logger]:
-        """Return the loggers of a new run; for a resumed one its own, without what was logged after the checkpoint."""
-        version, step = None, -1
-        self.folder = run_folder.run_folder_of(Path(self.config["fit"]["ckpt_path"])) if self.resumed else None
-        if self.folder is not None:
-            root, version = str(self.folder.parent.parent), run_folder.run_number(self.folder)
-            step = self.resumed["global_step"]
-            self.save_config_kwargs["overwrite"] = True
-        return trainer_parts.loggers(root, version, step, tensorboard=tensorboard)
+    def _logger(self, root: str) -> Logger:
+        """Return the logger of a new run; for a resumed one its own, without what was logged after the checkpoint."""
+        folder = run_folder.run_folder_of(self.config["fit"]["ckpt_path"]) if self.resumed else None
+        if folder is None:
+            return RunTensorBoardLogger(root, default_hp_metric=False)
+        step, runs = self.resumed["global_step"], folder.parent
+        return RunTensorBoardLogger(
+            runs.parent, name=runs.name, version=folder.name, default_hp_metric=False, purge_step=step
+        )
 
     def _writers(self, root: Path) -> list[Callback]:
-        if self.subcommand == "validate":
+        if self.subcommand == "validate" and not self.config["validate"]["report"]:
             return []
         if self.subcommand == "predict":
-            self.writer: Any = trainer_parts.prediction_writer(self.datamodule.predict_output, root)
+            self.writer = trainer_parts.prediction_writer(self.datamodule.predict_output, root)
         else:
-            self.writer = trainer_parts.test_report(self.file.path, root)
+            self.writer = trainer_parts.evaluation_report(self.file.path, root)
         return [self.writer]
 
     # Running
@@ -316,27 +303,19 @@ class RexNetCLI(LightningCLI):
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RunCheckpoint):
                     callback.refuse_changes(trainer, model, data, self.resumed)
+        model.start.require(resumes=bool(self.resumed))
         if not trainer.is_global_zero:
             return
         output.print_start(trainer, model, data)
         if self.config["fit"]["find_lr"]:
             find_lr(trainer, model, data)
             raise SystemExit(0)
-        self._take_folder()
-
-    def _take_folder(self) -> None:
-        """Create a run folder unless one is resumed, and lock it."""
-        loggers = [lg for lg in self.trainer.loggers if isinstance(lg, RunTensorBoardLogger | RunCSVLogger)]
-        if self.folder is None and loggers:
-            self.folder = run_folder.claim(Path(loggers[0].root_dir).parent)
-            for logger in loggers:
-                logger._version = run_folder.run_number(self.folder)
-        if self.folder is not None:
-            check_writable("trainer.default_root_dir", self.folder / "checkpoints" / "last.ckpt")
-            self._held.enter_context(run_folder.lock(self.folder))
+        for logger in trainer.loggers:
+            if isinstance(logger, RunTensorBoardLogger) and not self.resumed:
+                self.folder = run_folder.claim(Path(logger.root_dir).parent)
+                logger._version = int(self.folder.name.removeprefix("version_"))
 
     def _run_subcommand(self, subcommand: str) -> None:
-        self._held = contextlib.ExitStack()
         try:
             super()._run_subcommand(subcommand)
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError, ValueError) as error:
@@ -352,7 +331,6 @@ class RexNetCLI(LightningCLI):
                 "use another checkpoint of the run, or start a new run with model.weights"
             ) from error
         finally:
-            self._held.close()
             if self.folder is not None:
                 run_folder.remove_if_empty(self.folder)
 
@@ -365,15 +343,21 @@ class RexNetCLI(LightningCLI):
 
     def before_test(self) -> None:
         """Create a run folder if the model is in none."""
-        if self.trainer.is_global_zero and run_folder.run_folder_of(self.writer.folder / "report") is None:
+        if self.writer is None or not self.trainer.is_global_zero:
+            return
+        if run_folder.run_folder_of(self.writer.folder / "report") is None:
             self.folder = self.writer.folder = run_folder.claim(self.writer.folder)
+
+    before_validate = before_test
 
     @rank_zero_only
     def after_validate(self) -> None:
-        """Print the metrics."""
+        """Print the metrics, and where the report is."""
         limit, count = self.trainer.limit_val_batches, len(self.datamodule.splits()["val"])
         images = count if uses_all_batches(limit) else f"limit_val_batches {limit} of {count}"
         output.print_metrics(self.trainer, self.datamodule, f"Validation: {images} images")
+        if self.writer is not None:
+            print(f"report: {self.writer.folder / 'report' / 'report.html'}")  # noqa: T201
 
     @rank_zero_only
     def after_test(self) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from rexnet_lit.cli import run_folder
+from rexnet_lit.callbacks import run_folder
 from rexnet_lit.data.settings import DataRecord, SplitSettings
 from rexnet_lit.data.splits import lists_images_of
 from rexnet_lit.models import checkpoint
@@ -30,7 +30,7 @@ def read_checkpoint(path: str, root: str | None) -> tuple[str, dict[str, Any], l
     """
     skipped: list[str] = []
     if path == "last":
-        found, skipped = run_folder.find_last_checkpoint(Path(root or "."))
+        found, skipped = run_folder.find_last_checkpoint([Path(root or ".")])
         path = str(found.absolute())
     elif Path(path).is_dir():
         raise UserError(f"ckpt_path: {path!r} is a folder; name the run's checkpoints/last.ckpt, or last")

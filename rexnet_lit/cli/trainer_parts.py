@@ -1,4 +1,4 @@
-"""The callbacks and loggers that a run adds to the trainer."""
+"""The callbacks that the command line adds to the trainer."""
 
 from __future__ import annotations
 
@@ -18,18 +18,11 @@ from lightning.pytorch.callbacks import (
     RichProgressBar,
 )
 from lightning.pytorch.cli import SaveConfigCallback
-from lightning.pytorch.loggers import Logger
 
-from rexnet_lit.callbacks.calibration import Calibrate
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.callbacks.console import ConsoleSummary
-from rexnet_lit.callbacks.loggers import RunCSVLogger, RunTensorBoardLogger
-from rexnet_lit.callbacks.nan_guard import NaNGuard
+from rexnet_lit.callbacks import run_folder
+from rexnet_lit.callbacks.evaluation_report import EvaluationReport
 from rexnet_lit.callbacks.predictions import PredictionWriter
-from rexnet_lit.callbacks.run_files import AugmentedSamples, RunFiles
-from rexnet_lit.callbacks.test_report import TestReport
-from rexnet_lit.callbacks.weight_selection import WeightSelection
-from rexnet_lit.cli import run_folder
+from rexnet_lit.callbacks.run_files import find_run_folder
 from rexnet_lit.cli.messages import parser_message
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import check_output, check_writable, unused_path
@@ -46,9 +39,12 @@ class RunConfig(SaveConfigCallback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write it, without the checkpoint that this run resumes: a new run with this config starts afresh."""
+        folder = find_run_folder(trainer)
+        if folder is None or not trainer.is_global_zero:
+            return
         self.config["ckpt_path"], self.config["accept_changes"] = None, False
         try:
-            super().setup(trainer, pl_module, "fit")
+            self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
         except ValueError as error:
             message = parser_message(str(error))
             raise UserError(f"trainer: its settings cannot be written into config.yaml: {message}") from error
@@ -62,26 +58,6 @@ def progress_bar(settings: dict[str, Any], given: Sequence[Callback]) -> list[Ca
     return [RichProgressBar(leave=True)] if settings["enable_progress_bar"] and terminal and not own else []
 
 
-def fit_callbacks(settings: dict[str, Any], given: Sequence[Callback], accept_changes: bool) -> list[Callback]:
-    """Return the callbacks of a fit."""
-    callbacks: list[Callback] = [WeightSelection(), Calibrate(), RunFiles(), AugmentedSamples()]
-    callbacks += [ConsoleSummary(lines=not sys.stdout.isatty()), NaNGuard()]
-    if not any(isinstance(callback, LearningRateMonitor) for callback in given):
-        callbacks.append(LearningRateMonitor("step"))
-    if settings["enable_checkpointing"] is not False:
-        callbacks.append(RunCheckpoint(accept_changes=accept_changes))
-    return callbacks
-
-
-def loggers(root: str, version: int | None, step: int, *, tensorboard: bool) -> list[Logger]:
-    """Return the loggers of run ``version`` (None: a new one), without what was logged from ``step`` on."""
-    found: list[Logger] = [RunCSVLogger(root, version, keep=step)]
-    if tensorboard:
-        purge = None if version is None else step
-        found.insert(0, RunTensorBoardLogger(root, version=version, default_hp_metric=False, purge_step=purge))
-    return found
-
-
 def prediction_writer(output: str | None, root: Path) -> PredictionWriter:
     """Return what writes ``data.predict_output``, a new ``predictions.csv`` below ``root`` by default."""
     path = Path(output) if output else unused_path(root / "predictions.csv")
@@ -92,9 +68,9 @@ def prediction_writer(output: str | None, root: Path) -> PredictionWriter:
     return PredictionWriter(path)
 
 
-def test_report(model: Path, root: Path) -> TestReport:
+def evaluation_report(model: Path, root: Path) -> EvaluationReport:
     """Return what writes ``report/``: into the model's run folder if that is below ``root``."""
     home = run_folder.run_folder_of(model)
     folder = home if home is not None and root.absolute() in home.parents else root
     check_writable("trainer.default_root_dir", folder / "report")
-    return TestReport(folder)
+    return EvaluationReport(folder)

@@ -134,7 +134,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         )
         self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
         self.size_schedule = size_schedule
-        self.augment, self.sampler, self.cache = settings_of(AugmentSettings, augment), sampler, cache
+        self.augment, self.sampler, self.cache = settings_of(AugmentSettings, augment, "data.augment"), sampler, cache
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
         self._disk: DiskCache | None = None
         self.predict_output = predict_output

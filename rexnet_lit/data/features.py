@@ -11,6 +11,7 @@ from rexnet_lit.data.dataset import ImageDataset
 from rexnet_lit.data.loader import build_loader
 from rexnet_lit.data.sampler import BatchSampler
 from rexnet_lit.utils.errors import UserError, plural
+from rexnet_lit.utils.progress import progress
 
 
 def embed_dataset(
@@ -43,13 +44,15 @@ def embed_dataset(
             "of at least one; set fewer trainer.devices, or add images"
         )
     found: Tensor | None = None
-    for view in range(views):
-        sampler = BatchSampler(len(dataset), batch_size, rank=trainer.global_rank, world_size=trainer.world_size)
-        sampler.set_epoch(view)
-        loader = build_loader(dataset, sampler, num_workers, stays=False, on_gpu=on_gpu, seed=0)
-        for images, _, indices in loader:
-            features = embed(images.to(trainer.strategy.root_device)).float()
-            if found is None:
-                found = features.new_zeros(views, len(dataset), features.shape[1])
-            found[view, indices.to(features.device)] = features
+    with progress("Computing features", views * len(dataset)) as show:
+        for view in range(views):
+            sampler = BatchSampler(len(dataset), batch_size, rank=trainer.global_rank, world_size=trainer.world_size)
+            sampler.set_epoch(view)
+            loader = build_loader(dataset, sampler, num_workers, stays=False, on_gpu=on_gpu, seed=0)
+            for images, _, indices in loader:
+                features = embed(images.to(trainer.strategy.root_device)).float()
+                if found is None:
+                    found = features.new_zeros(views, len(dataset), features.shape[1])
+                found[view, indices.to(features.device)] = features
+                show(view * len(dataset) + int(indices.max()) + 1)  # in order, over all processes
     return cast(Tensor, trainer.strategy.reduce(found, reduce_op="sum")).cpu()

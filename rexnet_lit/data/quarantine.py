@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
@@ -12,11 +11,15 @@ from rexnet_lit.data.duplicates import equal_groups, groups_across
 from rexnet_lit.data.folder import ImageFolder, Samples
 from rexnet_lit.data.splits import Split, first_few
 from rexnet_lit.utils.errors import UserError, plural
+from rexnet_lit.utils.progress import progress
 
 
 def verify_splits(splits: Mapping[Split, Samples]) -> None:
     """Verify all images, and print a warning if files have the same content in two splits or classes."""
-    results = [verify.verify_images(s, progress=_print_progress(f"verifying {name}")) for name, s in splits.items()]
+    results = []
+    for name, samples in splits.items():
+        with progress(f"Verifying the {name} images", len(samples)) as show:
+            results.append(verify.verify_images(samples, progress=lambda done, total: show(done)))
     groups = equal_groups(np.concatenate([result.contents for result in results]))
     split_of = np.repeat(np.arange(len(splits)), [len(samples) for samples in splits.values()])
     class_of = np.concatenate([samples.targets for samples in splits.values()])
@@ -29,19 +32,6 @@ def verify_splits(splits: Mapping[Split, Samples]) -> None:
             many = plural(count, "image", "images")
             hint = "`python -m rexnet_lit check` lists them"
             print(f"warning: {many} with the same content in several {where}; {hint}")  # noqa: T201
-
-
-def _print_progress(what: str, seconds: float = 10.0) -> Callable[[int, int], None]:
-    """Return a progress callback that prints every few seconds."""
-    last = time.monotonic()
-
-    def progress(done: int, total: int) -> None:
-        nonlocal last
-        if time.monotonic() - last > seconds:
-            last = time.monotonic()
-            print(f"{what}: {done:,} of {total:,}", flush=True)  # noqa: T201
-
-    return progress
 
 
 def find_bad(folder: ImageFolder, needed: Sequence[Split], limit: float) -> dict[Split, list[tuple[int, str]]]:

@@ -17,9 +17,11 @@ import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from rexnet_lit.data import decode
 from rexnet_lit.data.augmentation import RECIPES, AugmentSettings, build_pipeline, check_pipeline
 from rexnet_lit.data.settings import INTERPOLATIONS, EvalRecipe
 
@@ -71,9 +73,13 @@ class EvalTransform:
         height, width = (size * side // shorter for side in image.shape[:2])
         return _centre(_resize(image, height, width, self.recipe.interpolation), self.recipe.image_size)
 
-    def __call__(self, image: NDArray[np.uint8]) -> Tensor:
-        """Map uint8 (H, W, 3) to float32 (3, S, S)."""
-        return _normalise(self.crop(image), self.recipe)
+    def __call__(self, image: NDArray[np.uint8] | Image.Image) -> Tensor:
+        """Map a PIL image, or uint8 (H, W, 3), to float32 (3, S, S)."""
+        return _normalise(self.crop(_pixels(image)), self.recipe)
+
+
+def _pixels(image: NDArray[np.uint8] | Image.Image) -> NDArray[np.uint8]:
+    return decode.from_pil(image) if isinstance(image, Image.Image) else image
 
 
 def _centre(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
@@ -136,9 +142,13 @@ class TrainTransform:
         augmented: NDArray[np.uint8] = self._compose(image=image)["image"]
         return augmented
 
-    def __call__(self, image: NDArray[np.uint8], seed: int) -> Tensor:
-        """Map uint8 (H, W, 3) to float32 (3, S, S), drawing from ``seed`` alone."""
-        return _normalise(self.augment(image, seed), self.recipe)
+    def __call__(self, image: NDArray[np.uint8] | Image.Image, seed: int | None = None) -> Tensor:
+        """Map a PIL image, or uint8 (H, W, 3), to float32 (3, S, S).
+
+        All random numbers depend on ``seed``; by default on torch's generator, which differs in each loader's worker.
+        """
+        seed = int(torch.randint(2**31, ())) if seed is None else seed
+        return _normalise(self.augment(_pixels(image), seed), self.recipe)
 
     def at(self, epoch: int) -> TrainTransform:
         """Return what transforms the images of an epoch."""

@@ -62,9 +62,10 @@ def _test_results(model: Path, weights: str) -> dict[str, Any]:
     try:
         if (report / "weights.sha256").read_text(encoding="ascii").strip() != weights:
             return {}
-        return dict(json.loads((report / "metrics.json").read_text(encoding="utf-8")))
+        found = dict(json.loads((report / "metrics.json").read_text(encoding="utf-8")))
     except (OSError, ValueError):
         return {}
+    return found if found.pop("split", "test") == "test" else {}
 
 
 def _card(spec: ModelSpec, figures: dict[str, Any]) -> str:

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.models.spec import ModelSpec
-from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.errors import MissingFileError, UserError
 from rexnet_lit.utils.files import atomic_write
 
 KEY = "rexnet_lit"
@@ -103,7 +103,7 @@ def _local_file(path: str | os.PathLike[str], key: str) -> Path:
     if file.is_dir():
         raise UserError(f"{key}: {os.fspath(path)!r} is a folder; name a model file, such as model.safetensors in it")
     if not file.is_file():
-        raise UserError(f"{key}: there is no file {os.fspath(path)!r}")
+        raise MissingFileError(f"{key}: there is no file {os.fspath(path)!r}")
     if not os.access(file, os.R_OK):
         raise UserError(f"{key}: {os.fspath(path)!r} may not be read (permission denied)")
     return file
@@ -210,12 +210,17 @@ def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
         return Model(file, ModelSpec.from_json(description, str(file)), state, _run_data(file))
     content = read_ckpt(str(file))
     spec, data = read_record(content, str(file))
-    tensors, prefix = content.get("state_dict"), "network."
-    pairs = tensors.items() if isinstance(tensors, dict) else ()
-    state = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
+    state = network_state(content)
     if not state or not all(map(_is_dense_tensor, state.values())):
         raise UserError(f"{file}: it holds no weights of a network; use another checkpoint of the run")
     return Model(file, spec, state, data)
+
+
+def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the tensors of the network in a Lightning checkpoint, by their names in the network."""
+    tensors, prefix = checkpoint.get("state_dict"), "network."
+    pairs = tensors.items() if isinstance(tensors, dict) else ()
+    return {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
 
 
 def _is_dense_tensor(value: object) -> bool:

@@ -12,6 +12,7 @@ import functools
 import itertools
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple, TypeAlias, cast
 
@@ -172,13 +173,16 @@ def _pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
     raise UserError(f"a {type(image).__name__} is not an image; expected a path, a PIL image or an array")
 
 
-def load(model: str | os.PathLike[str], device: str | torch.device | None = None) -> Classifier:
+def load(
+    model: str | os.PathLike[str], device: str | torch.device | None = None, network: nn.Module | None = None
+) -> Classifier:
     """Load a classifier.
 
     Args:
         model: A ``.ckpt`` or ``.safetensors`` file of a run; or timm's name of a ReXNet (``rexnet_100``), for its
             published ImageNet weights and class names.
         device: Where to compute; by default a GPU if there is one.
+        network: A network of your own, if the model was trained with one; its weights are replaced.
 
     Raises:
         UserError: The file is missing, damaged or unsafe, or the published weights are not available.
@@ -190,6 +194,13 @@ def load(model: str | os.PathLike[str], device: str | torch.device | None = None
         weights.load_pretrained(net, name, keep_head=True)
         return Classifier(spec, net, device)
     file = checkpoint.load_model(model, "model")
-    net = rexnet.build_network(file.spec.backbone, file.spec.num_classes, file.spec.head)
+    own = weights.check_own_network(file.spec, network, name)
+    net = rexnet.build_network(file.spec.backbone, file.spec.num_classes, file.spec.head) if own is None else own
     weights.load_trained(net, file.state, name)
+    if file.spec.assumed_preprocessing:
+        warnings.warn(
+            f"{name} was trained with loaders of your own: it is assumed that they prepared the images as "
+            f"{file.spec.eval_recipe} does",
+            stacklevel=2,
+        )
     return Classifier(file.spec, net, device)

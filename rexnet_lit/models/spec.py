@@ -30,6 +30,8 @@ class ModelSpec:
         head: The head's settings.
         eval_recipe: The preprocessing of validation, test, prediction and export.
         format_version: The version of this description.
+        network: The class of a user's own network; None for a ReXNet.
+        assumed_preprocessing: Whether it was trained with the user's own loaders, of which ``eval_recipe`` is assumed.
     """
 
     backbone: str
@@ -37,6 +39,8 @@ class ModelSpec:
     head: HeadSpec = HeadSpec()  # noqa: RUF009 (frozen, as is the next)
     eval_recipe: EvalRecipe = EvalRecipe()  # noqa: RUF009
     format_version: int = FORMAT_VERSION
+    network: str | None = None
+    assumed_preprocessing: bool = False
 
     @property
     def num_classes(self) -> int:
@@ -91,4 +95,6 @@ class ModelSpec:
             head=HeadSpec(**head),
             eval_recipe=EvalRecipe(**recipe),
             format_version=version,
+            network=None if raw.get("network") is None else str(raw["network"]),
+            assumed_preprocessing=bool(raw.get("assumed_preprocessing", False)),
         )

@@ -48,7 +48,11 @@ def eval_recipe(backbone: str, image_size: int | None = None) -> EvalRecipe:
         backbone: timm's name; its ``pretrained_cfg`` decides.
         image_size: Height and width in pixels; by default the test size of the weights.
     """
-    cfg = published_config(backbone)
+    return recipe_of(published_config(backbone), image_size)
+
+
+def recipe_of(cfg: Any, image_size: int | None = None) -> EvalRecipe:
+    """Return the preprocessing of timm's ``pretrained_cfg``, at another image size in pixels if given."""
     test_size = (cfg.test_input_size or cfg.input_size)[-1]
     return EvalRecipe(
         image_size=test_size if image_size is None else image_size,

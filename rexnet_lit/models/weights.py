@@ -15,8 +15,9 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.models.variants import published_config
-from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.errors import MissingFileError, UserError
 
 
 def matching_rows(source: Sequence[str], target: Sequence[str]) -> dict[int, int]:
@@ -90,6 +91,19 @@ def load_weights(
     return fits
 
 
+def check_own_network(spec: ModelSpec, network: nn.Module | None, where: str) -> nn.Module | None:
+    """Return the network of the user's own that a model file needs; None for a ReXNet.
+
+    Raises:
+        UserError: It is needed and not given, or given and not needed.
+    """
+    if spec.network is not None and network is None:
+        raise UserError(f"{where}: its network is a {spec.network}, not a ReXNet: build one and pass it as network=")
+    if spec.network is None and network is not None:
+        raise UserError(f"{where}: its network is a {spec.backbone}; leave network= out")
+    return network
+
+
 def load_trained(network: nn.Module, state: Mapping[str, Tensor], where: str) -> None:
     """Load the ``state`` of a model file, head included, into a network that was built from its description.
 
@@ -144,7 +158,7 @@ def _hub_file(cfg: Any, backbone: str) -> str:
             socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
         return str(hf_hub_download(**file))
     except Exception as error:  # the hub's client raises dozens of kinds
-        raise UserError(
+        raise MissingFileError(
             f"model.pretrained: the weights of {backbone} are neither in the local cache nor available from "
             f"the hub ({type(error).__name__}); either run once with a network (or copy the cache folder here), or set "
             "model.weights to a local .safetensors file, or model.pretrained to false to train from scratch"

@@ -56,7 +56,7 @@ def write_report(
     Args:
         folder: Where to write; made if missing.
         p: The test set's predictions, with targets.
-        results: What `training.metrics.test_results` returned for them: ``top1``, ``top5`` (with more than 5
+        results: What `training.metrics.stage_results` returned for them: ``top1``, ``top5`` (with more than 5
             classes), ``macro_f1``, ``nll``, ``ece``, ``count``, and ``precision``, ``recall``, ``f1`` and ``support``
             as lists of K. The report shows these and computes none of its own.
         read_image: Turns a path of `p` into RGB, (H, W, 3). If it raises, the page shows a grey square.

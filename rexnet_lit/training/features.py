@@ -17,6 +17,7 @@ from rexnet_lit.models import rexnet
 from rexnet_lit.training.logistic_head import LogisticHead, fit_logistic_head
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.progress import progress
 
 if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule
@@ -105,13 +106,14 @@ def solve_head(module: RexNetModule, features: Tensor, val_features: Tensor) -> 
     """
     head, splits = None, cast(ImageFolderDataModule, find_datamodule(module.trainer)).splits()
     if module.trainer.is_global_zero:
-        head = fit_logistic_head(
-            features.numpy(),
-            splits["train"].targets,
-            val_features.numpy(),
-            splits["val"].targets,
-            class_weights(module),
-        )
+        with progress("Solving a head"):
+            head = fit_logistic_head(
+                features.numpy(),
+                splits["train"].targets,
+                val_features.numpy(),
+                splits["val"].targets,
+                class_weights(module),
+            )
     solved = cast(LogisticHead, module.trainer.strategy.broadcast(head))
     solved.copy_to(module.network.get_submodule("head.fc"))
     return solved

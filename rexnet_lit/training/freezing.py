@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
@@ -108,7 +108,7 @@ class StrategySettings:
 
 def backbone_groups(network: nn.Module) -> list[str]:
     """Return the backbone's parts from the stem up, by the names of timm's ``group_matcher``."""
-    return ["stem", *(f"features.{i}" for i in range(len(cast(Any, network).features)))]
+    return ["stem", *(f"features.{i}" for i in range(len(getattr(network, "features", ()))))]
 
 
 def _frozen_modules(network: nn.Module, settings: StrategySettings, epoch: int) -> Iterator[nn.Module]:

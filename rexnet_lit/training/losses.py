@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -54,12 +54,17 @@ class LossSettings:
         label_smoothing: Share of the target's probability spread over all classes (Szegedy et al. 2016).
         gamma: How much less weight ``focal`` gives them; 0 is cross-entropy.
         class_weights: ``auto`` weighs each class by its rarity: N images over K classes of n give N / (K n).
+        class_path: An own loss in its place, such as ``my_module.MyLoss``: a ``torch.nn.Module`` that maps logits (B,
+            K) and targets (B,), or (B, K) after MixUp, to the mean loss. The settings above then have no effect.
+        init_args: Its arguments.
     """
 
     name: LossName = "cross_entropy"
     label_smoothing: float = 0.1
     gamma: float = 2.0
     class_weights: Literal["none", "auto"] = "none"
+    class_path: str | None = None
+    init_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.loss.name", self.name, LOSSES)

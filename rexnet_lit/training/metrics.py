@@ -6,6 +6,8 @@ torchmetrics gathers their states over all processes. The last division is in fl
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Mapping
 from typing import Any, cast
 
 import torch
@@ -18,6 +20,8 @@ from torchmetrics.utilities import dim_zero_cat
 from rexnet_lit.utils.reliability import confidence_bins, expected_calibration_error
 
 _FIRST = ("top1", "top5", "macro_f1", "nll", "ece")  # in metrics.json
+_STAGES = ("train", "val", "test")
+_SHOWN_FIRST = ("loss", "top1", "top5", "macro_f1", "ece")
 
 
 class _NegativeLogLikelihood(Metric):
@@ -115,7 +119,7 @@ def build_metrics(num_classes: int, prefix: str) -> MetricCollection:
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
 
 
-def test_results(metrics: MetricCollection) -> dict[str, Any]:
+def stage_results(metrics: MetricCollection) -> dict[str, Any]:
     """Return the content of ``metrics.json`` as plain Python values; must be called on all processes.
 
     Args:
@@ -137,3 +141,10 @@ def test_results(metrics: MetricCollection) -> dict[str, Any]:
         "f1": f1.tolist(),
         "support": support.int().tolist(),
     }
+
+
+def main_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
+    """Return the metrics of each stage, the most important first; without learning rates and losses of single steps."""
+    names = [name for name in metrics if name.partition("/")[0] in _STAGES and not name.endswith("_step")]
+    ranks = {f"{stage}/{name}": rank for rank, (stage, name) in enumerate(itertools.product(_STAGES, _SHOWN_FIRST))}
+    return {name: float(metrics[name]) for name in sorted(names, key=lambda name: ranks.get(name, len(ranks)))}

@@ -11,54 +11,70 @@ from typing import Any, cast
 import lightning.pytorch as pl
 import numpy as np
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from torchmetrics import MeanMetric, MetricCollection
+from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from rexnet_lit.data.datamodule import ImageFolderDataModule, any_datamodule, find_datamodule, run_seed
+from rexnet_lit.data.datamodule import any_datamodule, run_seed
 from rexnet_lit.data.settings import DataRecord
+from rexnet_lit.data.transforms import EvalTransform
 from rexnet_lit.models import checkpoint, rexnet, variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
-from rexnet_lit.models.weights import load_trained
-from rexnet_lit.training import features, freezing, optim, plugins, schedules, start
+from rexnet_lit.models.weights import check_own_network, load_trained
+from rexnet_lit.training import features, freezing, parts, plugins, schedules, start
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.losses import LossSettings, build_loss
 from rexnet_lit.training.metrics import build_metrics
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.settings import check_range, settings_of
+from rexnet_lit.utils.settings import call_own, check_choice, check_range, settings_and_own, settings_of
 
 _LOSSES = "rexnet_lit_losses"
 
 
 class RexNetModule(pl.LightningModule):
-    """A ReXNet with its training settings.
+    """A ReXNet with its training settings, for Lightning's ``Trainer``.
 
     It starts from ``weights`` if given, else from timm's published weights if ``pretrained``, else from random ones.
-    If the weights cannot be loaded, that is an error: it never falls back to random ones.
+    If the weights are damaged or do not fit, that is an error; if they are missing, it is one when training starts,
+    because a resumed run does not need them. It never falls back to random ones.
+
+    With an `ImageFolderDataModule` it does under any ``Trainer`` what the command line does with the same settings:
+    `configure_callbacks` adds what saves, selects, calibrates and records. With loaders of your own, batches are
+    ``(images, targets)``: float32 images (B, 3, S, S), RGB, as `eval_transform` makes them, and int64 targets (B,).
+
+    A researcher's own parts: pass a loss, an optimiser, a schedule, metrics or a network, name its class in YAML
+    (``class_path``, ``init_args``), set the attributes ``loss`` or ``network``, or override `configure_loss`,
+    `configure_metrics`, `configure_network` or ``configure_optimizers``. See notebooks/research.ipynb.
 
     Args:
         backbone: timm's name: ``rexnet_100`` to ``rexnet_300``, ``rexnetr_100`` to ``rexnetr_300``, with a tag or not.
         pretrained: Start from timm's published weights.
         weights: Local file to start from: a timm state dict (``.safetensors``) or a model of rexnet_lit.
-        head: Maps features to logits; a name stands for its defaults.
+        head: Maps features to logits. Settings are given as a name, which stands for its defaults, as a mapping or as
+            a dataclass.
         strategy: Which parts train when.
-        optimizer: The optimiser.
-        schedule: The learning-rate schedule.
-        loss: The training loss.
+        optimizer: The optimiser: settings, or what is called with the parameters, such as ``torch.optim.RMSprop``.
+        schedule: The learning-rate schedule: settings, or what is called with the optimiser.
+        loss: The training loss: settings, or a module that maps logits (B, K) and targets (B,) to the mean loss.
+        select: What makes weights the best: the highest validation ``top1`` or ``macro_f1``, or the lowest ``loss``.
+            It decides ``best.ckpt`` and what ships; of equals the lower loss wins.
         ema: Decay per step of the exponential moving average of the weights, such as 0.999; the average is then
             validated and shipped. 0 for none.
         drop_path_rate: Stochastic depth: share of residual branches dropped in the last block during training.
         grad_checkpointing: Recompute the activations in the backward pass instead of storing them: about a quarter
             slower, for larger batches or images on a small GPU. BatchNorm's running statistics see each batch twice.
         calibrate: When training ends, fit the temperature of the logits on the validation images, so that the
-            probabilities match the accuracy. In Python, add `callbacks.calibration.Calibrate` to the trainer's
-            callbacks, after `callbacks.weight_selection.WeightSelection`.
+            probabilities match the accuracy.
         keep_matching_classes: Copy the head's rows of the classes that the starting weights have under the same name.
+        metrics: Further metrics by name: torchmetrics that are updated with logits (B, K) and targets (B,), or their
+            ``class_path`` and ``init_args``. They are logged as ``val/NAME`` and ``test/NAME``.
+        network: A network of your own: a module that maps images to logits and has timm's ``forward_features``,
+            ``forward_head`` and ``get_classifier``, or its ``class_path`` and ``init_args``. ``backbone``,
+            ``pretrained`` and ``head`` then have no effect, and what needs a ReXNet's layers says so.
         num_classes: K; from the data.
         class_names: One per logit; from the data.
         image_size: Height and width in pixels; from the data, the backbone's own by default.
@@ -72,16 +88,19 @@ class RexNetModule(pl.LightningModule):
         backbone: str = "rexnet_100",
         pretrained: bool = True,
         weights: str | None = None,
-        head: HeadSpec = HeadSpec(),  # noqa: B008 (frozen, as are the next four)
-        strategy: StrategySettings = StrategySettings(),  # noqa: B008
-        optimizer: OptimizerSettings = OptimizerSettings(),  # noqa: B008
-        schedule: ScheduleSettings = ScheduleSettings(),  # noqa: B008
-        loss: LossSettings = LossSettings(),  # noqa: B008
+        head: parts.Head = HeadSpec(),  # noqa: B008 (frozen, as are the next four)
+        strategy: parts.Strategy = StrategySettings(),  # noqa: B008
+        optimizer: parts.OptimizerLike = OptimizerSettings(),  # noqa: B008
+        schedule: parts.ScheduleLike = ScheduleSettings(),  # noqa: B008
+        loss: parts.Loss = LossSettings(),  # noqa: B008
+        select: parts.Select = "top1",
         ema: float = 0.0,
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
         calibrate: bool = False,
         keep_matching_classes: bool = False,
+        metrics: dict[str, Any] | None = None,
+        network: parts.Network = None,
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         image_size: int | None = None,
@@ -89,57 +108,102 @@ class RexNetModule(pl.LightningModule):
         super().__init__()
         check_range("model.ema", ema, "[0, 1)", "0 for none, or a decay such as 0.999")
         check_range("model.drop_path_rate", drop_path_rate, "[0, 1)")
-        head = settings_of(HeadSpec, head)
-        self.strategy_settings = settings_of(StrategySettings, strategy)
-        self.optimizer_settings = settings_of(OptimizerSettings, optimizer)
-        self.schedule_settings = settings_of(ScheduleSettings, schedule)
-        self.loss_settings = settings_of(LossSettings, loss)
-        self.ema, self._drop_path_rate, self.calibrate = ema, drop_path_rate, calibrate
-        self._grad_checkpointing = grad_checkpointing
+        check_choice("model.select", select, parts.SELECT)
+        head = settings_of(HeadSpec, head, "model.head")
+        self.strategy_settings = settings_of(StrategySettings, strategy, "model.strategy")
+        own: dict[str, Any] = {"network": network}
+        self.optimizer_settings, own["optimizer"] = settings_and_own(OptimizerSettings, optimizer, "model.optimizer")
+        self.schedule_settings, own["schedule"] = settings_and_own(ScheduleSettings, schedule, "model.schedule")
+        self.loss_settings, own["loss"] = settings_and_own(LossSettings, loss, "model.loss")
+        self._own = own
+        """The user's own parts, by setting."""
+        self.ema, self.calibrate, self.select = ema, calibrate, select
+        self.drop_path_rate, self.grad_checkpointing = drop_path_rate, grad_checkpointing
         names = start.initial_names(num_classes, class_names)
         self._numbered = class_names is None
         """Whether the classes have only numbers so far."""
         self.spec = ModelSpec(backbone, names, head, variants.eval_recipe(backbone, image_size))
-        self.train_size = image_size or variants.train_size(backbone)
-        self.network = rexnet.build_network(backbone, len(names), head, drop_path_rate=drop_path_rate)
+        self.network = self.configure_network()
+        self.spec = parts.describe_network(self.spec, self.network, image_size)
+        size = variants.train_size(backbone) if self.spec.network is None else self.spec.eval_recipe.image_size
+        self.train_size = image_size or size
         if grad_checkpointing:
             cast(Any, self.network).set_grad_checkpointing(True)
-        self.loss = build_loss(self.loss_settings, [1] * len(names))
+        self.loss: nn.Module = build_loss(LossSettings(), [1] * len(names))
+        self._default_loss = (self.loss,)  # in a tuple, so that it is no submodule
         self._plateau: Plateau | None = None
         self.started = False
         """Whether training has begun: a checkpoint is then restored completely."""
-        self.scratch = weights is None and not pretrained
+        self.scratch = weights is None and not (pretrained and self.spec.network is None)
         """Whether training starts from random weights; after a resume, whether it did."""
         if self.strategy_settings.solves_head and head.name != "linear":
             raise UserError(f"model.strategy.solver: logistic solves a linear head; model.head.name is {head.name}")
-        start.load_start(self.network, self.spec, weights, pretrained, keep_matching_classes)
         self.blends = self.strategy_settings.blend and self.strategy_settings.name != "linear_probe"
         """Whether the weights that ship are selected when training ends."""
-        self.start: dict[str, Tensor] | None = None
-        """The starting weights, if the selection interpolates from them."""
-        if self.blends and head.name == "linear" and not self.scratch:
-            self.start = {name: tensor.clone() for name, tensor in self.network.state_dict().items()}
-            backbone_state = {name: tensor for name, tensor in self.start.items() if not name.startswith("head.fc.")}
-            self._start_digest = checkpoint.digest(backbone_state)[:12]  # its head is solved again
+        self.start = start.StartingWeights(
+            None if self.scratch else self.network, self.spec, weights, keep_matching_classes, keep_copy=self.blends
+        )
         self.train_loss = MeanMetric(nan_strategy="disable")  # the NaN guard checks it
         self.val_metrics = build_metrics(len(names), "val/")
         self.test_metrics = build_metrics(len(names), "test/")
+        self._add_metrics(parts.build_metrics_of(metrics))
+
+    # A researcher's own parts
+
+    def configure_network(self) -> nn.Module:
+        """Return the network; it is called by the constructor, once ``spec`` is known."""
+        own = self._own["network"]
+        if own is None:
+            spec = self.spec
+            return rexnet.build_network(spec.backbone, spec.num_classes, spec.head, drop_path_rate=self.drop_path_rate)
+        return cast(nn.Module, parts.build_own(own, "model.network", nn.Module))
+
+    def configure_loss(self) -> nn.Module:
+        """Return the training loss, which maps logits (B, K) and targets (B,), or (B, K) after MixUp, to the mean."""
+        own = self._own["loss"]
+        if own is None:
+            return build_loss(self.loss_settings, parts.class_counts(self))
+        return own if isinstance(own, nn.Module) else cast(nn.Module, call_own(own, "model.loss"))
+
+    def configure_metrics(self) -> dict[str, Metric]:
+        """Return further metrics by name, each updated with logits (B, K) and targets (B,)."""
+        return {}
+
+    def _add_metrics(self, metrics: dict[str, Metric]) -> None:
+        for collection in (self.val_metrics, self.test_metrics):
+            if same := metrics.keys() & set(collection.keys(keep_base=True)):
+                raise UserError(f"model.metrics: there is already a metric {min(same)!r}; choose another name")
+            collection.add_metrics({name: metric.clone() for name, metric in metrics.items()})
 
     @classmethod
-    def from_model(cls, model: checkpoint.Model) -> RexNetModule:
-        """Return the module of a model file, for validation, test and prediction."""
+    def from_model(cls, model: checkpoint.Model, network: nn.Module | None = None) -> RexNetModule:
+        """Return the module of a model file, for validation, test and prediction.
+
+        Args:
+            model: What `checkpoint.load_model` returned.
+            network: A network of the user's own, if the model has one.
+        """
         spec = model.spec
-        module = cls(spec.backbone, pretrained=False, head=spec.head, class_names=spec.class_names)
+        own = check_own_network(spec, network, str(model.path))
+        module = cls(spec.backbone, pretrained=False, head=spec.head, class_names=spec.class_names, network=own)
         module.spec = spec
         load_trained(module.network, model.state, str(model.path))
         return module
 
     @classmethod
     def load_from_checkpoint(  # type: ignore[override]
-        cls, checkpoint_path: str | os.PathLike[str], map_location: str | torch.device = "cpu"
+        cls,
+        checkpoint_path: str | os.PathLike[str],
+        map_location: str | torch.device = "cpu",
+        network: nn.Module | None = None,
     ) -> RexNetModule:
         """Return the module of a model file, on a device; unlike Lightning's, this never unpickles."""
-        return cls.from_model(checkpoint.load_model(checkpoint_path)).to(map_location)
+        return cls.from_model(checkpoint.load_model(checkpoint_path), network).to(map_location)
+
+    @property
+    def eval_transform(self) -> EvalTransform:
+        """What maps an image, uint8 (H, W, 3) or a PIL image, to the network's input: float32 (3, S, S)."""
+        return EvalTransform(self.spec.eval_recipe)
 
     def setup(self, stage: str) -> None:
         """Take over the data's class names, choose the memory format, and prepare the loss and the strategy."""
@@ -148,40 +212,28 @@ class RexNetModule(pl.LightningModule):
         names = tuple(getattr(any_datamodule(self.trainer), "class_names", None) or ())
         if stage != "predict" and names and names != self.spec.class_names:  # prediction needs no targets
             self.spec, self._numbered = start.adopt_classes(self.spec, names, self._numbered), False
-        if strategy.root_device.type == "cpu" or (stage == "fit" and self._trains_long()):
+        if strategy.root_device.type == "cpu" or (stage == "fit" and parts.trains_long(self)):
             self.network.to(memory_format=torch.channels_last)
+        known = self.val_metrics.keys(keep_base=True)
+        self._add_metrics({name: metric for name, metric in self.configure_metrics().items() if name not in known})
         if stage != "fit":
             return
-        self.loss = build_loss(self.loss_settings, self._class_counts())
+        self.started = False
+        self.spec = parts.describe_network(self.spec, self.network, self.spec.eval_recipe.image_size)
+        self.spec = parts.describe_preprocessing(self.spec, self.trainer)
+        parts.check_network(self)
+        if self.loss is self._default_loss[0]:  # not one that the user has set
+            self.loss = self.configure_loss()
+            self._default_loss = (self.loss,)
         freezing.freeze(self.network, self.strategy_settings, self.current_epoch)
         if self.strategy_settings.name == "staged" and isinstance(strategy, DDPStrategy):
             # DDP reads requires_grad once: all parameters must have it then, and later some get no gradient.
             self.network.requires_grad_(True)
             strategy._ddp_kwargs["find_unused_parameters"] = True
 
-    def _trains_long(self) -> bool:
-        """Whether channels_last pays on a GPU.
-
-        It halves the time of a step in 16 bits. But cuDNN compiles its kernels for each batch size, which takes 5 to
-        10 s (tests/benchmarks/bench_blocks.py, H200): as long as the whole training on a small folder.
-        """
-        if find_datamodule(self.trainer) is None:
-            return False
-        images = schedules.count_steps(self.trainer, self.schedule_settings.name)[1] * cast(int, self.images_per_step)
-        return images * (self.spec.eval_recipe.image_size / 224) ** 2 > 100_000
-
-    def _class_counts(self) -> Sequence[int]:
-        """Return the training images of each class, (K,); ones if the loss does not need them."""
-        data, classes = any_datamodule(self.trainer), self.spec.num_classes
-        if self.loss_settings.class_weights == "none":
-            return [1] * classes
-        if not isinstance(data, ImageFolderDataModule):
-            raise UserError("model.loss.class_weights: auto counts the images of an ImageFolderDataModule")
-        counts: list[int] = np.bincount(data.splits()["train"].targets, minlength=classes).tolist()
-        return counts
-
     def on_fit_start(self) -> None:
-        """Compute the features of a frozen backbone that are needed once."""
+        """Require the starting weights; compute the features of a frozen backbone that are needed once."""
+        self.start.require(resumes=self.trainer.ckpt_path is not None)
         features.prepare(self)
 
     def train(self, mode: bool = True) -> RexNetModule:
@@ -213,6 +265,8 @@ class RexNetModule(pl.LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map images (B, 3, H, W), or their features (B, C), to logits (B, K)."""
+        if self.start.missing is not None:
+            raise self.start.missing
         if inputs.ndim == 2:
             return rexnet.classify(self.network, inputs)
         return cast(Tensor, self.network(rexnet.match_memory_format(inputs, self.network)))
@@ -250,11 +304,11 @@ class RexNetModule(pl.LightningModule):
             self._plateau.update(float(self.val_metrics["loss"].compute()))
             self._plateau.apply(cast(LambdaLR, self.lr_schedulers()))
 
-    def measure(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    def measure(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
         """Return the validation metrics of logits (N, K) and targets (N,), the same on all processes."""
         self.val_metrics.reset()
         self.val_metrics.update(logits.to(self.device), targets.to(self.device))
-        found: dict[str, Tensor] = self.val_metrics.compute()
+        found = {str(name): float(value) for name, value in self.val_metrics.compute().items()}
         self.val_metrics.reset()
         return found
 
@@ -282,18 +336,9 @@ class RexNetModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped every optimiser step."""
-        lr = self.optimizer_settings.full_lr(self.scratch, self.images_per_step)
-        optimizer = optim.build_optimizer(self.network, self.optimizer_settings, lr)
-        per_epoch, total = schedules.count_steps(self.trainer, self.schedule_settings.name)
-        settings = self.schedule_settings
-        if self.strategy_settings.only_solves:
-            scheduler = LambdaLR(optimizer, lambda step: 0.0)
-        elif settings.name == "plateau":
-            self._plateau = Plateau.start(settings, total, per_epoch)
-            scheduler = LambdaLR(optimizer, self._plateau)
-        else:
-            scheduler = LambdaLR(optimizer, lambda step: schedules.lr_factor(settings, step, total, per_epoch))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        optimizer = parts.build_optimizer(self, self._own["optimizer"])
+        schedule, self._plateau = parts.build_schedule(self, optimizer, self._own["schedule"])
+        return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     @property
     def calibrates(self) -> bool:
@@ -306,8 +351,10 @@ class RexNetModule(pl.LightningModule):
         return schedules.images_per_step(self.trainer)
 
     def configure_callbacks(self) -> list[pl.Callback]:
-        """Average the weights if ``ema`` is set."""
-        return [WeightAveraging(avg_fn=_ema(self.ema))] if self.ema else []
+        """Return what saves, selects, calibrates and records in a fit; see `callbacks.defaults`."""
+        from rexnet_lit.callbacks import defaults  # which imports this module
+
+        return defaults.callbacks_of(self)
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Add the model's description, in plain strings, and the loss of the epoch so far."""
@@ -322,7 +369,7 @@ class RexNetModule(pl.LightningModule):
         Raises:
             UserError: The architecture, the classes or the tensors differ.
         """
-        start.check_checkpoint(content, self.spec, self.state_dict())
+        start.check_checkpoint(content, self.spec, self.network.state_dict())
         # The sums over all processes: one process restores them.
         total, count = content.get(_LOSSES, (0.0, 0.0)) if self.global_rank == 0 else (0.0, 0.0)
         self.train_loss.mean_value, self.train_loss.weight = torch.tensor(total), torch.tensor(count)
@@ -336,16 +383,5 @@ class RexNetModule(pl.LightningModule):
             "loss": self.loss_settings,
         }
         nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
-        start = {} if self.start is None else {"weights": self._start_digest}
-        more = {"ema": self.ema, "drop_path_rate": self._drop_path_rate, "grad_checkpointing": self._grad_checkpointing}
-        return {**nested, **start, **more}
-
-
-def _ema(decay: float) -> Any:
-    """Return the averaging function for `WeightAveraging`; its decay rises to ``decay`` over the first steps."""
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-        now = min(decay, (1 + int(count)) / (10 + int(count)))
-        return averaged.lerp(current.to(averaged.dtype), 1 - now) if averaged.is_floating_point() else current
-
-    return average
+        names = ("select", "ema", "drop_path_rate", "grad_checkpointing")
+        return {**nested, **self.start.settings(), **{name: getattr(self, name) for name in names}}

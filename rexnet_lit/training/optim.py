@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -33,6 +34,9 @@ class OptimizerSettings:
         base_batch_size: The images of a step (over all processes and accumulated batches) that ``lr`` is meant for.
             With other numbers the rate scales in proportion, for adaptive optimisers with the square root. None keeps
             it.
+        class_path: An own optimiser in its place, such as ``torch.optim.RMSprop``, which is called with the network's
+            parameters. The settings above then have no effect.
+        init_args: Its arguments.
     """
 
     name: str = "adamw"
@@ -41,6 +45,8 @@ class OptimizerSettings:
     momentum: float = 0.9
     layer_decay: float = 1.0
     base_batch_size: int | None = None
+    class_path: str | None = None
+    init_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         from timm.optim import list_optimizers
@@ -74,13 +80,19 @@ class OptimizerSettings:
         return lr * (math.sqrt(ratio) if adaptive else ratio)
 
 
-def build_optimizer(network: nn.Module, settings: OptimizerSettings, lr: float | None = None) -> torch.optim.Optimizer:
+def build_optimizer(
+    network: nn.Module,
+    settings: OptimizerSettings,
+    lr: float | None = None,
+    more: Sequence[nn.Parameter] = (),
+) -> torch.optim.Optimizer:
     """Return timm's optimiser over all parameters, with weight decay and layer-wise rates by group.
 
     Args:
         network: The network.
         settings: The optimiser's settings.
         lr: The full learning rate; by default that of the settings when starting from given weights.
+        more: Parameters outside the network, such as a loss's; without weight decay.
 
     Raises:
         UserError: The optimiser rejects the settings.
@@ -99,6 +111,8 @@ def build_optimizer(network: nn.Module, settings: OptimizerSettings, lr: float |
         parameter.requires_grad_(flag)
     for group in groups:  # timm leaves the scale to its own schedulers
         group["lr"] = lr * group.pop("lr_scale", 1.0)
+    if more:
+        groups.append({"params": list(more), "lr": lr, "weight_decay": 0.0})
     plain = settings.name.lower() == "sgd" and not settings.momentum  # Nesterov needs some
     try:
         optimizer = optim.create_optimizer_v2(

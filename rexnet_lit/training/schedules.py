@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import lightning.pytorch as pl
 from torch.optim.lr_scheduler import LambdaLR
@@ -73,6 +73,10 @@ class ScheduleSettings:
         gamma: Factor of each drop of ``step`` and ``plateau``.
         patience: Validations without a lower loss before ``plateau`` drops the rate.
         rise: Share of the run for which ``one_cycle`` rises, from a 25th of the full rate.
+        class_path: An own schedule in its place, such as ``torch.optim.lr_scheduler.StepLR``, which is called with the
+            optimiser. It is stepped after each epoch; a function may return a dictionary as Lightning's
+            ``configure_optimizers`` does, for other intervals. The settings above then have no effect.
+        init_args: Its arguments.
     """
 
     name: ScheduleName = "cosine"
@@ -82,6 +86,8 @@ class ScheduleSettings:
     gamma: float = 0.1
     patience: int = 3
     rise: float = 0.3
+    class_path: str | None = None
+    init_args: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
         check_choice("model.schedule.name", self.name, SCHEDULES)
@@ -161,7 +167,7 @@ def images_per_step(trainer: pl.Trainer) -> int | None:
     return min(images, len(data.splits()["train"])) if isinstance(data, ImageFolderDataModule) else images
 
 
-def count_steps(trainer: pl.Trainer, name: str) -> tuple[int, int]:
+def count_steps(trainer: pl.Trainer, settings: ScheduleSettings) -> tuple[int, int]:
     """Return the optimiser steps of an epoch and of the run.
 
     Lightning's ``estimated_stepping_batches`` would start the loader's workers, in a resumed run on the batches of
@@ -169,7 +175,7 @@ def count_steps(trainer: pl.Trainer, name: str) -> tuple[int, int]:
 
     Args:
         trainer: What trains.
-        name: The schedule.
+        settings: The schedule.
 
     Raises:
         UserError: The run has no end, and the schedule needs one.
@@ -185,6 +191,6 @@ def count_steps(trainer: pl.Trainer, name: str) -> tuple[int, int]:
     per_epoch = max(1, math.ceil(batches / trainer.accumulate_grad_batches))
     ends = [] if trainer.max_epochs in (None, -1) else [per_epoch * int(trainer.max_epochs)]
     ends += [trainer.max_steps] if trainer.max_steps >= 0 else []
-    if not ends and name in _NEED_AN_END:
-        raise UserError(f"model.schedule: {name} needs an end; set trainer.max_epochs or trainer.max_steps")
+    if not ends and settings.name in _NEED_AN_END and settings.class_path is None:
+        raise UserError(f"model.schedule: {settings.name} needs an end; set trainer.max_epochs or trainer.max_steps")
     return per_epoch, min(ends, default=2**62)

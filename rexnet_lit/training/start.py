@@ -13,56 +13,112 @@ from rexnet_lit.models import checkpoint, variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.models.weights import describe_mismatch, load_pretrained, load_weights, matching_rows
-from rexnet_lit.utils.errors import UserError, printable
+from rexnet_lit.utils.errors import MissingFileError, UserError, printable
 
 
-def load_start(
-    network: nn.Module, spec: ModelSpec, weights: str | None, pretrained: bool, keep_matching_classes: bool
-) -> None:
-    """Load the weights that training starts from, and print what became of the head.
+class StartingWeights:
+    """The weights that training starts from, loaded into a network by the constructor.
+
+    If they are missing, `require` raises that later, because a resumed run does not need them.
 
     Args:
-        network: The network.
+        network: The network; None if it starts from random weights.
         spec: Its description.
-        weights: A local file, or None.
-        pretrained: Whether to load timm's published weights if there is no file.
+        weights: A local file, or None for timm's published weights.
         keep_matching_classes: Whether to copy the head's rows of the classes with the same names.
+        keep_copy: Whether weights will be selected between these and the trained ones.
     """
-    if weights is not None:
-        _load_file(network, spec, weights, keep_matching_classes)
-    elif pretrained:
+
+    def __init__(
+        self,
+        network: nn.Module | None,
+        spec: ModelSpec,
+        weights: str | None,
+        keep_matching_classes: bool,
+        *,
+        keep_copy: bool,
+    ) -> None:
+        self._notes: list[str] = []
+        self.missing: MissingFileError | None = None
+        """Why the network still has random weights."""
+        self._keep_copy = keep_copy and spec.head.name == "linear" and network is not None and spec.network is None
+        self.state: dict[str, Tensor] | None = None
+        """A copy, if weights will be selected between these and the trained ones."""
+        if network is None:
+            return
+        try:
+            self._load(network, spec, weights, keep_matching_classes)
+        except MissingFileError as error:
+            self.missing = error
+        if self._keep_copy and self.missing is None:
+            self.state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+
+    def _load(self, network: nn.Module, spec: ModelSpec, weights: str | None, keep_matching_classes: bool) -> None:
+        if spec.network is not None:
+            raise UserError("model.weights is for a ReXNet; load the weights into your own model.network yourself")
+        if weights is not None:
+            self._notes += _load_file(network, spec, weights, keep_matching_classes)
+            return
         rows: dict[int, int] = {}
         if keep_matching_classes:
             same_head = spec.head.shape == HeadSpec().shape
             names = variants.published_names(spec.backbone) if same_head else None
-            rows = _matching_rows(spec, names, same_head, "the published model")
+            rows, note = _matching_rows(spec, names, same_head, "the published model")
+            self._notes.append(note)
         load_pretrained(network, spec.backbone, rows=rows)
 
+    def require(self, *, resumes: bool) -> None:
+        """Print what became of the head, before a new run starts.
 
-def _load_file(network: nn.Module, spec: ModelSpec, path: str, keep_matching_classes: bool) -> None:
+        Args:
+            resumes: Whether a checkpoint is resumed, which holds the weights.
+
+        Raises:
+            UserError: The weights are missing and needed.
+        """
+        if self.missing is not None and (self._keep_copy or not resumes):
+            raise self.missing
+        self.missing = None  # a checkpoint has the weights
+        notes, self._notes = self._notes, []
+        for note in () if resumes else notes:
+            rank_zero_only(print)(note, flush=True)
+
+    def settings(self) -> dict[str, str]:
+        """Return what identifies these weights, if they decide what ships; the head is solved again."""
+        if self.state is None:
+            return {}
+        backbone = {name: tensor for name, tensor in self.state.items() if not name.startswith("head.fc.")}
+        return {"weights": checkpoint.digest(backbone)[:12]}
+
+
+def _load_file(network: nn.Module, spec: ModelSpec, path: str, keep_matching_classes: bool) -> list[str]:
+    """Load a file; return what to say about the head."""
     state, source = checkpoint.load_starting_weights(path)
     if source is not None and source.backbone.partition(".")[0] != spec.backbone.partition(".")[0]:
         raise UserError(f"model.weights: {path} is a {source.backbone}, but model.backbone is {spec.backbone}")
     same_head = source is None or source.head.shape == spec.head.shape
     same_classes = same_head and (source is None or source.class_names == spec.class_names)
     rows: dict[int, int] = {}
+    notes = []
     if keep_matching_classes:
-        rows = _matching_rows(spec, None if source is None else source.class_names, same_head, path)
+        rows, note = _matching_rows(spec, None if source is None else source.class_names, same_head, path)
+        notes.append(note)
     kept = load_weights(network, state, f"model.weights: {path}", keep_head=same_classes, rows=rows)
     old = f"{len(state['head.fc.weight'])} classes" if "head.fc.weight" in state else "of another kind"
     head = "with its head" if kept else f"its head ({old}) is replaced by a new one ({spec.num_classes})"
-    rank_zero_only(print)(f"Starting from {path}: {head}.")
+    return [*notes, f"Starting from {path}: {head}."]
 
 
-def _matching_rows(spec: ModelSpec, names: Sequence[str] | None, same_head: bool, source: str) -> dict[int, int]:
+def _matching_rows(
+    spec: ModelSpec, names: Sequence[str] | None, same_head: bool, source: str
+) -> tuple[dict[int, int], str]:
+    """Return the rows to copy from the head of ``source``, and what to say about them."""
     if names is None or not same_head:
         why = "has another kind of head" if not same_head else "does not name its classes"
-        rank_zero_only(print)(f"model.keep_matching_classes: {source} {why}; none is kept.")
-        return {}
+        return {}, f"model.keep_matching_classes: {source} {why}; none is kept."
     rows = matching_rows(names, spec.class_names)
     known = tuple(spec.class_names[row] for row in rows)
-    rank_zero_only(print)(f"The starting weights know these classes by name ({_short(known)}).")
-    return rows
+    return rows, f"The starting weights know these classes by name ({_short(known)})."
 
 
 def initial_names(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:
@@ -99,13 +155,16 @@ def check_checkpoint(content: Mapping[str, Any], spec: ModelSpec, state: Mapping
     Args:
         content: The checkpoint.
         spec: The model that is to be resumed.
-        state: The tensors of its module.
+        state: The tensors of its network.
 
     Raises:
         UserError: The architecture, the classes or the tensors differ.
     """
     theirs, _ = checkpoint.read_record(content, "ckpt_path")
-    pairs = {"backbone": (theirs.backbone, spec.backbone)}
+    pairs: dict[str, tuple[object, object]] = {
+        "network": (theirs.network, spec.network),
+        "backbone": (theirs.backbone, spec.backbone),
+    }
     pairs |= {f"head.{k}": (v, getattr(spec.head, k)) for k, v in dataclasses.asdict(theirs.head).items()}
     for name, (then, now) in pairs.items():
         if then != now:
@@ -118,8 +177,8 @@ def check_checkpoint(content: Mapping[str, Any], spec: ModelSpec, state: Mapping
             f"ckpt_path: the checkpoint's classes ({_short(theirs.class_names)}) differ from the folder's "
             f"({_short(spec.class_names)}); to start a new run from its weights, use model.weights instead"
         )
-    tensors = content.get("state_dict")
-    difference = describe_mismatch(state, tensors if isinstance(tensors, dict) else {})
+    tensors = checkpoint.network_state(content)
+    difference = describe_mismatch(state, tensors)
     if difference:
         raise UserError(f"ckpt_path: the checkpoint's weights do not fit: {difference}")
 

@@ -33,6 +33,10 @@ class UserError(Exception):
         super().__init__(printable(" ".join(message.split())))
 
 
+class MissingFileError(UserError):
+    """A file that is not there; what does not need it may go on."""
+
+
 class Stopped(BaseException):
     """A signal has stopped the run, which has saved its state; the exit code is 128 + the signal.
 

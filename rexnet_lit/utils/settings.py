@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import importlib
 import numbers
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
 from rexnet_lit.utils.errors import UserError, did_you_mean
@@ -11,11 +14,87 @@ from rexnet_lit.utils.errors import UserError, did_you_mean
 T = TypeVar("T")
 
 
-def settings_of(kind: type[T], value: T | str | dict[str, Any]) -> T:
-    """Return ``value`` as settings: in Python a name stands for its defaults, and a mapping for its fields."""
+def settings_of(kind: type[T], value: T | str | Mapping[str, Any], key: str) -> T:
+    """Return ``value`` as settings: in Python a name stands for its defaults, and a mapping for its fields.
+
+    Args:
+        kind: A dataclass.
+        value: Such settings, a name, or a mapping.
+        key: The setting, as the user writes it: ``model.loss``.
+
+    Raises:
+        UserError: It is something else, or has an unknown key.
+    """
     if isinstance(value, str):
         return kind(name=value)  # type: ignore[call-arg]
-    return kind(**value) if isinstance(value, dict) else value
+    if isinstance(value, Mapping):
+        known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+        for name in value:
+            if name not in known:
+                raise UserError(f"{key}.{name}: there is no such setting{did_you_mean(name, known)}")
+        return kind(**value)
+    if not isinstance(value, kind):
+        raise UserError(f"{key} is {value!r}; expected a name, a mapping, or {kind.__name__}")
+    return value
+
+
+def settings_and_own(kind: type[T], value: Any, key: str) -> tuple[T, Any]:
+    """Return settings, and the user's own part in their place: an object or what builds it; None if there is none.
+
+    Args:
+        kind: A dataclass with the fields ``class_path`` and ``init_args``.
+        value: As `settings_of` takes it, perhaps with a ``class_path``; or an object, a class or a function.
+        key: The setting, as the user writes it: ``model.loss``.
+
+    Raises:
+        UserError: It is neither settings nor such an object, or there is no such class.
+    """
+    if isinstance(value, kind | str | Mapping) or not callable(value):
+        settings: Any = settings_of(kind, value, key)
+        return settings, own_part(settings.class_path, settings.init_args, key)
+    return kind(class_path=class_path_of(value)), value  # type: ignore[call-arg]
+
+
+def own_part(class_path: str | None, init_args: Mapping[str, Any] | None, key: str) -> Callable[..., Any] | None:
+    """Return what builds the class with a path; None for no path."""
+    return None if class_path is None else functools.partial(import_class(class_path, key), **(init_args or {}))
+
+
+def import_class(path: str, key: str) -> Any:
+    """Return the class or function with a path such as ``torch.nn.CrossEntropyLoss``.
+
+    Raises:
+        UserError: There is none.
+    """
+    module, _, name = path.rpartition(".")
+    try:
+        found = importlib.import_module(module) if module else None
+    except ImportError as error:
+        raise UserError(f"{key}.class_path: {path!r} cannot be imported: {error}") from None
+    if not hasattr(found, name):
+        near = did_you_mean(name, dir(found)) if found else "; give its full path, such as my_module.MyClass"
+        raise UserError(f"{key}.class_path: there is no class {path!r}{near}")
+    return getattr(found, name)
+
+
+def class_path_of(value: Any) -> str:
+    """Return the path of an object's class, of a class, or of a function."""
+    while isinstance(value, functools.partial):
+        value = value.func
+    kind = value if hasattr(value, "__qualname__") else type(value)
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def call_own(own: Callable[..., Any], key: str, *args: Any) -> Any:
+    """Call a user's own class or function.
+
+    Raises:
+        UserError: It refuses its arguments.
+    """
+    try:
+        return own(*args)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{key}: {class_path_of(own)} cannot be built: {error}") from error
 
 
 def check_choice(key: str, value: object, choices: Iterable[object]) -> None:

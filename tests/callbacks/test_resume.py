@@ -18,12 +18,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from cli_tools import rows_of
 from module_tools import data_of, model_of, trainer_of
 from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from rexnet_lit.callbacks import run_folder as run_folders
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.callbacks.nan_guard import NaNGuard
-from rexnet_lit.cli import run_folder as run_folders
 from rexnet_lit.models import checkpoint
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import Stopped, UserError
@@ -83,11 +85,6 @@ def resumed(cwd, *settings, version=0):
     return weights(cwd, version)
 
 
-def rows_of(path):
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
 # --- killed ---------------------------------------------------------------------------------------
 
 EMA = ("--model.ema", 0.9)
@@ -126,7 +123,7 @@ def test_a_run_ended_by_its_steps_can_go_on(whole, cwd, first):
     assert fit(cwd, *constant, "--trainer.max_steps", first).code == 0
     assert (run_folder(cwd) / "checkpoints" / "best.ckpt").is_file()
     assert differing(resumed(cwd, *constant, "--trainer.max_steps", STEPS), whole(*constant)) == []
-    assert [row["epoch"] for row in rows_of(run_folder(cwd) / "metrics.csv") if row["val/loss"]] == ["0", "1", "2"]
+    assert [row["epoch"] for row in rows_of(run_folder(cwd) / "metrics.csv")] == ["0", "1", "2", ""]  # what ships
 
 
 @pytest.mark.slow
@@ -216,7 +213,7 @@ def test_the_best_weights_are_those_that_were_validated(cwd):
 def test_without_a_validation_the_last_weights_ship(cwd):
     done = fit(cwd, "--trainer.limit_val_batches", 0, "--trainer.max_epochs", 1)
     assert done.code == 0, done.out
-    assert "Fit finished, without a validation" in done.out
+    assert "Fit finished. Kept: the last weights (nothing was validated)" in done.out
     best, last = (checkpoint.load_model(run_folder(cwd) / "checkpoints" / f"{n}.ckpt").state for n in ("best", "last"))
     assert differing(best, last) == []
     refused = fit(cwd, "--trainer.limit_val_batches", 0, "--model.schedule", "plateau")
@@ -233,7 +230,7 @@ def test_a_run_that_stopped_early_stays_so(cwd):
     settings = ("--config", early, "--trainer.max_epochs", 8)
     done = fit(cwd, *settings)
     assert done.code == 0
-    assert "Fit finished by EarlyStopping. Best epoch: " in done.out
+    assert "Fit finished by EarlyStopping. Kept: epoch " in done.out
     before = weights(cwd)
     (run_folder(cwd) / "model.safetensors").unlink()
     done = fit(cwd, *settings, "--ckpt_path", "last")
@@ -249,9 +246,10 @@ def test_several_validations_in_an_epoch(whole, cwd):
     done = fit(cwd, *settings)
     assert done.code == 0, done.out
     said = float(re.search(r"^  val/top1 +(\S+)", done.out, re.MULTILINE)[1])
-    found = [float(row["val/top1"]) for row in rows_of(run_folder(cwd) / "metrics.csv") if row["val/top1"]]
+    found = [event.value for event in logged(cwd, "val/top1")]
     assert said == pytest.approx(max(found), abs=1e-4)
     assert len(found) == STEPS
+    assert float(rows_of(run_folder(cwd) / "metrics.csv")[-1]["val/top1"]) == pytest.approx(max(found))
     assert fit(cwd, *settings, trouble=("kill", 8), save_every=-1).code == -signal.SIGKILL
     done = fit(cwd, *settings, "--ckpt_path", "last")
     assert "after 8 steps" in done.out
@@ -307,17 +305,16 @@ def test_the_history_is_kept_and_not_doubled(cwd):
     assert fit(cwd, trouble=("kill", 14)).code == -9
     resumed(cwd, "--trainer.log_every_n_steps", 1)
     rows = rows_of(run_folder(cwd) / "metrics.csv")
-    assert [int(row["epoch"]) for row in rows if row["val/top1"]] == [0, 1, 2]
-    assert [int(row["epoch"]) for row in rows if row["train/loss"]] == [0, 1, 2]
+    assert [row["epoch"] for row in rows if row["val/top1"]] == ["0", "1", "2", ""]
+    assert [row["epoch"] for row in rows if row["train/loss"]] == ["0", "1", "2"]
 
 
 def test_no_step_is_missing_of_a_run_that_was_told_to_stop(whole_run, cwd):
     settings = ("--trainer.log_every_n_steps", 1)
     assert fit(cwd, *settings, trouble=("term", 8)).code == 143
     resumed(cwd, *settings)
-    rows, wanted = (rows_of(run_folder(where) / "metrics.csv") for where in (cwd, whole_run(*settings)))
-    assert [row["train/loss_step"] for row in rows] == [row["train/loss_step"] for row in wanted]
-    assert [row["step"] for row in rows] == [row["step"] for row in wanted]
+    found, wanted = (logged(where, "train/loss_step") for where in (cwd, whole_run(*settings)))
+    assert [(event.step, event.value) for event in found] == [(event.step, event.value) for event in wanted]
 
 
 def test_a_resume_needs_no_starting_weights(cwd):
@@ -397,7 +394,12 @@ def test_told_to_stop_it_saves_and_says_how_to_go_on(whole_run, cwd, trouble, co
 def epoch_rows(cwd):
     """What a run's record says of its epochs, the mean loss of one that was interrupted too."""
     rows = [row for row in rows_of(run_folder(cwd) / "metrics.csv") if row["train/loss"] or row["val/loss"]]
-    return [{name: value for name, value in row.items() if name != "train/loss_step"} for row in rows]
+    return [{name: value for name, value in row.items() if name != "images/s"} for row in rows]
+
+
+def logged(cwd, tag):
+    """What TensorBoard shows of a run."""
+    return EventAccumulator(str(run_folder(cwd))).Reload().Scalars(tag)
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -523,8 +525,8 @@ def test_a_worker_without_shared_memory(cwd):
 def test_logs_that_cannot_be_written_end_no_training(whole, cwd):
     done = fit(cwd, trouble=("no room for logs", 7))
     assert done.code == 0, done.out
-    for name in ("RunTensorBoardLogger", "RunCSVLogger"):
-        assert done.out.count(f"{name}: the log in ") == 1
+    assert done.out.count("RunTensorBoardLogger: the log in ") == 1
+    assert done.out.count("the record of the run cannot be written") == 1
     assert "cannot be written (No space left on device); training continues without it" in done.out
     assert differing(weights(cwd), whole()) == []
     with (run_folder(cwd) / "metrics.csv").open() as file:  # what was written before is still there
@@ -660,7 +662,7 @@ def test_a_lock_file_that_its_holder_removes_is_not_taken(tmp_path, monkeypatch)
 def test_runs_that_start_at_once_get_folders_of_their_own(tmp_path):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         claimed = list(pool.map(lambda _: run_folders.claim(tmp_path), range(40)))
-    assert sorted(map(run_folders.run_number, claimed)) == list(range(40))
+    assert sorted(int(folder.name[8:]) for folder in claimed) == list(range(40))
 
 
 def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
@@ -676,7 +678,7 @@ def test_a_run_that_wrote_nothing_leaves_no_folder(tmp_path):
 def test_a_run_without_a_validation_says_where_it_is(cwd):
     done = fit(cwd, "--trainer.max_steps", 2)
     assert done.code == 0, done.out
-    assert "Fit finished, without a validation" in done.out
+    assert "Fit finished. Kept: the last weights (nothing was validated)" in done.out
     assert (run_folder(cwd) / "model.safetensors").is_file()
     done = fit(cwd, "--trainer.fast_dev_run", "true")
     assert done.code == 0, done.out
@@ -688,7 +690,7 @@ def test_without_a_logger_there_are_run_folders_too(cwd):
     (run_folder(cwd) / "checkpoints").mkdir(parents=True)
     assert fit(cwd, "--trainer.logger", "false", "--trainer.max_epochs", 1).code == 0
     names = {file.name for file in run_folder(cwd, 1).iterdir()}
-    assert names == {"checkpoints", "config.yaml", "metrics.csv", "model.safetensors"}
+    assert names == {"checkpoints", "config.yaml", "metrics.csv", "model.safetensors", "result.json"}
 
 
 def test_a_resume_refuses_changed_images_unless_told(run, home, make_shapes):
@@ -746,7 +748,7 @@ def test_the_newest_valid_checkpoint(run):
     assert re.search(rf"^resuming \S+{re.escape(checkpoint.PREVIOUS)}, after 6 steps$", done.out, re.M)
     (folder / "last.ckpt").write_bytes(content)
     (folder / checkpoint.PREVIOUS).write_bytes(content[: len(content) // 2])
-    line = failed(fit(run, "--ckpt_path", "last"), "there is no checkpoint to resume below runs/lightning_logs")
+    line = failed(fit(run, "--ckpt_path", "last"), "there is no checkpoint to resume below runs")
     assert line.count("skipped: ") == 2
 
 
@@ -762,7 +764,7 @@ def test_every_flipped_byte_is_seen(tmp_path):
 
 def test_nothing_to_resume(tmp_path):
     with pytest.raises(UserError, match="there is no checkpoint to resume"):
-        run_folders.find_last_checkpoint(tmp_path)
+        run_folders.find_last_checkpoint([tmp_path])
 
 
 def test_weights_cannot_be_resumed(run):
@@ -778,7 +780,7 @@ def test_a_moved_run_goes_on_and_knows_its_best(run):
     assert not (run / "runs").exists()
     best = checkpoint.read_ckpt(str(last.with_name("best.ckpt")))
     state = next(v for k, v in best["callbacks"].items() if k.startswith("RunCheckpoint"))
-    tops = [float(row["val/top1"]) for row in rows_of(last.parents[1] / "metrics.csv") if row["val/top1"]]
+    tops = [float(row["val/top1"]) for row in rows_of(last.parents[1] / "metrics.csv") if row["epoch"]]
     assert len(tops) == 3
     assert float(state["best_model_score"]) == pytest.approx(max(tops))
 

@@ -10,9 +10,6 @@ import torch
 from module_tools import data_of, model_of, trainer_of
 
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.callbacks.console import ConsoleSummary
-from rexnet_lit.callbacks.run_files import RunFiles
-from rexnet_lit.callbacks.weight_selection import WeightSelection
 from rexnet_lit.models import checkpoint
 
 
@@ -24,19 +21,22 @@ def weights(tmp_path):
 
 
 def fit(folder, shapes, saver=None, epochs=1, **settings):
-    module, saver = model_of(strategy={"blend": True}, **settings), saver or RunCheckpoint()
-    callbacks = [WeightSelection(), ConsoleSummary(lines=False), RunFiles()]
-    trainer = trainer_of(folder, max_epochs=epochs, enable_checkpointing=True, callbacks=[*callbacks, saver])
+    module, saver = model_of(strategy={"blend": True}, select="loss", **settings), saver or RunCheckpoint()
+    trainer = trainer_of(folder, max_epochs=epochs, enable_checkpointing=True, callbacks=[saver])
     trainer.fit(module, data_of(shapes))
     best, last = (checkpoint.load_model(Path(saver.dirpath) / name).state for name in ("best.ckpt", "last.ckpt"))
     return module, best, last
 
 
-def saver_of_the_worst():
-    """Keep, as the best epoch, the one with the lowest top-1: another than the last."""
-    saver = RunCheckpoint()
-    saver.mode, saver.kth_value = "min", torch.tensor(torch.inf)
-    return saver
+class WorstCheckpoint(RunCheckpoint):
+    """Keeps, as the best epoch, the one with the lowest top-1: another than the last."""
+
+    def setup(self, trainer, pl_module, stage):
+        super().setup(trainer, pl_module, stage)
+        self.mode, self.kth_value = "min", torch.tensor(torch.inf)
+
+    def _is_best(self, trainer, candidates):
+        return self.best_model_score is None or self.check_monitor_top_k(trainer, candidates[self.monitor])
 
 
 def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
@@ -48,12 +48,12 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
     )
     start, end, kept, chosen = found.groups()
     assert float(chosen) > float(end) < float(start)
-    summary = out.partition("Fit finished. Selected weights: ")[2]
+    summary = out.partition("Fit finished. Kept: ")[2]
     assert summary.startswith(kept)
     assert float(re.search(r"val/top1 +(\S+)", summary)[1]) == pytest.approx(float(chosen), abs=5e-4)
     ends = {"the starting weights": 0, "the last epoch with a solved head": 100}
     share = ends[kept] if kept in ends else float(kept.partition("% of the way from the starting weights")[0])
-    for name, begun in module.start.items():
+    for name, begun in module.start.state.items():
         if name.startswith("head.fc") or not begun.is_floating_point():
             continue
         torch.testing.assert_close(best[name], begun.lerp(last[name], share / 100), msg=name)
@@ -62,7 +62,7 @@ def test_the_best_of_the_line_is_what_ships(tmp_path, shapes, weights, capsys):
 
 
 def test_from_scratch_the_last_epoch_may_be_better_than_the_best(tmp_path, shapes, capsys):
-    saver = saver_of_the_worst()
+    saver = WorstCheckpoint()
     _, best, last = fit(tmp_path, shapes, saver, epochs=12, head="mlp", optimizer={"lr": 0.004})
     assert "selected: the last epoch" in capsys.readouterr().out
     assert float(saver.best_model_score) < 1
@@ -75,7 +75,7 @@ def test_from_scratch_a_solved_head_may_be_better_than_the_learned_one(tmp_path,
     out = capsys.readouterr().out
     end, chosen = re.search(r"(\S+) for the last epoch; selected: .+ with a solved head \((\S+)\)", out).groups()
     assert float(chosen) >= float(end)
-    assert module.start is None
+    assert module.start.state is None
     assert {name for name, tensor in best.items() if not torch.equal(tensor, last[name])} == {
         "head.fc.weight",
         "head.fc.bias",
@@ -87,7 +87,7 @@ def test_a_best_epoch_that_may_be_luck_is_told(tmp_path, shapes, capsys, monkeyp
     right = torch.eye(3).repeat_interleave(4, dim=0)
     found = iter([3 * right, 3 * torch.cat([right[:-1], right[:1]])])  # of the best epoch, then of the last
     monkeypatch.setattr("rexnet_lit.callbacks.weight_selection.head_logits", lambda module, features: next(found))
-    fit(tmp_path, shapes, saver_of_the_worst(), epochs=6, head="cosine")
+    fit(tmp_path, shapes, WorstCheckpoint(), epochs=6, head="cosine")
     out = capsys.readouterr().out
     assert "selected: the last epoch (0.917), the lower val loss of the best epoch may be chance." in out
     assert "Fit finished. Selected weights: the last epoch\n" in out
@@ -103,7 +103,7 @@ def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys
         monkeypatch.setattr(
             "rexnet_lit.callbacks.weight_selection.head_logits", lambda module, features, found=found: next(found)
         )
-        fit(tmp_path / str(calibrate), shapes, saver_of_the_worst(), epochs=6, head="mlp", calibrate=calibrate)
+        fit(tmp_path / str(calibrate), shapes, WorstCheckpoint(), epochs=6, head="mlp", calibrate=calibrate)
         kept = re.search("selected: (.*) \\(", capsys.readouterr().out)[1]
         assert kept == ("the last epoch" if calibrate else "the best epoch")
 
@@ -116,15 +116,15 @@ def test_one_epoch_of_another_head_is_compared_with_nothing(tmp_path, shapes, ca
 def test_other_starting_weights_are_another_run(weights, tmp_path):
     """They decide what ships, so a resume compares them."""
     module = model_of()
-    digests = [model_of(strategy={"blend": True}, weights=weights).settings()["weights"]]
+    digests = [model_of(strategy={"blend": True}, weights=weights).start.settings()["weights"]]
     for layer in ("head.fc", "stem.conv"):
         torch.nn.init.ones_(module.network.get_submodule(layer).weight)
         other = tmp_path / f"{layer}.safetensors"
         checkpoint.save_model(other, module.spec, module.network.state_dict())
-        digests.append(model_of(strategy={"blend": True}, weights=str(other)).settings()["weights"])
+        digests.append(model_of(strategy={"blend": True}, weights=str(other)).start.settings()["weights"])
     assert digests[0] == digests[1] != digests[2]  # the head is solved anew
 
 
 @pytest.mark.parametrize("settings", [{}, {"head": "mlp"}, {"strategy": {"name": "linear_probe", "blend": True}}])
 def test_where_there_is_no_line(settings):
-    assert model_of(**{"strategy": {"blend": True}, **settings}).start is None
+    assert model_of(**{"strategy": {"blend": True}, **settings}).start.state is None

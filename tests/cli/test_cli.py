@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import gc
 import itertools
 import json
@@ -21,7 +20,7 @@ import lightning.pytorch as pl
 import pytest
 import torch
 import yaml
-from cli_tools import NAMES, fails, lively_model, run_rexnet, write_dataset, write_pictures
+from cli_tools import NAMES, fails, lively_model, rows_of, run_rexnet, write_dataset, write_pictures
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -417,11 +416,6 @@ def files_of(folder):
     return {str(f.relative_to(folder)) for f in Path(folder).rglob("*") if f.is_file()}
 
 
-def rows_of(path):
-    with Path(path).open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 @pytest.fixture(scope="module")
 def fitted(tmp_path_factory):
     """A fit of two epochs in a process of its own: its folder, which holds only the data and what the run wrote."""
@@ -454,6 +448,7 @@ def test_fit_writes_the_contracts_files_and_nothing_else(fitted):
         for name in (
             "config.yaml",
             "metrics.csv",
+            "result.json",
             "model.safetensors",
             "checkpoints/best.ckpt",
             "checkpoints/last.ckpt",
@@ -464,7 +459,7 @@ def test_fit_writes_the_contracts_files_and_nothing_else(fitted):
     assert config["trainer"]["max_epochs"] == 2  # the command line beats the config
     assert config["data"]["image_size"] == 32
     board = EventAccumulator(str(base / folder)).Reload()
-    assert board.Tags()["images"] == ["augmented samples"]
+    assert board.Tags()["images"] == ["augmented samples", "confusion matrix", "worst mistakes"]
     epochs = rows_of(base / folder / "metrics.csv")
     assert {"train/loss", "val/loss", "val/top1", "val/macro_f1", "val/ece"} <= set(epochs[0])
 
@@ -500,7 +495,7 @@ def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, m
     own = checkpoint.digest(checkpoint.load_model(model).state)
     assert (run / "report" / "weights.sha256").read_text() == own + "\n"
     metrics = json.loads((run / "report" / "metrics.json").read_text())
-    assert {"top1", "macro_f1", "nll", "ece", "count", "per_class"} == set(metrics)  # top5 needs more classes
+    assert {"top1", "macro_f1", "nll", "ece", "count", "per_class", "split"} == set(metrics)  # top5 needs more classes
     assert metrics["count"] == 12
     assert set(metrics["per_class"]) == set(NAMES)
     classifier = rexnet_lit.load(model, device="cpu")
@@ -720,10 +715,10 @@ def test_the_summary_of_a_run_out_of_time_or_without_checkpoints(tmp_path, capsy
     every = ("--config", mine, "--trainer.log_every_n_steps", 1, "--trainer.max_epochs", 1000)
     assert _quick("data", *every, "--trainer.max_time", "00:00:00:02") == 0
     assert "Fit finished by trainer.max_time" in capsys.readouterr().out
-    rates = [row for row in rows_of("runs/lightning_logs/version_0/metrics.csv") if row["lr-AdamW/pg1"]]
-    assert len(rates) == len({row["step"] for row in rates}) > 0
+    rates = EventAccumulator("runs/lightning_logs/version_0").Reload().Scalars("lr")
+    assert len(rates) == len({event.step for event in rates}) > 0
     assert _quick("data", "--trainer.enable_checkpointing", "false") == 0
-    assert "Fit finished. Nothing was saved: trainer.enable_checkpointing is false.\n" in capsys.readouterr().out
+    assert "Fit finished. Nothing was saved: the trainer's enable_checkpointing is false.\n" in capsys.readouterr().out
 
 
 def test_trainer_errors_are_one_line(images, capsys, tmp_path):

@@ -38,7 +38,7 @@ def predictions(n, names, seed=0, pull=2.0):
 
 
 def results_of(p):
-    """What `training.metrics.test_results` returns for predictions, by scikit-learn."""
+    """What `training.metrics.stage_results` returns for predictions, by scikit-learn."""
     from sklearn.metrics import accuracy_score, f1_score, precision_recall_fscore_support, top_k_accuracy_score
 
     labels, correct = np.arange(len(p.class_names)), p.predicted == p.targets

@@ -11,10 +11,7 @@ import torch
 from module_tools import data_of, model_of, trainer_of
 from scipy.optimize import minimize_scalar
 
-from rexnet_lit.callbacks.calibration import Calibrate
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.callbacks.console import ConsoleSummary
-from rexnet_lit.callbacks.run_files import RunFiles
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import fit_temperature
 from rexnet_lit.utils.errors import UserError
@@ -60,10 +57,8 @@ def test_thirty_right_answers_are_no_certainty():
 
 def fit(folder: Path, root: Path, precision: str = "32-true", **settings: object) -> tuple[object, dict, dict]:
     module = model_of(calibrate=True, **settings)
-    saver, callbacks = RunCheckpoint(), [Calibrate(), ConsoleSummary(lines=False), RunFiles()]
-    trainer = trainer_of(
-        folder, max_epochs=1, precision=precision, enable_checkpointing=True, callbacks=[*callbacks, saver]
-    )
+    saver = RunCheckpoint()
+    trainer = trainer_of(folder, max_epochs=1, precision=precision, enable_checkpointing=True, callbacks=[saver])
     trainer.fit(module, data_of(root))
     return module, *(checkpoint.load_model(Path(saver.dirpath) / name).state for name in ("best.ckpt", "last.ckpt"))
 
@@ -114,7 +109,6 @@ def test_a_rewritten_best_is_not_resumed_from(shapes, tmp_path):
         tmp_path / "again",
         max_epochs=2,
         enable_checkpointing=True,
-        callbacks=[ConsoleSummary(lines=False), RunCheckpoint()],
     )
     with pytest.raises(UserError, match=r"resume the last\.ckpt beside it"):
         trainer.fit(module, data_of(shapes), ckpt_path=next(tmp_path.rglob("best.ckpt")))

@@ -71,7 +71,7 @@ def test_results_are_the_logged_values_and_scikit_learn_s(classes):
     logits, targets = draw(classes)
     logits, missing = np.pad(logits, ((0, 0), (0, 1)), constant_values=-9), classes  # a class that never occurs
     collection = collect(logits, targets, np.array_split(np.arange(203), 7), "test/")
-    found = metrics.test_results(collection)
+    found = metrics.stage_results(collection)
     logged = {name.removeprefix("test/"): float(value) for name, value in collection.compute().items()}
     assert {name: found["nll" if name == "loss" else name] for name in logged} == logged  # to the last digit
     assert ("top5" in found) == (classes > 4)

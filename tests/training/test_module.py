@@ -25,6 +25,7 @@ from rexnet_lit.models import checkpoint, rexnet, variants, weights
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.rexnet import build_network
 from rexnet_lit.models.spec import ModelSpec
+from rexnet_lit.training import parts
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.training.optim import OptimizerSettings
@@ -106,9 +107,9 @@ def test_a_long_training_is_told_from_a_short_one(shapes, tmp_path):
     trainer.fit(module, data_of(shapes))
     for epochs, long in ((1, False), (204_000, False), (204_300, True)):
         trainer.fit_loop.max_epochs = epochs
-        assert module._trains_long() == long
+        assert parts.trains_long(module) == long
     trainer.limit_train_batches = 1  # of three
-    assert not module._trains_long()
+    assert not parts.trains_long(module)
 
 
 def test_images_follow_the_weights_layout():
@@ -183,9 +184,11 @@ def test_the_averaged_weights_are_validated_and_kept(tmp_path, shapes):
     assert found["val/top1"] == pytest.approx(trainer.checkpoint_callback.best_model_score.item())
 
 
-def test_no_average_unless_asked_for():
-    assert model_of().configure_callbacks() == []
-    assert [type(c) for c in model_of(ema=0.9).configure_callbacks()] == [WeightAveraging]
+@pytest.mark.parametrize("ema", [0.0, 0.9])
+def test_no_average_unless_asked_for(ema, shapes, tmp_path):
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(model_of(ema=ema), data_of(shapes))
+    assert any(isinstance(c, WeightAveraging) for c in trainer.callbacks) is bool(ema)
 
 
 # --- metrics --------------------------------------------------------------------------------------
@@ -352,7 +355,9 @@ def test_rows_of_classes_that_the_weights_know(tmp_path, capsys):
     spec = ModelSpec("rexnet_100", ("Square", "moon", "circle", "star"), HeadSpec(), EvalRecipe(32))
     checkpoint.save_model(tmp_path / "m.safetensors", spec, source.state_dict())
     weights = str(tmp_path / "m.safetensors")
-    fresh, kept = state_of(model_of()), state_of(model_of(weights=weights, keep_matching_classes=True))
+    module = model_of(weights=weights, keep_matching_classes=True)
+    module.start.require(resumes=False)
+    fresh, kept = state_of(model_of()), state_of(module)
     assert "these classes by name (2: circle, square)" in capsys.readouterr().out
     theirs = source.state_dict()
     for ours, row in ((0, 2), (2, 0)):
@@ -397,7 +402,9 @@ def test_pretrained_is_never_silently_random(no_network, tmp_path, monkeypatch):
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     with pytest.raises(UserError, match=r"model\.pretrained"):
-        RexNetModule(num_classes=3)
+        RexNetModule(num_classes=3).start.require(resumes=False)
+    with pytest.raises(UserError, match=r"model\.pretrained"):
+        RexNetModule(num_classes=3)(torch.zeros(1, 3, 32, 32))
 
 
 def model_file(folder: Path, state: dict[str, torch.Tensor], head: HeadSpec) -> checkpoint.Model:
@@ -523,7 +530,7 @@ def test_what_lightning_would_ask_of_the_data_otherwise(tmp_path, shapes):
 )
 def test_wrong_settings(settings, message):
     with pytest.raises(UserError, match=message):
-        model_of(**settings)
+        model_of(**settings).start.require(resumes=False)
 
 
 def test_a_trained_head_survives_another_dropout(tmp_path):

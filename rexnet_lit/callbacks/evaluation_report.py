@@ -1,4 +1,4 @@
-"""The report of a test."""
+"""The report of a test or of a validation."""
 
 from __future__ import annotations
 
@@ -8,44 +8,53 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from rexnet_lit.callbacks.console import main_metrics
 from rexnet_lit.callbacks.predictions import PredictionCollector
 from rexnet_lit.data import decode, verify
 from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.data.splits import Split
 from rexnet_lit.models import checkpoint
 from rexnet_lit.report.predictions import Predictions
 from rexnet_lit.report.test_page import write_report
-from rexnet_lit.training.metrics import test_results
+from rexnet_lit.training.metrics import main_metrics, stage_results
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.files import unused_path
 
 
-class TestReport(PredictionCollector):
-    """Writes ``report/`` into the run folder ``folder`` after a test."""
-
-    __test__ = False  # pytest would collect it because of its name
+class EvaluationReport(PredictionCollector):
+    """Writes ``report/`` into the run folder ``folder`` after a test or a validation."""
 
     def __init__(self, folder: Path) -> None:
         super().__init__()
         self.folder = folder
         self.metrics: dict[str, Any] = {}
 
+    on_test_batch_end = on_validation_batch_end = PredictionCollector.collect
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Write the report."""
+        """Write the report of a test."""
+        self._write(trainer, pl_module, "test")
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Write the report of a validation."""
+        self._write(trainer, pl_module, "val")
+
+    def _write(self, trainer: Trainer, pl_module: LightningModule, split: Split) -> None:
         data = find_datamodule(trainer)
         if data is None or not isinstance(pl_module, RexNetModule):
             return
         indices, probs = self.gather(trainer)
-        self.metrics = test_results(pl_module.test_metrics)
+        metrics = pl_module.test_metrics if split == "test" else pl_module.val_metrics
+        self.metrics = {**stage_results(metrics), "split": split}
         if not trainer.is_global_zero:
             return
-        spec, images = pl_module.spec, data.splits()["test"]
+        name = {"test": "Test", "val": "Validation"}[split]
+        spec, images = pl_module.spec, data.splits()[split]
         samples, size = images.take(indices), spec.eval_recipe.image_size
         facts = {
             "Model": f"{spec.backbone}, {spec.head.name} head",
             "Input": f"{size} x {size} pixels",
             "Classes": str(spec.num_classes),
-            "Test images": f"{len(samples)} of {len(images)}" if len(samples) < len(images) else str(len(images)),
+            f"{name} images": f"{len(samples)} of {len(images)}" if len(samples) < len(images) else str(len(images)),
             "Left out as unreadable": str(len(data.bad_files)),
         }
         predictions = Predictions(list(samples.paths), probs, samples.targets, spec.class_names)
@@ -57,7 +66,7 @@ class TestReport(PredictionCollector):
             predictions,
             self.metrics,
             read_image=lambda path: decode.read(root / path, 160),
-            title=f"Test report: {Path(root).name}",
+            title=f"{name} report: {Path(root).name}",
             facts=facts,
             history=_history(self.folder / "metrics.csv"),
             weights=checkpoint.digest(pl_module.network.state_dict()),

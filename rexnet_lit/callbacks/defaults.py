@@ -1,0 +1,72 @@
+"""The callbacks that every fit gets: from the command line, in a notebook, with any ``Trainer``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+
+from rexnet_lit.callbacks.averaging import EMA
+from rexnet_lit.callbacks.calibration import Calibrate
+from rexnet_lit.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.callbacks.console import ConsoleSummary
+from rexnet_lit.callbacks.nan_guard import NaNGuard
+from rexnet_lit.callbacks.pictures import AugmentedSamples, ValidationPictures
+from rexnet_lit.callbacks.record import RunRecord
+from rexnet_lit.callbacks.run_files import RunFiles
+from rexnet_lit.callbacks.weight_selection import WeightSelection
+from rexnet_lit.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from rexnet_lit.training.module import RexNetModule
+
+_DEFAULTS = (
+    RunRecord, WeightSelection, Calibrate, RunFiles, AugmentedSamples, ValidationPictures, ConsoleSummary, NaNGuard,
+)  # fmt: skip
+
+
+def callbacks_of(module: RexNetModule) -> list[Callback]:
+    """Return the callbacks of a fit, but for those that the trainer has: an earlier fit's, or the user's own.
+
+    Checkpoints of Lightning's default `ModelCheckpoint` are replaced by those of `RunCheckpoint`; one that the user
+    has set up stays. A trainer that has trained another module starts anew.
+    """
+    if module._trainer is None or module.trainer.state.fn != "fit":
+        return []
+    trainer = module.trainer
+    given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if module.ema and any(isinstance(c, WeightAveraging) and not isinstance(c, EMA) for c in given):
+        raise UserError("trainer.callbacks: WeightAveraging and model.ema both average the weights; leave one out")
+    trained = next((c for c in given if isinstance(c, RunFiles)), None)
+    if trained is not None and trained.module not in (None, module):
+        _start_anew(trainer)
+        given = trainer.callbacks  # type: ignore[attr-defined]
+    saves = any(isinstance(c, ModelCheckpoint) for c in given)
+    if saves and not any(isinstance(c, RunCheckpoint) for c in given):
+        # Not returned: Lightning would take it for a replacement of every ModelCheckpoint.
+        kept = [c for c in given if not _is_lightnings_default(c)]
+        trainer.callbacks = [*kept, RunCheckpoint()]  # type: ignore[attr-defined]
+    found = [c for c in (kind() for kind in _DEFAULTS) if not any(type(g) is type(c) for g in given)]
+    return [*found, *([EMA(module.ema)] if module.ema and not any(isinstance(c, EMA) for c in given) else [])]
+
+
+def _is_lightnings_default(callback: Callback) -> bool:
+    """Return whether a callback is what Lightning adds where the user has given no checkpoint callback."""
+    return type(callback) is ModelCheckpoint and vars(callback) == vars(ModelCheckpoint())
+
+
+def _start_anew(trainer: Trainer) -> None:
+    """Forget the training of another module: its progress, its callbacks, its best weights."""
+    ours = (*_DEFAULTS, EMA)
+    kept = [c for c in trainer.callbacks if type(c) not in ours]  # type: ignore[attr-defined]
+    trainer.callbacks = kept  # type: ignore[attr-defined]
+    for callback in kept:
+        if isinstance(callback, RunCheckpoint):
+            callback.reset()
+    loop = trainer.fit_loop
+    fresh = type(loop)(trainer, loop.min_epochs, loop.max_epochs)
+    fresh.epoch_loop = type(loop.epoch_loop)(trainer, loop.epoch_loop.min_steps, loop.epoch_loop.max_steps)
+    loop.load_state_dict(fresh.state_dict())
+    loop.restarting = loop._loaded_from_state_dict = False
+    trainer.should_stop = False

@@ -1,0 +1,180 @@
+"""The parts of a `RexNetModule`: built from its settings, or a user's own in their place."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
+
+import lightning.pytorch as pl
+import numpy as np
+import timm.models.rexnet
+from lightning.pytorch.utilities import rank_zero_only
+from timm.models import PretrainedCfg
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LambdaLR
+from torchmetrics import Metric
+
+from rexnet_lit.data.datamodule import ImageFolderDataModule, any_datamodule, find_datamodule
+from rexnet_lit.models import variants
+from rexnet_lit.models.heads import HeadSpec
+from rexnet_lit.models.spec import ModelSpec
+from rexnet_lit.training import optim, schedules
+from rexnet_lit.training.freezing import StrategySettings
+from rexnet_lit.training.losses import LossSettings
+from rexnet_lit.training.optim import OptimizerSettings
+from rexnet_lit.training.schedules import Plateau, ScheduleSettings
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.settings import call_own, class_path_of, own_part
+
+if TYPE_CHECKING:
+    from rexnet_lit.training.module import RexNetModule
+
+SELECT = {"top1": "max", "macro_f1": "max", "loss": "min"}
+"""What can make weights the best, and whether more or less of it is better."""
+
+# What the command line parses, and what Python takes as well.
+if not TYPE_CHECKING:
+    Select = Literal[tuple(SELECT)]
+    Head, Strategy, OptimizerLike = HeadSpec, StrategySettings, OptimizerSettings
+    ScheduleLike, Loss, Network = ScheduleSettings, LossSettings, dict[str, Any] | None
+else:
+    Plain: TypeAlias = str | Mapping[str, Any]
+    Select = str
+    Head: TypeAlias = HeadSpec | Plain
+    Strategy: TypeAlias = StrategySettings | Plain
+    OptimizerLike: TypeAlias = OptimizerSettings | Plain | Callable[..., Optimizer]
+    ScheduleLike: TypeAlias = ScheduleSettings | Plain | Callable[[Optimizer], Any]
+    Loss: TypeAlias = LossSettings | Plain | nn.Module | Callable[[], nn.Module]
+    Network: TypeAlias = nn.Module | Mapping[str, Any] | None
+
+
+def build_own(value: Any, key: str, kind: type) -> Any:
+    """Return a user's own object of ``kind``, given as it is or by its ``class_path`` and ``init_args``.
+
+    Raises:
+        UserError: It is something else, or cannot be built.
+    """
+    if isinstance(value, Mapping) and set(value) <= {"class_path", "init_args"} and value.get("class_path"):
+        value = call_own(cast(Any, own_part(value["class_path"], value.get("init_args"), key)), key)
+    if not isinstance(value, kind):
+        raise UserError(
+            f"{key} is a {class_path_of(value)}; expected a {class_path_of(kind)}, or its class_path and init_args"
+        )
+    return value
+
+
+def build_metrics_of(values: Mapping[str, Any] | None) -> dict[str, Metric]:
+    """Return further metrics from ``model.metrics``."""
+    return {name: build_own(value, f"model.metrics.{name}", Metric) for name, value in (values or {}).items()}
+
+
+def is_rexnet(network: nn.Module) -> bool:
+    """Return whether a network is timm's ReXNet, compiled or not."""
+    return isinstance(getattr(network, "_orig_mod", network), timm.models.rexnet.RexNet)
+
+
+def describe_network(spec: ModelSpec, network: nn.Module, image_size: int | None) -> ModelSpec:
+    """Return ``spec`` with the class of a user's own network, and its preprocessing if timm knows it.
+
+    Raises:
+        UserError: It lacks what the module calls.
+    """
+    if is_rexnet(network):
+        return dataclasses.replace(spec, network=None)
+    network = getattr(network, "_orig_mod", network)
+    lacks = [name for name in ("forward_features", "forward_head", "get_classifier") if not hasattr(network, name)]
+    if lacks:
+        raise UserError(f"model.network: {class_path_of(network)} has no {', '.join(lacks)}, as timm's models have")
+    cfg = getattr(network, "pretrained_cfg", None)
+    recipe = variants.recipe_of(PretrainedCfg(**cfg), image_size) if cfg else spec.eval_recipe
+    return dataclasses.replace(spec, network=class_path_of(network), eval_recipe=recipe)
+
+
+def describe_preprocessing(spec: ModelSpec, trainer: pl.Trainer) -> ModelSpec:
+    """Return ``spec``, which says whether its preprocessing is only assumed; the first time, print what is assumed."""
+    assumed = find_datamodule(trainer) is None
+    if assumed and not spec.assumed_preprocessing:
+        recipe = spec.eval_recipe
+        rank_zero_only(print)(
+            "note: the images come from your own loaders. It is assumed that they are prepared as "
+            f"RexNetModule.eval_transform does it: RGB, {recipe.image_size} x {recipe.image_size} pixels, "
+            f"(x / 255 - {recipe.mean}) / {recipe.std}; the model will be used so wherever it is loaded",
+            flush=True,
+        )
+    return dataclasses.replace(spec, assumed_preprocessing=assumed)
+
+
+def check_network(module: RexNetModule) -> None:
+    """Raise `UserError` if a setting needs the layers of a ReXNet, and the network is another."""
+    if is_rexnet(module.network):
+        return
+    strategy = module.strategy_settings
+    needs = {
+        "strategy.name": strategy.name != "full",
+        "strategy.solver": strategy.solves_head,
+        "strategy.blend": strategy.blend,
+        "calibrate": module.calibrate,
+        "drop_path_rate": module.drop_path_rate > 0,
+        "grad_checkpointing": module.grad_checkpointing and not hasattr(module.network, "set_grad_checkpointing"),
+    }
+    found = [f"model.{key}" for key, needed in needs.items() if needed]
+    if found:
+        raise UserError(
+            f"{', '.join(found)}: this needs the layers of a ReXNet, but model.network is a {module.spec.network}; "
+            "leave it at its default"
+        )
+
+
+def class_counts(module: RexNetModule) -> Sequence[int]:
+    """Return the training images of each class, (K,); ones if the loss does not need them."""
+    data, classes = any_datamodule(module.trainer), module.spec.num_classes
+    if module.loss_settings.class_weights == "none":
+        return [1] * classes
+    if not isinstance(data, ImageFolderDataModule):
+        raise UserError("model.loss.class_weights: auto counts the images of an ImageFolderDataModule")
+    counts: list[int] = np.bincount(data.splits()["train"].targets, minlength=classes).tolist()
+    return counts
+
+
+def trains_long(module: RexNetModule) -> bool:
+    """Return whether channels_last pays on a GPU.
+
+    It halves the time of a step in 16 bits. But cuDNN compiles its kernels for each batch size, which takes 5 to
+    10 s (tests/benchmarks/bench_blocks.py, H200): as long as the whole training on a small folder.
+    """
+    if find_datamodule(module.trainer) is None:
+        return False
+    steps = schedules.count_steps(module.trainer, module.schedule_settings)[1]
+    images = steps * cast(int, schedules.images_per_step(module.trainer))
+    return images * (module.spec.eval_recipe.image_size / 224) ** 2 > 100_000
+
+
+def build_optimizer(module: RexNetModule, own: Any) -> Optimizer:
+    """Return the optimiser of the network's parameters and the loss's: the user's ``own``, or from the settings."""
+    of_loss = [parameter for parameter in module.loss.parameters() if parameter.requires_grad]
+    if own is None:
+        lr = module.optimizer_settings.full_lr(module.scratch, schedules.images_per_step(module.trainer))
+        return optim.build_optimizer(module.network, module.optimizer_settings, lr, of_loss)
+    optimizer = call_own(own, "model.optimizer", [*module.network.parameters(), *of_loss])
+    if not isinstance(optimizer, Optimizer):
+        raise UserError(
+            f"model.optimizer: {class_path_of(own)} returned a {class_path_of(optimizer)}, not an optimiser"
+        )
+    return optimizer
+
+
+def build_schedule(module: RexNetModule, optimizer: Optimizer, own: Any) -> tuple[dict[str, Any], Plateau | None]:
+    """Return Lightning's description of the schedule, and the state of ``plateau``."""
+    settings, plateau = module.schedule_settings, None
+    if own is not None and not module.strategy_settings.only_solves:
+        made = call_own(own, "model.schedule", optimizer)
+        return {"monitor": "val/loss", **(made if isinstance(made, dict) else {"scheduler": made})}, None
+    per_epoch, total = schedules.count_steps(module.trainer, settings)
+    factor: Any = lambda step: schedules.lr_factor(settings, step, total, per_epoch)  # noqa: E731
+    if module.strategy_settings.only_solves:
+        factor = lambda step: 0.0  # noqa: E731
+    elif settings.name == "plateau":
+        factor = plateau = Plateau.start(settings, total, per_epoch)
+    return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}, plateau

@@ -1,0 +1,105 @@
+"""A bare ``Trainer`` does what the command line does with the same settings: the same weights, the same files."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import lightning.pytorch as pl
+import pytest
+import torch
+import yaml
+from cli_tools import rows_of
+from module_tools import equal, model_of
+
+from rexnet_lit import ImageFolderDataModule, RexNetModule
+from rexnet_lit.cli import main
+from rexnet_lit.models import checkpoint
+
+DATA = {"image_size": 32, "batch_size": 8, "num_workers": 0}
+QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
+
+SETTINGS = {
+    "selected and calibrated": (
+        {"weights": "start.safetensors", "strategy": {"blend": True}, "calibrate": True, "select": "loss"},
+        {},
+        {"max_epochs": 2, "gradient_clip_val": 1.0},
+    ),
+    "averaged and mixed": (
+        {"pretrained": False, "ema": 0.9, "drop_path_rate": 0.1},
+        {"augment": {"name": "light", "mixup": 0.4}},
+        {"max_epochs": 3, "accumulate_grad_batches": 2},
+    ),
+    "solved": (
+        {"weights": "start.safetensors", "strategy": {"name": "linear_probe", "solver": "logistic"}},
+        {"augment": {"name": "none"}},
+        {"max_epochs": 2},
+    ),
+}
+
+
+@pytest.fixture
+def start(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = model_of()
+    checkpoint.save_model("start.safetensors", module.spec, module.network.state_dict())
+
+
+def by_command(root, model, data, trainer, *argv):
+    config = {
+        "seed_everything": 3,
+        "model": model,
+        "data": {**DATA, **data, "root": str(root)},
+        "trainer": {**trainer, "accelerator": "cpu", "default_root_dir": "command"},
+    }
+    Path("config.yaml").write_text(yaml.safe_dump(config))
+    assert main.main(["fit", "--config", "config.yaml", *argv]) == 0
+    return Path("command/lightning_logs/version_0")
+
+
+def in_python(root, model, data, trainer, **fit):
+    pl.seed_everything(3, verbose=False)
+    images = ImageFolderDataModule(str(root), **{**DATA, **data})
+    module = RexNetModule(**model, class_names=images.class_names, image_size=32)
+    pl.Trainer(**{**trainer, **QUIET, "default_root_dir": "python"}).fit(module, datamodule=images, **fit)
+    return Path("python/lightning_logs/version_0")
+
+
+@pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|LeafSpec)")
+@pytest.mark.parametrize("name", SETTINGS)
+def test_the_weights_are_equal(name, start, shapes):
+    folders = [fit(shapes, *SETTINGS[name]) for fit in (by_command, in_python)]
+    ours, theirs = (checkpoint.load_model(folder / "model.safetensors") for folder in folders)
+    assert equal(ours.state, theirs.state)
+    assert ours.spec == theirs.spec
+    results = [json.loads((folder / "result.json").read_text()) for folder in folders]
+    for key in ("status", "weights", "why", "metrics", "epochs", "steps", "seed", "settings"):
+        assert results[0][key] == results[1][key], key
+    names = [{file.name for file in folder.iterdir()} - {"hparams.yaml"} for folder in folders]
+    assert {n for n in names[0] if "events" not in n} - {"config.yaml"} == {n for n in names[1] if "events" not in n}
+    tables = [rows_of(folder / "metrics.csv") for folder in folders]
+    losses = [[row["val/loss"] for row in table] for table in tables]
+    assert losses[0] == losses[1]
+
+
+@pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|LeafSpec)")
+def test_a_run_that_is_resumed_in_python_ends_with_the_same_weights(start, shapes):
+    """Its starting weights are gone; it stays in its folder."""
+    model, data, trainer = SETTINGS["averaged and mixed"]
+    model = {**model, "weights": "start.safetensors"}
+    whole = by_command(shapes, model, data, trainer)
+
+    class Stop(pl.Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            if trainer.current_epoch == 2:
+                raise KeyboardInterrupt
+
+    with pytest.raises(BaseException):  # noqa: B017, PT011 (Lightning's own)
+        in_python(shapes, model, data, {**trainer, "callbacks": [Stop()]})
+    Path("start.safetensors").unlink()
+    last = Path("python/lightning_logs/version_0/checkpoints/last.ckpt")
+    assert torch.load(last, weights_only=True)["epoch"] == 1
+    resumed = in_python(shapes, model, data, trainer, ckpt_path=str(last))
+    ours, theirs = (checkpoint.load_model(folder / "model.safetensors").state for folder in (whole, resumed))
+    assert equal(ours, theirs)
+    assert [row["epoch"] for row in rows_of(resumed / "metrics.csv")] == ["0", "1", "2", ""]
