@@ -29,7 +29,7 @@ from torch import Tensor
 from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import atomic_write
+from rexnet_lit.utils.files import atomic_write, expand_home
 
 KEY = "rexnet_lit"
 """The key of the model's description in a ``.ckpt`` and in the metadata of a ``.safetensors`` file."""
@@ -65,7 +65,7 @@ def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     Raises:
         UserError: The file cannot be written; the file that was at ``path`` is still there.
     """
-    file = Path(path)
+    file = Path(expand_home(path))
     buffer = io.BytesIO()
     torch.save(content, buffer)  # into memory: on a full disk torch does not report the reason
     body = buffer.getbuffer()
@@ -99,7 +99,7 @@ def _intact(content: bytes) -> bool:
 def _local_file(path: str | os.PathLike[str], key: str) -> Path:
     if "://" in os.fspath(path):
         raise UserError(f"{key}: {os.fspath(path)!r} is a URL; models are read from local files only")
-    file = Path(path)
+    file = Path(expand_home(path))
     if file.is_dir():
         raise UserError(f"{key}: {os.fspath(path)!r} is a folder; name a model file, such as model.safetensors in it")
     if not file.is_file():
@@ -162,7 +162,7 @@ def save_model(path: str | os.PathLike[str], spec: ModelSpec, state: Mapping[str
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
     description = spec.to_json()
     metadata = {"format": "pt", KEY: description, _DIGEST: digest(tensors, description)}
-    with atomic_write(Path(path)) as file:
+    with atomic_write(Path(expand_home(path))) as file:
         file.write(serialise(tensors, metadata=metadata))
 
 
