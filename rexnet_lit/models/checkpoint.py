@@ -19,7 +19,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +30,8 @@ from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import atomic_write, expand_home
+
+T = TypeVar("T")
 
 KEY = "rexnet_lit"
 """The key of the model's description in a ``.ckpt`` and in the metadata of a ``.safetensors`` file."""
@@ -159,7 +161,7 @@ def make_record(spec: ModelSpec, data: DataRecord) -> dict[str, str]:
 
 def save_model(path: str | os.PathLike[str], spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
     """Write a ``.safetensors`` file: the weights and their description, without the dataset."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_names(state).items()}
     description = spec.to_json()
     metadata = {"format": "pt", KEY: description, _DIGEST: digest(tensors, description)}
     with atomic_write(Path(expand_home(path))) as file:
@@ -186,7 +188,15 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
     description = metadata.get(KEY)
     if description is not None and metadata.get(_DIGEST, "") not in ("", digest(tensors, description)):
         raise UserError(f"{file}: damaged: its checksum does not match; use another copy, or the run's best.ckpt")
-    return tensors, description
+    return plain_names(tensors), description
+
+
+def plain_names(state: Mapping[str, T]) -> dict[str, T]:
+    """Return weights without what wrappers put before their names: ``torch.compile``, DDP and ``AveragedModel``."""
+    names = {name: name.replace("_orig_mod.", "") for name in state if name != "n_averaged"}
+    if all(name.startswith("module.") for name in names.values()):
+        names = {name: plain.removeprefix("module.") for name, plain in names.items()}
+    return {plain: state[name] for name, plain in names.items()}
 
 
 def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
@@ -213,6 +223,7 @@ def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
     tensors, prefix = content.get("state_dict"), "network."
     pairs = tensors.items() if isinstance(tensors, dict) else ()
     state = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
+    state = plain_names(state)
     if not state or not all(map(_is_dense_tensor, state.values())):
         raise UserError(f"{file}: it holds no weights of a network; use another checkpoint of the run")
     return Model(file, spec, state, data)

@@ -6,6 +6,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import lightning.pytorch as pl
@@ -15,7 +16,6 @@ from lightning.pytorch.callbacks import WeightAveraging
 from lightning.pytorch.strategies import DDPStrategy
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, MetricCollection
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule, any_datamodule, find_datamodule, run_seed
@@ -31,7 +31,7 @@ from rexnet_lit.training.logistic_head import LogisticHead, fit_logistic_head
 from rexnet_lit.training.losses import LossSettings, build_loss
 from rexnet_lit.training.metrics import build_metrics
 from rexnet_lit.training.optim import OptimizerSettings
-from rexnet_lit.training.schedules import Plateau, ScheduleSettings
+from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.settings import check_range, settings_of
 
@@ -127,6 +127,10 @@ class RexNetModule(pl.LightningModule):
         self.train_loss = MeanMetric(nan_strategy="disable")  # the NaN guard checks it
         self.val_metrics = build_metrics(len(names), "val/")
         self.test_metrics = build_metrics(len(names), "test/")
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; of a compiled ``network`` keep the network itself, so that its weights keep their names."""
+        super().__setattr__(name, rexnet.compile_in_place(value) if name == "network" else value)
 
     @classmethod
     def from_model(cls, model: checkpoint.Model) -> RexNetModule:
@@ -259,6 +263,7 @@ class RexNetModule(pl.LightningModule):
 
     def forward(self, inputs: Tensor) -> Tensor:
         """Map images (B, 3, H, W), or their features (B, C), to logits (B, K)."""
+        rexnet.check_input(inputs, self.network)
         if inputs.ndim == 2:
             return rexnet.classify(self.network, inputs)
         return cast(Tensor, self.network(rexnet.match_memory_format(inputs, self.network)))
@@ -294,7 +299,7 @@ class RexNetModule(pl.LightningModule):
         self.log_dict(self.val_metrics, prog_bar=True)
         if self._plateau is not None and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._plateau.update(float(self.val_metrics["loss"].compute()))
-            self._plateau.apply(cast(LambdaLR, self.lr_schedulers()))
+            cast(Schedule, self.lr_schedulers()).apply()
 
     def measure(self, logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
         """Return the validation metrics of logits (N, K) and targets (N,), the same on all processes."""
@@ -328,18 +333,26 @@ class RexNetModule(pl.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped every optimiser step."""
-        lr = self.optimizer_settings.full_lr(self.scratch, self.images_per_step)
-        optimizer = optim.build_optimizer(self.network, self.optimizer_settings, lr)
-        per_epoch, total = schedules.count_steps(self.trainer, self.schedule_settings.name)
+        optimizer = optim.build_optimizer(self.network, self.optimizer_settings, self.lr)
         settings = self.schedule_settings
+        per_epoch, total = schedules.count_steps(self.trainer, settings.name)
+        factor: Callable[[int], float] = lambda step: schedules.lr_factor(settings, step, total, per_epoch)  # noqa: E731
         if self.strategy_settings.only_solves:
-            scheduler = LambdaLR(optimizer, lambda step: 0.0)
+            factor = lambda step: 0.0  # noqa: E731
         elif settings.name == "plateau":
-            self._plateau = Plateau.start(settings, total, per_epoch)
-            scheduler = LambdaLR(optimizer, self._plateau)
-        else:
-            scheduler = LambdaLR(optimizer, lambda step: schedules.lr_factor(settings, step, total, per_epoch))
+            factor = self._plateau = Plateau.start(settings, total, per_epoch)
+        scheduler = Schedule(optimizer, factor)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    @property
+    def lr(self) -> float:
+        """The full learning rate; Lightning's ``Tuner`` sets it."""
+        return self.optimizer_settings.full_lr(self.scratch, self.images_per_step if self._trainer else None)
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        unscaled = rate * self.optimizer_settings.full_lr(self.scratch) / self.lr
+        self.optimizer_settings = dataclasses.replace(self.optimizer_settings, lr=unscaled)
 
     @property
     def calibrates(self) -> bool:
@@ -353,7 +366,7 @@ class RexNetModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Average the weights if ``ema`` is set."""
-        return [WeightAveraging(avg_fn=_ema(self.ema))] if self.ema else []
+        return [WeightAveraging(avg_fn=partial(optim.average, self.ema))] if self.ema else []
 
     def on_save_checkpoint(self, content: dict[str, Any]) -> None:
         """Add the model's description, in plain strings, and the loss of the epoch so far."""
@@ -385,13 +398,3 @@ class RexNetModule(pl.LightningModule):
         start = {} if self.start is None else {"weights": self._start_digest}
         more = {"ema": self.ema, "drop_path_rate": self._drop_path_rate, "grad_checkpointing": self._grad_checkpointing}
         return {**nested, **start, **more}
-
-
-def _ema(decay: float) -> Any:
-    """Return the averaging function for `WeightAveraging`; its decay rises to ``decay`` over the first steps."""
-
-    def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-        now = min(decay, (1 + int(count)) / (10 + int(count)))
-        return averaged.lerp(current.to(averaged.dtype), 1 - now) if averaged.is_floating_point() else current
-
-    return average
