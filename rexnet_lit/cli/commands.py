@@ -149,6 +149,8 @@ def _export(args: argparse.Namespace) -> int:
         f"{args.output}: {size:.1f} MB; compared with the model on {parity.images} images: probabilities differ by "
         f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class"
     )
+    if args.format == "torch":
+        print(f"load it with: torch.export.load({args.output!r}).module()")  # noqa: T201
     return 0
 
 
