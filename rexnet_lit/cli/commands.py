@@ -145,12 +145,11 @@ def _export(args: argparse.Namespace) -> int:
     parity = export(args.model, args.format, args.output, args.images)
     output = Path(args.output)
     size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
+    load = f"; load it with torch.export.load({args.output!r}).module()" if args.format == "torch" else ""
     print(  # noqa: T201
         f"{args.output}: {size:.1f} MB; compared with the model on {parity.images} images: probabilities differ by "
-        f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class"
+        f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class{load}"
     )
-    if args.format == "torch":
-        print(f"load it with: torch.export.load({args.output!r}).module()")  # noqa: T201
     return 0
 
 
