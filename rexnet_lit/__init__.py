@@ -10,7 +10,7 @@ import importlib
 import os
 from typing import TYPE_CHECKING, Any
 
-from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.errors import UserError, opencv_message
 from rexnet_lit.utils.process import configure_allocator
 
 if TYPE_CHECKING:
@@ -64,7 +64,13 @@ _LAZY = {
 def __getattr__(name: str) -> Any:
     if name not in _LAZY:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    try:
+        return getattr(importlib.import_module(f"{__name__}.{_LAZY[name]}"), name)
+    except (ImportError, AttributeError) as error:
+        message = opencv_message(error)
+        if message is None:
+            raise
+        raise UserError(message) from error
 
 
 def __dir__() -> list[str]:

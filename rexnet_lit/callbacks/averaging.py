@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from lightning.pytorch.callbacks import WeightAveraging
-from torch import Tensor
+
+from rexnet_lit.training import optim
 
 
 class EMA(WeightAveraging):
@@ -14,8 +17,4 @@ class EMA(WeightAveraging):
     """
 
     def __init__(self, decay: float) -> None:
-        def average(averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
-            now = min(decay, (1 + int(count)) / (10 + int(count)))
-            return averaged.lerp(current.to(averaged.dtype), 1 - now) if averaged.is_floating_point() else current
-
-        super().__init__(avg_fn=average)
+        super().__init__(avg_fn=partial(optim.average, decay))

@@ -22,7 +22,10 @@ REPLACED = "rexnet_lit_rewritten"
 
 _CONDITIONS, _LENGTH = "rexnet_lit_run", "rexnet_lit_run_length"
 _ABSENT = "not recorded"
-_FIXED = ("model.optimizer.", "model.ema", "model.schedule.name")
+_FIXED = (
+    *("model.optimizer.name", "model.optimizer.momentum", "model.optimizer.layer_decay"),
+    *("model.ema", "model.schedule.name"),
+)
 """Settings whose state a resume takes from the checkpoint: changing them would have no effect, or fail."""
 
 

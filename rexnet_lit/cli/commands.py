@@ -17,7 +17,7 @@ from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import check_output
+from rexnet_lit.utils.files import check_output, expand_home
 
 if TYPE_CHECKING:
     import numpy as np
@@ -145,9 +145,10 @@ def _export(args: argparse.Namespace) -> int:
     parity = export(args.model, args.format, args.output, args.images)
     output = Path(args.output)
     size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
+    load = f"; load it with torch.export.load({args.output!r}).module()" if args.format == "torch" else ""
     print(  # noqa: T201
         f"{args.output}: {size:.1f} MB; compared with the model on {parity.images} images: probabilities differ by "
-        f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class"
+        f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class{load}"
     )
     return 0
 
@@ -161,28 +162,47 @@ COMMANDS = {
         "find problems in a folder of images",
         _check,
         {
-            "dir": {"metavar": "DIR", "help": "contains train/ val/ [test/], or class folders"},
+            "dir": {"type": expand_home, "metavar": "DIR", "help": "contains train/ val/ [test/], or class folders"},
             "--json": {"action": "store_true", "help": "print the findings as JSON"},
-            "--report": {"metavar": "FILE.html", "help": "write a page with images of every class and all duplicates"},
-            "--config": {"metavar": "FILE.yaml", "help": "split the folder, and show augmented images, as this config"},
+            "--report": {
+                "type": expand_home,
+                "metavar": "FILE.html",
+                "help": "write a page with images of every class and all duplicates",
+            },
+            "--config": {
+                "type": expand_home,
+                "metavar": "FILE.yaml",
+                "help": "split the folder, and show augmented images, as this config",
+            },
         },
     ),
     "models": Command("list the ReXNet variants", _models, {}),
     "sample": Command(
-        "write the sample dataset, handwritten digits", _sample, {"dir": {"metavar": "DIR", "help": "a new folder"}}
+        "write the sample dataset, handwritten digits",
+        _sample,
+        {"dir": {"type": expand_home, "metavar": "DIR", "help": "a new folder"}},
     ),
     "export": Command(
         "convert a model for other programs",
         _export,
         {
-            "model": {"metavar": "MODEL", "help": "a .ckpt or .safetensors file of a run"},
+            "model": {"type": expand_home, "metavar": "MODEL", "help": "a .ckpt or .safetensors file of a run"},
             "--format": {
                 "required": True,
                 "choices": tuple(FORMATS),
                 "help": "; ".join(f"{name}: {kind.description}" for name, kind in FORMATS.items()),
             },
-            "--output": {"required": True, "metavar": "FILE", "help": "for hub, a new folder that timm can load"},
-            "--images": {"metavar": "DIR", "help": "for onnx-int8, typical images; default: the dataset of its run"},
+            "--output": {
+                "required": True,
+                "type": expand_home,
+                "metavar": "FILE",
+                "help": "for hub, a new folder that timm can load",
+            },
+            "--images": {
+                "type": expand_home,
+                "metavar": "DIR",
+                "help": "for onnx-int8, typical images; default: the dataset of its run",
+            },
         },
     ),
 }

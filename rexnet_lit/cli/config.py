@@ -15,6 +15,7 @@ from rexnet_lit.cli.messages import Parser
 from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import expand_home
 
 _yaml_load = jsonargparse.get_loader("yaml")  # before `load_yaml` replaces it
 # Settings for which a bare name is short for {name: ...}.
@@ -36,7 +37,7 @@ def split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     for path in found.config:
         if "://" in path:
             raise UserError(f"--config: {path!r} is a URL; configs are read from local files only")
-    return found.config, rest
+    return [expand_home(path) for path in found.config], rest
 
 
 def expand(argv: Sequence[str]) -> list[str]:

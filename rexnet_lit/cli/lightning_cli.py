@@ -38,7 +38,7 @@ from rexnet_lit.training.lr_finder import find_lr
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import absolute_path
+from rexnet_lit.utils.files import absolute_path, expand_home
 from rexnet_lit.utils.settings import check_range
 
 _TRAINER_DEFAULTS = {
@@ -179,6 +179,8 @@ class RexNetCLI(LightningCLI):
         if problems:
             raise UserError("; ".join(dict.fromkeys(problems)))
         check_range("seed_everything", config[command]["seed_everything"], "[0, 4294967295]")
+        trainer = config[command]["trainer"]
+        trainer["default_root_dir"] = trainer["default_root_dir"] and expand_home(trainer["default_root_dir"])
         return config
 
     def _parse_ckpt_path(self) -> None:

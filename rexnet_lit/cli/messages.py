@@ -14,7 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from rexnet_lit.utils.errors import UserError, did_you_mean
+from rexnet_lit.utils.errors import UserError, did_you_mean, opencv_message
 
 _OUT_OF_MEMORY = "out of memory; set a smaller data.batch_size or data.image_size"
 
@@ -63,6 +63,8 @@ def user_message(error: BaseException) -> str | None:
         return f"the disk is full{where} ({error.strerror}); free some space, or write to another disk"
     if isinstance(error, OSError) and (error.filename is not None or type(error) is OSError):
         return one_line(error)
+    if (broken := opencv_message(error)) is not None:
+        return broken
     if isinstance(error, MemoryError):
         return _OUT_OF_MEMORY
     kinds = {kind.__name__ for kind in type(error).__mro__}

@@ -13,7 +13,7 @@ from rexnet_lit.data.settings import DataRecord, SplitSettings
 from rexnet_lit.data.splits import lists_images_of
 from rexnet_lit.models import checkpoint
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import absolute_path
+from rexnet_lit.utils.files import absolute_path, expand_home
 
 _SPLIT_KEYS = {field.name for field in dataclasses.fields(SplitSettings)} - {"class_order", "follow_outside_links"}
 _NOT_DRAWN: dict[str, Any] = {"num_folds": 0, "fold": 0}  # the splits are read from a file
@@ -28,7 +28,7 @@ def read_checkpoint(path: str, root: str | None) -> tuple[str, dict[str, Any], l
     Raises:
         UserError: There is none, or it cannot be resumed.
     """
-    skipped: list[str] = []
+    path, skipped = expand_home(path), list[str]()
     if path == "last":
         found, skipped = run_folder.find_last_checkpoint([Path(root or ".")])
         path = str(found.absolute())
@@ -57,7 +57,9 @@ def recorded_splits(data: Mapping[str, Any], record: DataRecord, folder: Path | 
     settings: dict[str, Any] = {}
     if data["root"] is not None and not _same_folder(data["root"], record.root):
         file = written or record.split_file
-        moved = file and not changed and lists_images_of(file, data["root"])  # the same images in another place
+        moved = (
+            file and not changed and lists_images_of(file, expand_home(data["root"]))
+        )  # the same images in another place
         settings = {"split_file": file if moved else None, **_NOT_DRAWN}
     elif changed:
         settings = {"split_file": None, **(_NOT_DRAWN if "val_fraction" in changed else {})}
@@ -67,4 +69,4 @@ def recorded_splits(data: Mapping[str, Any], record: DataRecord, folder: Path | 
 
 
 def _same_folder(path: str, other: str | None) -> bool:
-    return other is not None and os.path.realpath(path) == os.path.realpath(other)
+    return other is not None and os.path.realpath(expand_home(path)) == os.path.realpath(other)

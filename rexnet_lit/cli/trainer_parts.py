@@ -25,7 +25,7 @@ from rexnet_lit.callbacks.predictions import PredictionWriter
 from rexnet_lit.callbacks.run_files import find_run_folder
 from rexnet_lit.cli.messages import parser_message
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import check_output, check_writable, unused_path
+from rexnet_lit.utils.files import check_output, check_writable, expand_home, unused_path
 
 TRAINING_CALLBACKS = (Checkpoint, EarlyStopping, LearningRateMonitor, DeviceStatsMonitor)
 """Callbacks in a fit's config that the other runs leave out: they have no effect there, or need a logger."""
@@ -60,7 +60,7 @@ def progress_bar(settings: dict[str, Any], given: Sequence[Callback]) -> list[Ca
 
 def prediction_writer(output: str | None, root: Path) -> PredictionWriter:
     """Return what writes ``data.predict_output``, a new ``predictions.csv`` below ``root`` by default."""
-    path = Path(output) if output else unused_path(root / "predictions.csv")
+    path = Path(expand_home(output)) if output else unused_path(root / "predictions.csv")
     check_output("data.predict_output", path, ".csv", mark=b"path,label_1,prob_1")
     if path.name == "quarantine.csv":
         raise UserError("data.predict_output: quarantine.csv lists unreadable images; choose another name")

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 try:
     import fcntl
@@ -86,7 +87,8 @@ class DiskCache:
                 "or data.cache to ram or none"
             ) from None
         self._started = time.time()
-        self._old: list[tuple[float, int, str]] = []
+        self._old: list[tuple[float, int, str]] | None = None
+        """Images by time, the longest unread last; None before they are listed."""
         self._limit, self._used = limit or 0.0, 0
         with contextlib.suppress(OSError), self._counting():  # nothing is kept on a read-only disk
             self._old = self._scan()
@@ -94,6 +96,10 @@ class DiskCache:
             if limit is None:
                 self._limit = (self._used + shutil.disk_usage(self._folder).free) / 2
             self._make_space(0)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes without the list of images, which a worker that is not forked makes if it needs it."""
+        return {**self.__dict__, "_old": None}
 
     @contextlib.contextmanager
     def _counting(self) -> Iterator[None]:
@@ -123,6 +129,8 @@ class DiskCache:
 
     def _make_space(self, size: int) -> bool:
         """Remove images that were not read since the start until ``size`` bytes are left; return whether they are."""
+        if self._old is None and self._limit - self._used < size:
+            self._old = self._scan()
         while self._limit - self._used < size and self._old:
             _, freed, path = self._old.pop()
             with contextlib.suppress(OSError):  # removed, and subtracted, by another process

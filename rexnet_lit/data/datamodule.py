@@ -340,8 +340,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             raise UserError(f"{samples.root}: {name} has {counts}; each needs at least {least}: {hint}")
         if name != "train":
             return BatchSampler(len(samples), self.batch_size, rank=rank, world_size=world)
-        order = lambda epoch: training_order(samples.targets, self.sampler, run_seed(), epoch)  # noqa: E731
-        position = (lambda: training_position(trainer)) if trainer is not None else None
+        order = partial(training_order, samples.targets, self.sampler, run_seed())
+        position = partial(training_position, trainer) if trainer is not None else None
         return BatchSampler(len(samples), self.batch_size, order, position, rank, world)
 
     def _loader(self, name: str) -> Loader:

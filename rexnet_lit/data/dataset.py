@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Sequence
-from typing import cast
+from collections.abc import Callable
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from torch.utils.data import Dataset
 
 from rexnet_lit.data import decode, image_header
 from rexnet_lit.data.folder import Samples
+from rexnet_lit.data.memory import DecodedImages
 from rexnet_lit.data.sampler import BatchKey
 from rexnet_lit.data.transforms import EvalTransform, TrainTransform
+from rexnet_lit.data.walk import PathList
 from rexnet_lit.utils.errors import UserError
 
 Batch = tuple[Tensor, Tensor, Tensor]
@@ -46,7 +48,8 @@ class ImageDataset(Dataset[Batch]):
     ) -> None:
         self.samples, self.transform, self.seed = samples, transform, seed
         self._read, self.mix = read, mix
-        self.images: Sequence[NDArray[np.uint8] | None] | None = None
+        self._tensors: tuple[Tensor, ...] | None = None
+        self.images: DecodedImages | None = None
         """Decoded images by index (``data.cache``); None is read from its file."""
         self.min_size = transform.min_size
         """Pixels of the shorter side that decoding must keep, as `decode.read` takes it."""
@@ -57,7 +60,25 @@ class ImageDataset(Dataset[Batch]):
     @property
     def images_bytes(self) -> int:
         """Bytes of decoded images in memory."""
-        return sum(image.nbytes for image in self.images or () if image is not None)
+        return 0 if self.images is None else self.images.nbytes
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Return the attributes, and the samples as tensors: a worker gets these in shared memory, not in its pickle.
+
+        A pickle that exceeds the buffer of a pipe, 64 kB, would have `multiprocessing` wait forever for a worker that
+        has died, as those of a script without a main guard do.
+        """
+        if self._tensors is None:
+            paths = self.samples.paths
+            buffer = torch.from_numpy(np.frombuffer(paths.buffer, np.uint8).copy())
+            self._tensors = (buffer, torch.from_numpy(paths.offsets), torch.from_numpy(self.samples.targets))
+        return {**self.__dict__, "samples": self.samples.root}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take over the attributes."""
+        buffer, offsets, targets = (tensor.numpy() for tensor in state["_tensors"])
+        paths = PathList.from_buffer(buffer.tobytes(), offsets)
+        self.__dict__.update(state, samples=Samples(state["samples"], paths, targets))
 
     def read(self, index: int) -> NDArray[np.uint8]:
         """Return image ``index`` as uint8 (H, W, 3).

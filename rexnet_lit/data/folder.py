@@ -40,7 +40,7 @@ from rexnet_lit.data.splits import (
 )
 from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.errors import UserError, plural
-from rexnet_lit.utils.files import write_file
+from rexnet_lit.utils.files import expand_home, write_file
 
 _LAYOUT = "expected DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg"
 
@@ -129,7 +129,7 @@ def try_scan(
     class_names: Sequence[str] | None = None,
 ) -> tuple[ImageFolder, list[str]]:
     """Do what `scan` does, but return the problems beside what could be found."""
-    where = Path(os.path.abspath(root))  # noqa: PTH100 - resolve() would replace the user's links
+    where = Path(os.path.abspath(expand_home(root)))  # noqa: PTH100 - resolve() would replace the user's links
     problems = settings.problems()
     if not where.is_dir():
         problems.append("this is a file, not a folder" if where.exists() else "no such folder")
@@ -141,7 +141,7 @@ def try_scan(
     if settings.split_file is None:
         layout, found = _read_folders(walk, class_names)
     else:
-        found, groups = read_split_file(walk, Path(settings.split_file))
+        found, groups = read_split_file(walk, Path(expand_home(settings.split_file)))
     _report_left_out(walk)
     names = tuple(class_names) if class_names is not None else _class_order(walk, found, settings.class_order)
     if class_names is None:
@@ -275,7 +275,7 @@ def _class_order(walk: Walk, found: Found, order: str | os.PathLike[str]) -> tup
         return tuple(sorted(names, key=lambda name: (natural_key(name), name)))
     what = f"data.class_order {quoted(os.fspath(order))}"
     try:
-        lines = Path(order).read_text(encoding="utf-8-sig").split("\n")
+        lines = Path(expand_home(order)).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
         walk.problems.append(f"{what}: expected sorted, natural or a file of names ({type(error).__name__})")
         return tuple(names)
@@ -343,7 +343,7 @@ def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList, tuple[str
     Raises:
         UserError: There is no image.
     """
-    where = Path(os.path.abspath(path))  # noqa: PTH100
+    where = Path(os.path.abspath(expand_home(path)))  # noqa: PTH100
     if where.is_file():
         return where.parent, PathList([os.fsencode(where.name)]), ()
     if not where.is_dir():

@@ -10,6 +10,7 @@ from types import TracebackType
 from typing import Any, cast
 
 import torch
+from torch.multiprocessing import get_start_method
 from torch.utils.data import DataLoader
 
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
@@ -21,6 +22,12 @@ _POLL = 10
 
 _PATIENCE = 300
 """Seconds to wait for a worker's batch before the run fails."""
+
+
+_GUARD = (
+    "workers that are not forked import the main script: put what it runs below if __name__ == '__main__', or set "
+    "data.num_workers to 0"
+)
 
 
 class Loader(DataLoader[Any]):
@@ -43,7 +50,14 @@ class Loader(DataLoader[Any]):
         memory, a fork takes seconds.
         """
         if self.persistent_workers:
-            super().__iter__()
+            self._iterate()
+
+    def _iterate(self) -> Any:
+        """Start the workers, or have the persistent ones start again."""
+        try:
+            return super().__iter__()
+        except (EOFError, ConnectionError) as error:  # the forkserver has ended: it imports the main module
+            raise UserError(f"the data loading workers do not start ({type(error).__name__}); {_GUARD}") from None
 
     def __iter__(self) -> Any:  # torch's iterators have no public type
         """Yield the batches.
@@ -56,7 +70,7 @@ class Loader(DataLoader[Any]):
         while True:
             try:
                 if batches is None:
-                    batches = super().__iter__()
+                    batches = self._iterate()
                 batch = next(batches)
             except StopIteration:
                 return
@@ -67,8 +81,10 @@ class Loader(DataLoader[Any]):
                 timed_out = str(error).startswith("DataLoader timed out")
                 if timed_out and waited < _PATIENCE:  # the workers live: wait on
                     if batches is None:
-                        self._iterator = None  # half-built by `super().__iter__()`: start new workers
+                        self._iterator = None  # half-built by `_iterate`: start new workers
                     continue
+                if not timed_out and not done and get_start_method() != "fork":
+                    raise UserError(f"a data loading worker has ended before its first batch; {_GUARD}") from None
                 raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
             done, waited = done + 1, 0.0
             yield batch

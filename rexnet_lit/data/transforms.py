@@ -114,6 +114,7 @@ class TrainTransform:
     """
 
     def __init__(self, augment: AugmentSettings, recipe: EvalRecipe, image_size: int) -> None:
+        self._arguments: tuple[Any, ...] = (augment, recipe, image_size)
         self.recipe = dataclasses.replace(recipe, image_size=image_size)
         self._view = EvalTransform(self.recipe) if augment.name == "none" else None
         # A crop that keeps the least area must still hold as many pixels as the input has.
@@ -133,6 +134,10 @@ class TrainTransform:
         if augment.erasing:
             steps.append(A.Erasing(scale=(0.02, 0.33), ratio=(0.3, 3.3), fill="random", p=augment.erasing))
         self._compose = A.Compose(steps)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Return how to build it: a pickled pipeline of albumentations takes up to 35 kB, most of it random states."""
+        return type(self), self._arguments
 
     def augment(self, image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
         """Return the augmented view of ``image`` (H, W, 3) as uint8 (S, S, 3), before normalisation."""
@@ -166,6 +171,7 @@ class ProgressiveTransform(TrainTransform):
 
     def __init__(self, augment: AugmentSettings, recipe: EvalRecipe, sizes: Sequence[tuple[int, int]]) -> None:
         super().__init__(augment, recipe, max(size for _, size in sizes))  # what decoding must keep
+        self._arguments = (augment, recipe, sizes)
         self._stages = [(start, TrainTransform(augment, recipe, size)) for start, size in sizes]
 
     def at(self, epoch: int) -> TrainTransform:

@@ -34,33 +34,40 @@ class PathList:
     """
 
     def __init__(self, paths: Sequence[bytes] = ()) -> None:
-        self._buffer = b"".join(paths)
+        self.buffer = b"".join(paths)
         ends = itertools.accumulate(map(len, paths), initial=0)
-        self._offsets = np.fromiter(ends, np.int64, len(paths) + 1)
+        self.offsets = np.fromiter(ends, np.int64, len(paths) + 1)
+
+    @classmethod
+    def from_buffer(cls, buffer: bytes, offsets: NDArray[np.int64]) -> PathList:
+        """Return the paths of another list's `buffer` and `offsets`."""
+        paths = cls()
+        paths.buffer, paths.offsets = buffer, offsets
+        return paths
 
     @classmethod
     def join(cls, parts: Sequence[PathList]) -> PathList:
         """Return all paths of several lists, in order."""
         whole = cls()
-        whole._buffer = b"".join(part._buffer for part in parts)
-        whole._offsets = np.cumsum(np.concatenate([whole._offsets, *(np.diff(part._offsets) for part in parts)]))
+        whole.buffer = b"".join(part.buffer for part in parts)
+        whole.offsets = np.cumsum(np.concatenate([whole.offsets, *(np.diff(part.offsets) for part in parts)]))
         return whole
 
     def raw(self, index: int) -> bytes:
         """Return a path in bytes."""
-        return self._buffer[self._offsets[index] : self._offsets[index + 1]]
+        return self.buffer[self.offsets[index] : self.offsets[index + 1]]
 
     def raws(self) -> list[bytes]:
         """Return all paths in bytes."""
-        return [self._buffer[a:b] for a, b in itertools.pairwise(self._offsets.tolist())]
+        return [self.buffer[a:b] for a, b in itertools.pairwise(self.offsets.tolist())]
 
     def take(self, indices: NDArray[np.integer]) -> PathList:
         """Return the paths at these indices, in this order."""
-        starts, ends = self._offsets[indices].tolist(), self._offsets[np.asarray(indices) + 1].tolist()
-        return PathList([self._buffer[a:b] for a, b in zip(starts, ends, strict=True)])
+        starts, ends = self.offsets[indices].tolist(), self.offsets[np.asarray(indices) + 1].tolist()
+        return PathList([self.buffer[a:b] for a, b in zip(starts, ends, strict=True)])
 
     def __len__(self) -> int:
-        return len(self._offsets) - 1
+        return len(self.offsets) - 1
 
     def __getitem__(self, index: int) -> str:
         if not -len(self) <= index < len(self):
@@ -73,7 +80,7 @@ class PathList:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, PathList):
             return NotImplemented
-        return self._buffer == other._buffer and np.array_equal(self._offsets, other._offsets)
+        return self.buffer == other.buffer and np.array_equal(self.offsets, other.offsets)
 
 
 def is_clutter(name: bytes) -> bool:

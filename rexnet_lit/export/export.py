@@ -111,6 +111,8 @@ def _check_output(output: Path, model: Path, kind: str) -> None:
         raise UserError(f"--output: {str(output)!r} exists already; name a new {'file' if suffixes else 'folder'}")
     if suffixes:
         check_output("--output", output, *suffixes)
+    if suffixes and output.suffix.lower() not in suffixes:  # torch and `load` go by it
+        raise UserError(f"--output: {str(output)!r} must end in {' or '.join(suffixes)} for {kind}")
 
 
 class Deployed(nn.Module):

@@ -30,7 +30,7 @@ class Format:
 FORMATS = {
     "onnx": Format("ONNX with float32 weights", "onnx_files:write_float", (".onnx",)),
     "onnx-int8": Format("ONNX quantised to 8 bits, for CPUs", "onnx_files:write_int8", (".onnx",), needs_images=True),
-    "torch": Format("a torch.export program", "torch_files:write_program", (".pt2", ".pt")),
+    "torch": Format("a torch.export program, for torch.export.load", "torch_files:write_program", (".pt2",)),
     # The file that exists may be the only copy of another model.
     "safetensors": Format(
         "weights for rexnet_lit.load and timm", "torch_files:write_safetensors", (".safetensors",), overwrites=False

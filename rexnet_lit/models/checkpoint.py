@@ -19,7 +19,7 @@ import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -29,7 +29,9 @@ from torch import Tensor
 from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.utils.errors import MissingFileError, UserError
-from rexnet_lit.utils.files import atomic_write
+from rexnet_lit.utils.files import atomic_write, expand_home
+
+T = TypeVar("T")
 
 KEY = "rexnet_lit"
 """The key of the model's description in a ``.ckpt`` and in the metadata of a ``.safetensors`` file."""
@@ -65,7 +67,7 @@ def write_ckpt(content: Mapping[str, Any], path: str | os.PathLike[str]) -> None
     Raises:
         UserError: The file cannot be written; the file that was at ``path`` is still there.
     """
-    file = Path(path)
+    file = Path(expand_home(path))
     buffer = io.BytesIO()
     torch.save(content, buffer)  # into memory: on a full disk torch does not report the reason
     body = buffer.getbuffer()
@@ -99,7 +101,7 @@ def _intact(content: bytes) -> bool:
 def _local_file(path: str | os.PathLike[str], key: str) -> Path:
     if "://" in os.fspath(path):
         raise UserError(f"{key}: {os.fspath(path)!r} is a URL; models are read from local files only")
-    file = Path(path)
+    file = Path(expand_home(path))
     if file.is_dir():
         raise UserError(f"{key}: {os.fspath(path)!r} is a folder; name a model file, such as model.safetensors in it")
     if not file.is_file():
@@ -159,10 +161,10 @@ def make_record(spec: ModelSpec, data: DataRecord) -> dict[str, str]:
 
 def save_model(path: str | os.PathLike[str], spec: ModelSpec, state: Mapping[str, Tensor]) -> None:
     """Write a ``.safetensors`` file: the weights and their description, without the dataset."""
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in plain_names(state).items()}
     description = spec.to_json()
     metadata = {"format": "pt", KEY: description, _DIGEST: digest(tensors, description)}
-    with atomic_write(Path(path)) as file:
+    with atomic_write(Path(expand_home(path))) as file:
         file.write(serialise(tensors, metadata=metadata))
 
 
@@ -186,7 +188,15 @@ def _read_safetensors(file: Path) -> tuple[dict[str, Tensor], str | None]:
     description = metadata.get(KEY)
     if description is not None and metadata.get(_DIGEST, "") not in ("", digest(tensors, description)):
         raise UserError(f"{file}: damaged: its checksum does not match; use another copy, or the run's best.ckpt")
-    return tensors, description
+    return plain_names(tensors), description
+
+
+def plain_names(state: Mapping[str, T]) -> dict[str, T]:
+    """Return weights without what wrappers put before their names: ``torch.compile``, DDP and ``AveragedModel``."""
+    names = {name: name.replace("_orig_mod.", "") for name in state if name != "n_averaged"}
+    if all(name.startswith("module.") for name in names.values()):
+        names = {name: plain.removeprefix("module.") for name, plain in names.items()}
+    return {plain: state[name] for name, plain in names.items()}
 
 
 def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
@@ -220,7 +230,8 @@ def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     """Return the tensors of the network in a Lightning checkpoint, by their names in the network."""
     tensors, prefix = checkpoint.get("state_dict"), "network."
     pairs = tensors.items() if isinstance(tensors, dict) else ()
-    return {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
+    found = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
+    return plain_names(found)
 
 
 def _is_dense_tensor(value: object) -> bool:

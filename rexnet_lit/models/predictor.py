@@ -27,6 +27,7 @@ from rexnet_lit.data.transforms import EvalTransform
 from rexnet_lit.models import checkpoint, rexnet, variants, weights
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.utils.errors import UserError, did_you_mean, plural
+from rexnet_lit.utils.files import expand_home
 from rexnet_lit.utils.settings import check_range
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any]"
@@ -162,7 +163,7 @@ def _pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
     """Return an image of any kind as uint8 (H, W, 3), by the same rules as training."""
     try:
         if isinstance(image, str | os.PathLike):
-            return decode.decode(decode.read_bytes(image), min_size, thorough=True)
+            return decode.decode(decode.read_bytes(expand_home(image)), min_size, thorough=True)
         if isinstance(image, np.ndarray):
             return decode.from_array(image)
         if isinstance(image, Image.Image):

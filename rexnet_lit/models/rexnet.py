@@ -21,6 +21,7 @@ from torch.nn.utils.fusion import fuse_conv_bn_eval
 from rexnet_lit.models.blocks import save_memory_traffic
 from rexnet_lit.models.heads import HEADS, HeadSpec
 from rexnet_lit.models.variants import check_backbone
+from rexnet_lit.utils.errors import UserError
 
 
 def build_network(
@@ -66,6 +67,42 @@ def embed(network: nn.Module, images: Tensor) -> Tensor:
     """Return the pooled features (B, C) of images (B, 3, H, W): what the head sees."""
     model = cast(Any, network)
     return cast(Tensor, model.forward_head(model.forward_features(images), pre_logits=True))
+
+
+def check_input(inputs: Tensor, network: nn.Module) -> None:
+    """Check what a loader gives the network: images (B, 3, H, W), or their features (B, C).
+
+    Raises:
+        UserError: It is something else, or a single image, on which BatchNorm cannot train.
+    """
+    given = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
+    images = isinstance(inputs, Tensor) and (inputs.ndim == 2 or (inputs.ndim == 4 and inputs.shape[1] == 3))
+    if not images or not inputs.is_floating_point() or inputs.dtype == torch.float64:
+        raise UserError(
+            f"the loader's images are {given.removeprefix('torch.')}; expected a normalised float32 tensor (B, 3, H, W)"
+        )
+    if len(inputs) == 1 and inputs.ndim == 4 and any(map(_needs_a_batch, network.modules())):
+        raise UserError(
+            "a training batch has one image, and BatchNorm needs two: give the DataLoader drop_last=True if it is an "
+            "epoch's last batch, or another batch_size"
+        )
+
+
+def _needs_a_batch(module: nn.Module) -> bool:
+    return isinstance(module, nn.BatchNorm2d) and module.training
+
+
+def compile_in_place(network: Any) -> Any:
+    """Return the network in what ``torch.compile`` returned, compiled as by ``network.compile()``.
+
+    ``torch.compile`` wraps a module in another one, which puts a prefix before the names of its weights. What is not
+    compiled is returned as it is.
+    """
+    original = getattr(network, "_orig_mod", None)
+    if original is None:
+        return network
+    original._compiled_call_impl = network.dynamo_ctx(original._call_impl)
+    return original
 
 
 def match_memory_format(images: Tensor, network: nn.Module) -> Tensor:

@@ -158,8 +158,10 @@ def _hub_file(cfg: Any, backbone: str) -> str:
             socket.getaddrinfo(urllib.parse.urlsplit(constants.ENDPOINT).hostname, 443)
         return str(hf_hub_download(**file))
     except Exception as error:  # the hub's client raises dozens of kinds
+        no_network = isinstance(error, OSError) and not getattr(error, "response", None)
+        why = "there is no network" if no_network else str(error).strip().partition("\n")[0] or type(error).__name__
         raise MissingFileError(
             f"model.pretrained: the weights of {backbone} are neither in the local cache nor available from "
-            f"the hub ({type(error).__name__}); either run once with a network (or copy the cache folder here), or set "
+            f"the hub ({why}); either run once with a network (or copy the cache folder here), or set "
             "model.weights to a local .safetensors file, or model.pretrained to false to train from scratch"
         ) from None

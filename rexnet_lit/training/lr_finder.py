@@ -18,6 +18,7 @@ from lightning.pytorch.tuner.tuning import Tuner
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.training.schedules import images_per_step
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import unused_path
 
@@ -56,7 +57,7 @@ def find_lr(trainer: pl.Trainer, module: RexNetModule, data: ImageFolderDataModu
     figure.axes[0].plot(rates[steepest], losses[steepest], "o", markersize=10, color="red")
     figure.savefig(path, dpi=120)
     optimizer = module.optimizer_settings
-    per_step = module.images_per_step
+    per_step = images_per_step(trainer)
     best = rates[steepest] * optimizer.full_lr(scratch=False) / optimizer.full_lr(scratch=False, batch_size=per_step)
     note = " (with one rate for all layers, without layer_decay)" if optimizer.layer_decay != 1 else ""
     print(f"the loss falls fastest{note}, see {path}, at --model.optimizer.lr {best:.1g}")  # noqa: T201

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rexnet_lit.data.datamodule import any_datamodule, run_seed
@@ -28,7 +27,7 @@ from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.losses import LossSettings, build_loss
 from rexnet_lit.training.metrics import build_metrics
 from rexnet_lit.training.optim import OptimizerSettings
-from rexnet_lit.training.schedules import Plateau, ScheduleSettings
+from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.settings import call_own, check_choice, check_range, settings_and_own, settings_of
 
@@ -175,6 +174,10 @@ class RexNetModule(pl.LightningModule):
                 raise UserError(f"model.metrics: there is already a metric {min(same)!r}; choose another name")
             collection.add_metrics({name: metric.clone() for name, metric in metrics.items()})
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Set an attribute; of a compiled ``network`` keep the network itself, so that its weights keep their names."""
+        super().__setattr__(name, rexnet.compile_in_place(value) if name == "network" else value)
+
     @classmethod
     def from_model(cls, model: checkpoint.Model, network: nn.Module | None = None) -> RexNetModule:
         """Return the module of a model file, for validation, test and prediction.
@@ -267,6 +270,7 @@ class RexNetModule(pl.LightningModule):
         """Map images (B, 3, H, W), or their features (B, C), to logits (B, K)."""
         if self.start.missing is not None:
             raise self.start.missing
+        rexnet.check_input(inputs, self.network)
         if inputs.ndim == 2:
             return rexnet.classify(self.network, inputs)
         return cast(Tensor, self.network(rexnet.match_memory_format(inputs, self.network)))
@@ -302,7 +306,7 @@ class RexNetModule(pl.LightningModule):
         self.log_dict(self.val_metrics, prog_bar=True)
         if self._plateau is not None and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._plateau.update(float(self.val_metrics["loss"].compute()))
-            self._plateau.apply(cast(LambdaLR, self.lr_schedulers()))
+            cast(Schedule, self.lr_schedulers()).apply()
 
     def measure(self, logits: Tensor, targets: Tensor) -> dict[str, float]:
         """Return the validation metrics of logits (N, K) and targets (N,), the same on all processes."""
@@ -341,14 +345,20 @@ class RexNetModule(pl.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
     @property
+    def lr(self) -> float:
+        """The full learning rate; Lightning's ``Tuner`` sets it."""
+        images = schedules.images_per_step(self.trainer) if self._trainer else None
+        return self.optimizer_settings.full_lr(self.scratch, images)
+
+    @lr.setter
+    def lr(self, rate: float) -> None:
+        unscaled = rate * self.optimizer_settings.full_lr(self.scratch) / self.lr
+        self.optimizer_settings = dataclasses.replace(self.optimizer_settings, lr=unscaled)
+
+    @property
     def calibrates(self) -> bool:
         """Whether the shipped logits are divided by a temperature: a cosine head has its own."""
         return self.calibrate and self.spec.head.name != "cosine"
-
-    @property
-    def images_per_step(self) -> int | None:
-        """Images of an optimiser step, over all processes; None if the data module has no batch size."""
-        return schedules.images_per_step(self.trainer)
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return what saves, selects, calibrates and records in a fit; see `callbacks.defaults`."""

@@ -1,4 +1,4 @@
-"""The optimiser, its learning rate, and its parameter groups."""
+"""The optimiser, its learning rate and parameter groups, and the average of the weights over its steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from rexnet_lit.utils.errors import UserError, did_you_mean
 from rexnet_lit.utils.settings import check_range
@@ -120,9 +120,25 @@ def build_optimizer(
         )
     except (TypeError, ValueError, RuntimeError, AssertionError, ImportError) as error:
         raise UserError(f"model.optimizer: {settings.name} rejects its settings: {error}") from None
+    optimizer.register_load_state_dict_pre_hook(_keep_settings)
     if isinstance(optimizer, torch.optim.Adam) and next(network.parameters()).device.type == "cpu":
         # One call for all parameters. Not on a GPU: Lightning could not clip gradients under 16-mixed. Not for SGD:
         # torch's fused version fails while only some parameters have a momentum.
         for group in optimizer.param_groups:
             group["fused"] = True
     return optimizer
+
+
+def _keep_settings(optimizer: torch.optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+    """Return the state of a checkpoint with this run's rates and weight decay, which a resume may change."""
+    groups = [
+        {**theirs, **{key: own[key] for key in ("initial_lr", "weight_decay") if key in own}}
+        for theirs, own in zip(state["param_groups"], optimizer.param_groups, strict=False)  # torch refuses others
+    ]
+    return {**state, "param_groups": groups + state["param_groups"][len(groups) :]}
+
+
+def average(decay: float, averaged: Tensor, current: Tensor, count: Tensor) -> Tensor:
+    """Return the moving average after a step, for `WeightAveraging`; its decay rises over the first steps."""
+    now = min(decay, (1 + int(count)) / (10 + int(count)))
+    return averaged.lerp(current.to(averaged.dtype), 1 - now) if averaged.is_floating_point() else current

@@ -13,7 +13,6 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.models import PretrainedCfg
 from torch import nn
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LambdaLR
 from torchmetrics import Metric
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule, any_datamodule, find_datamodule
@@ -24,7 +23,7 @@ from rexnet_lit.training import optim, schedules
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.losses import LossSettings
 from rexnet_lit.training.optim import OptimizerSettings
-from rexnet_lit.training.schedules import Plateau, ScheduleSettings
+from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.settings import call_own, class_path_of, own_part
 
@@ -71,8 +70,8 @@ def build_metrics_of(values: Mapping[str, Any] | None) -> dict[str, Metric]:
 
 
 def is_rexnet(network: nn.Module) -> bool:
-    """Return whether a network is timm's ReXNet, compiled or not."""
-    return isinstance(getattr(network, "_orig_mod", network), timm.models.rexnet.RexNet)
+    """Return whether a network is timm's ReXNet."""
+    return isinstance(network, timm.models.rexnet.RexNet)
 
 
 def describe_network(spec: ModelSpec, network: nn.Module, image_size: int | None) -> ModelSpec:
@@ -83,7 +82,6 @@ def describe_network(spec: ModelSpec, network: nn.Module, image_size: int | None
     """
     if is_rexnet(network):
         return dataclasses.replace(spec, network=None)
-    network = getattr(network, "_orig_mod", network)
     lacks = [name for name in ("forward_features", "forward_head", "get_classifier") if not hasattr(network, name)]
     if lacks:
         raise UserError(f"model.network: {class_path_of(network)} has no {', '.join(lacks)}, as timm's models have")
@@ -155,8 +153,7 @@ def build_optimizer(module: RexNetModule, own: Any) -> Optimizer:
     """Return the optimiser of the network's parameters and the loss's: the user's ``own``, or from the settings."""
     of_loss = [parameter for parameter in module.loss.parameters() if parameter.requires_grad]
     if own is None:
-        lr = module.optimizer_settings.full_lr(module.scratch, schedules.images_per_step(module.trainer))
-        return optim.build_optimizer(module.network, module.optimizer_settings, lr, of_loss)
+        return optim.build_optimizer(module.network, module.optimizer_settings, module.lr, of_loss)
     optimizer = call_own(own, "model.optimizer", [*module.network.parameters(), *of_loss])
     if not isinstance(optimizer, Optimizer):
         raise UserError(
@@ -177,4 +174,4 @@ def build_schedule(module: RexNetModule, optimizer: Optimizer, own: Any) -> tupl
         factor = lambda step: 0.0  # noqa: E731
     elif settings.name == "plateau":
         factor = plateau = Plateau.start(settings, total, per_epoch)
-    return {"scheduler": LambdaLR(optimizer, factor), "interval": "step"}, plateau
+    return {"scheduler": Schedule(optimizer, factor), "interval": "step"}, plateau

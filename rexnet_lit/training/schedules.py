@@ -121,6 +121,22 @@ def lr_factor(settings: ScheduleSettings, step: int, total_steps: int, steps_per
     return SCHEDULES[settings.name](settings, step, total_steps, steps_per_epoch)
 
 
+class Schedule(LambdaLR):
+    """A schedule whose rates depend on this run's settings and the step alone, also in a resumed run."""
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over the step of a checkpoint, not its rates: the length of the run or the rate may have changed."""
+        super().load_state_dict({**state_dict, "base_lrs": self.base_lrs})
+        self.apply()
+
+    def apply(self) -> None:
+        """Have the next step use the current factor, not that of the last step's end."""
+        rates = [rate * factor(self.last_epoch) for rate, factor in zip(self.base_lrs, self.lr_lambdas, strict=True)]
+        for group, rate in zip(self.optimizer.param_groups, rates, strict=True):
+            group["lr"] = rate
+        self._last_lr = rates
+
+
 @dataclasses.dataclass
 class Plateau:
     """The factor of ``plateau``: the only schedule with a state, in plain numbers that a checkpoint keeps."""
@@ -142,13 +158,6 @@ class Plateau:
     def __call__(self, step: int) -> float:
         """Return the factor of the full learning rate after ``step`` steps."""
         return self.factor * min(1.0, (step + 1) / (self.warmup + 1))
-
-    def apply(self, scheduler: LambdaLR) -> None:
-        """Have the next step use the current factor, not that of the last step's end."""
-        rates = [rate * self(scheduler.last_epoch) for rate in scheduler.base_lrs]
-        for group, rate in zip(scheduler.optimizer.param_groups, rates, strict=True):
-            group["lr"] = rate
-        scheduler._last_lr = rates
 
     def update(self, loss: float) -> None:
         """Take a validation's loss into account."""

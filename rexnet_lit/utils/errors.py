@@ -9,6 +9,17 @@ from collections.abc import Iterable
 # Control characters, line separators, direction overrides (they make a name read as another) and surrogates.
 _INVISIBLE = re.compile("[\x00-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069\ufeff\ud800-\udfff]")
 
+_OPENCV_BROKEN = (
+    "OpenCV cannot be imported ({}); this happens when opencv-python and opencv-python-headless were both installed "
+    "and one was removed: pip install --force-reinstall opencv-python-headless"
+)
+
+
+def opencv_message(error: BaseException) -> str | None:
+    """Return how to repair OpenCV if it, or a system library that it needs, caused an error of an import."""
+    of_opencv = isinstance(error, ImportError | AttributeError) and re.search(r"\bcv2\b|\blibGL\b", str(error))
+    return _OPENCV_BROKEN.format(error) if of_opencv else None
+
 
 def printable(text: str) -> str:
     r"""Return ``text`` with invisible and undecodable characters escaped (a newline as ``\n``)."""

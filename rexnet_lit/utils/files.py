@@ -115,9 +115,17 @@ def _cell(text: str) -> str:
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
 
 
+def expand_home(path: str | os.PathLike[str]) -> str:
+    """Return a path with ``~`` or ``~user`` at its start replaced by the home folder.
+
+    A shell does so only for whole arguments: not in YAML, in Python, or after ``=``.
+    """
+    return os.path.expanduser(os.fspath(path))  # noqa: PTH111 - Path.expanduser raises without a home
+
+
 def absolute_path(path: str | None) -> str | None:
     """Return a path that is valid from any folder; None for None."""
-    return None if path is None else str(Path(path).absolute())
+    return None if path is None else str(Path(expand_home(path)).absolute())
 
 
 def unused_path(path: Path) -> Path:

@@ -28,6 +28,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from rexnet_lit.cli import main
 from rexnet_lit.export import export
 from rexnet_lit.models import checkpoint
+from rexnet_lit.models.predictor import load
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils import process
 
@@ -944,3 +945,46 @@ def test_find_lr_plots_the_losses_and_trains_nothing(images, tmp_path, capsys):
         assert picture.size[0] > 500
     assert [file.name for file in (tmp_path / "runs").iterdir()] == ["lr_finder.png"]  # and no run folder
     assert "Fit finished" not in out
+
+
+# The home folder
+
+
+def test_every_path_may_start_at_the_home_folder(tmp_path, monkeypatch, capsys):
+    """A shell expands ``~`` only at the start of an argument: not in YAML, after ``=``, or in quotes."""
+    home, here = tmp_path / "home", tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HOME", str(home))
+    data = write_dataset(home / "data", train=4, val=2, test=2)
+    lively_model(home / "start.safetensors", size=32)
+    (home / "order.txt").write_text("ring\ndisc\nbars\n")
+    (home / "c.yaml").write_text("data: {root: ~/data, class_order: ~/order.txt, image_size: 32, num_workers: 0}")
+    fit = [
+        "fit", "--config=~/c.yaml", "--model.weights", "~/start.safetensors", "--trainer.default_root_dir", "~/runs",
+        "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu",
+    ]  # fmt: skip
+    assert main.main(fit) == 0
+    run = "~/runs/lightning_logs/version_0"
+    assert main.main([*fit, "--ckpt_path", f"{run}/checkpoints/last.ckpt", "--trainer.max_epochs", "2"]) == 0
+    model = f"{run}/model.safetensors"
+    cpu = ["--trainer.accelerator", "cpu"]
+    assert main.main(["test", "--ckpt_path", model, "--data.root", "~/data", *cpu]) == 0
+    split = [f"{split}/{name}/{name} {i:03d}.png" for split in ("train", "val") for name in NAMES for i in (0, 1000)]
+    split = [path for path in split if (data / path).is_file()]
+    (home / "split.csv").write_text("path,label,split\n" + "".join(f"{p},{p.split('/')[1]},val\n" for p in split))
+    given = ["--data.root", "~/data", "--data.split_file", "~/split.csv"]
+    assert main.main(["validate", "--ckpt_path", model, *given, *cpu]) == 0
+    paths = ["--data.predict_path", "~/data/val", "--data.predict_output", "~/names.csv"]
+    assert main.main(["predict", "--ckpt_path", model, *paths, *cpu]) == 0
+    assert main.main(["check", "~/data", "--report=~/page.html", "--config=~/c.yaml"]) == 0
+    assert main.main(["export", model, "--format", "safetensors", "--output=~/copy.safetensors"]) == 0
+    assert main.main(["sample", "~/digits"]) == 0
+    classifier = load("~/copy.safetensors")
+    assert classifier.class_names == ("ring", "disc", "bars")
+    assert len(classifier.predict("~/data/val/disc/disc 1000.png")) == 1
+    module = RexNetModule.load_from_checkpoint(model)
+    checkpoint.save_model("~/again.safetensors", module.spec, module.network.state_dict())
+    found = {path.name for path in home.iterdir()}
+    assert {"runs", "names.csv", "page.html", "copy.safetensors", "digits", "again.safetensors"} <= found
+    assert list(here.iterdir()) == []

@@ -142,6 +142,22 @@ def test_paths_and_disks(tmp_path):
         assert message_of(Path("/dev/full").write_text, "x").startswith("the disk is full")
 
 
+@pytest.mark.parametrize("content", ["", "raise ImportError('libGL.so.1: cannot open shared object file')"])
+def test_a_broken_opencv(content, tmp_path):
+    """What is left when one of its two packages was removed, or the one that needs a screen is installed."""
+    (tmp_path / "cv2").mkdir()
+    (tmp_path / "cv2" / "__init__.py").write_text(content)
+    code = "import sys; sys.path.insert(0, '.'); "
+    for run in (
+        "from rexnet_lit.cli import main; sys.exit(main.main(['check', '.']))",
+        "import rexnet_lit; rexnet_lit.load",
+    ):
+        done = subprocess.run([sys.executable, "-c", code + run], capture_output=True, text=True, cwd=tmp_path)
+        assert "pip install --force-reinstall opencv-python-headless" in done.stderr.splitlines()[-1]
+        if "main" in run:
+            assert (done.returncode, len(done.stderr.splitlines())) == (2, 1)
+
+
 def test_lightning_refuses_a_setting():
     assert "limit_train_batches" in message_of(pl.Trainer, limit_train_batches=-5, logger=False)
 

@@ -8,15 +8,24 @@ import signal
 import subprocess
 import sys
 import time
+from multiprocessing.reduction import ForkingPickler
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from conftest import draw_shape
 
-from rexnet_lit.data import decode
+from rexnet_lit.data import decode, memory
+from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.cache import DiskCache, decode_all
 from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.data.dataset import ImageDataset
+from rexnet_lit.data.folder import Samples
+from rexnet_lit.data.memory import DecodedImages
+from rexnet_lit.data.settings import EvalRecipe
+from rexnet_lit.data.transforms import ProgressiveTransform
+from rexnet_lit.data.walk import PathList
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 
@@ -207,3 +216,85 @@ def test_a_missing_file_is_said_as_without_a_cache(photo, tmp_path):
     Path(photo).unlink()
     with pytest.raises(decode.DecodeError, match="No such file"):
         cache.read(photo, 64)
+
+
+# Loaders whose workers are not forked (macOS, Windows, Python 3.14)
+
+SCRIPT = """
+import hashlib, multiprocessing, sys
+{guard}
+    multiprocessing.set_start_method({method!r}, force=True)
+    import lightning.pytorch as pl, torch, rexnet_lit
+    torch.set_num_threads(1)
+    data = rexnet_lit.ImageFolderDataModule(
+        {root!r}, image_size=32, batch_size=8, num_workers=int({workers}), predict_path={root!r}
+    )
+    torch.manual_seed(0)
+    model = rexnet_lit.RexNetModule("rexnet_100", pretrained=False, class_names=data.class_names, image_size=32)
+    trainer = pl.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, use_distributed_sampler=False,
+        enable_progress_bar=False, enable_model_summary=False, num_sanity_val_steps=0,
+    )
+    trainer.fit(model, datamodule=data)
+    for run in (trainer.validate, trainer.test, trainer.predict):
+        run(model, datamodule=data)
+    assert data._datasets["train"].images is not None
+    print(hashlib.sha256(b"".join(t.numpy().tobytes() for t in model.state_dict().values())).hexdigest())
+"""
+
+
+def run_script(folder, method, workers, root, guard="if __name__ == '__main__':"):
+    file = folder / f"{method}_{workers}.py"
+    file.write_text(SCRIPT.format(guard=guard, method=method, workers=workers, root=str(root)))
+    return subprocess.run([sys.executable, file], cwd=folder, capture_output=True, text=True, timeout=240)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "workers"), [("spawn", 1), ("spawn", 2), ("forkserver", 2)])
+def test_workers_that_are_not_forked_give_the_same_weights(method, workers, shapes, tmp_path):
+    expected = run_script(tmp_path, "fork", 0, shapes)
+    got = run_script(tmp_path, method, workers, shapes)
+    assert got.returncode == 0, got.stderr
+    assert got.stdout.splitlines()[-1] == expected.stdout.splitlines()[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", ["spawn", "forkserver"])
+def test_without_a_main_guard_a_run_ends(method, shapes, tmp_path):
+    ended = run_script(tmp_path, method, 1, shapes, guard="if True:")
+    assert ended.returncode == 1
+    assert "UserError: a data loading worker has ended" in ended.stderr.splitlines()[-1]
+
+
+def test_a_worker_s_pickle_fits_into_a_pipe(tmp_path):
+    """More would block `multiprocessing` if the worker has died: images, names and pipelines are left out."""
+    paths = [f"class/some long name {i:06d}.png".encode() for i in range(20_000)]
+    samples = Samples(tmp_path, PathList(paths), np.zeros(len(paths), np.int64))
+    stages = [(0, 32), (1, 64), (2, 96)]
+    transform = ProgressiveTransform(AugmentSettings(name="heavy"), EvalRecipe(image_size=32), stages)
+    cache = DiskCache(tmp_path / "cache")
+    cache._old = [(0.0, 1, f"/some/cache/folder/{i}.npy") for i in range(20_000)]
+    dataset = ImageDataset(samples, transform, 0, cache.read)
+    rng = np.random.default_rng(0)
+    images = [rng.integers(0, 256, (3 + i % 5, 4, 3), dtype=np.uint8) if i % 7 else None for i in range(20_000)]
+    dataset.images = DecodedImages(list(images))
+    pickled = ForkingPickler.dumps(dataset)
+    assert len(pickled) < 2**14
+    restored = ForkingPickler.loads(pickled)
+    assert restored.samples.paths[19_999] == paths[-1].decode()
+    for i in (0, 1, 6, 7, 9_999, 19_999):
+        for each in (dataset, restored):
+            assert np.array_equal(each.images[i], images[i]) if i % 7 else each.images[i] is None
+    view = rng.integers(0, 256, (70, 80, 3), dtype=np.uint8)
+    for epoch in (0, 1, 2):
+        assert torch.equal(restored.transform.at(epoch)(view, 5), transform.at(epoch)(view, 5))
+
+
+def test_images_that_do_not_fit_into_the_shared_memory_are_read_again(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "_SHARED_MEMORY", tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(100, 50, 50))
+    images = DecodedImages([np.zeros((5, 6, 3), np.uint8)])
+    with pytest.warns(UserWarning, match="too small"):
+        restored = ForkingPickler.loads(ForkingPickler.dumps(images))
+    assert restored[0] is None
+    assert images[0].shape == (5, 6, 3)

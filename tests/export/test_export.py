@@ -307,6 +307,7 @@ def test_errors_are_one_line(model, tmp_path, capsys, monkeypatch):
     assert "is no .onnx file, so it is not" in fails(capsys, "export", model, "--format", "onnx", "--output", other)
     assert other.read_text() == "precious"
     assert "the model itself" in fails(capsys, "export", model, "--format", "onnx", "--output", model)
+    assert "--output" in fails(capsys, "export", model, "--format", "torch", "--output", tmp_path / "model.pt")
 
 
 def test_the_registry_is_light_and_complete(capsys):

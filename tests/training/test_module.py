@@ -28,8 +28,8 @@ from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.training import parts
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.module import RexNetModule
-from rexnet_lit.training.optim import OptimizerSettings
-from rexnet_lit.training.schedules import ScheduleSettings
+from rexnet_lit.training.optim import OptimizerSettings, build_optimizer
+from rexnet_lit.training.schedules import ScheduleSettings, lr_factor
 from rexnet_lit.utils.errors import UserError
 
 
@@ -565,3 +565,120 @@ def test_looks_before_between_and_after_fits(tmp_path, shapes):
     trainer_of(tmp_path, max_epochs=1).fit(module, datamodule=data)
     with pytest.raises(UserError, match="predict_path is not set"):
         trainer_of(tmp_path).predict(module, datamodule=data)
+
+
+# --- the user's own loaders, Lightning's tuner, torch.compile ----------------------------------------
+
+
+def loader_of(images, batch_size=8, **settings):
+    rows = torch.utils.data.TensorDataset(images, torch.arange(len(images)) % 3)
+    return torch.utils.data.DataLoader(rows, batch_size, **settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "named"),
+    [
+        (torch.rand(17, 3, 32, 32), 8, "drop_last=True"),
+        (torch.rand(4, 3, 32, 32), 1, "batch_size"),
+        (torch.zeros(4, 3, 32, 32, dtype=torch.uint8), 2, "uint8 (2, 3, 32, 32)"),
+        (torch.rand(4, 3, 32, 32, dtype=torch.float64), 2, "float64"),
+        (torch.rand(4, 32, 32, 3), 2, "(2, 32, 32, 3)"),
+        (torch.rand(4, 1, 32, 32), 2, "(2, 1, 32, 32)"),
+    ],
+    ids=("last batch", "batches of one", "bytes", "doubles", "channels last", "grey"),
+)
+def test_what_a_loader_must_give(tmp_path, images, batch_size, named):
+    with pytest.raises(UserError, match=r"loader|DataLoader") as caught:
+        trainer_of(tmp_path, max_epochs=1).fit(model_of(), loader_of(images, batch_size), loader_of(images[:2]))
+    assert named in str(caught.value)
+
+
+def test_one_image_can_be_evaluated_and_frozen_batchnorm_trains_on_it(tmp_path):
+    images = torch.rand(17, 3, 32, 32)
+    module = model_of(strategy=StrategySettings("linear_probe"))
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(module, loader_of(images), loader_of(images))
+    assert trainer.global_step == 3
+
+
+@pytest.mark.parametrize("base_batch_size", [None, 64])
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_lightning_s_tuner_sets_the_learning_rate(tmp_path, shapes, base_batch_size):
+    data, module = data_of(shapes), model_of(optimizer={"base_batch_size": base_batch_size, "layer_decay": 0.9})
+    trainer = trainer_of(tmp_path, max_epochs=20)
+    before = state_of(module)
+    found = pl.tuner.Tuner(trainer).lr_find(module, datamodule=data, num_training=40)
+    assert equal(before, state_of(module))
+    assert module.lr == pytest.approx(found.suggestion(), rel=1e-12)
+    scale = 1 if base_batch_size is None else (8 / 64) ** 0.5  # AdamW: the square root, timm's rule
+    assert module.optimizer_settings.lr == pytest.approx(found.suggestion() / scale, rel=1e-12)
+    trainer = trainer_of(tmp_path, max_epochs=1)
+    trainer.fit(module, data)
+    assert max(trainer.lr_scheduler_configs[0].scheduler.base_lrs) == pytest.approx(found.suggestion(), rel=1e-12)
+
+
+@pytest.mark.parametrize("how", ["assigned", "in place", "whole"])
+@pytest.mark.parametrize("ema", [0, 0.9])
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor")  # torch's, of the compiled `log`
+def test_a_compiled_network_has_plain_names(tmp_path, shapes, how, ema):
+    """It trains, resumes what was not compiled, and is resumed by what is not."""
+    plain, runs = list(model_of().state_dict()), {}
+    for number, compiled in enumerate((False, True, False)):
+        module: Any = model_of(ema=ema)
+        model = module
+        if compiled and how == "assigned":
+            module.network = torch.compile(module.network, backend="eager")
+        elif compiled and how == "in place":
+            module.network.compile(backend="eager")
+        elif compiled:
+            model = torch.compile(module, backend="eager")
+        path = tmp_path / f"{number}.ckpt"
+        trainer = trainer_of(tmp_path, max_epochs=number + 1, limit_train_batches=2, limit_val_batches=1)
+        trainer.fit(model, data_of(shapes), ckpt_path=tmp_path / f"{number - 1}.ckpt" if number else None)
+        trainer.save_checkpoint(path)
+        assert list(module.state_dict()) == plain
+        assert list(checkpoint.read_ckpt(str(path))["state_dict"]) == plain
+        runs[number] = trainer.global_step
+        assert RexNetModule.load_from_checkpoint(path).spec.class_names == NAMES
+    assert runs == {0: 2, 1: 4, 2: 6}
+
+
+@pytest.mark.parametrize("wrap", ["torch.compile", "DDP", "both", "AveragedModel"])
+def test_weights_of_a_wrapped_network_are_read(tmp_path, wrap):
+    network = build_network("rexnet_100", 3)
+    prefix = {"torch.compile": "_orig_mod.", "DDP": "module.", "both": "module._orig_mod.", "AveragedModel": "module."}
+    state = {prefix[wrap] + name: tensor.contiguous() for name, tensor in network.state_dict().items()}
+    if wrap == "AveragedModel":
+        state = {"n_averaged": torch.tensor(3), **state}
+    safetensors.torch.save_file(state, tmp_path / "w.safetensors")
+    module = RexNetModule(weights=str(tmp_path / "w.safetensors"), num_classes=3)
+    assert equal(state_of(module), network.state_dict())
+    checkpoint.save_model(tmp_path / "m.safetensors", module.spec, state)
+    assert checkpoint.load_model(tmp_path / "m.safetensors").state.keys() == network.state_dict().keys()
+
+
+# --- what a resumed run takes from its settings ------------------------------------------------------
+
+
+@pytest.mark.parametrize("settings", [{}, {"optimizer": {"lr": 0.02, "weight_decay": 0.3, "layer_decay": 0.8}}])
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_a_resumed_run_follows_its_own_schedule_from_its_first_step(tmp_path, shapes, schedule, settings):
+    """Made longer, or with another rate: `lr_factor` of the new run, not the rate in the checkpoint."""
+
+    class Rates(RexNetModule):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            groups = self.optimizers().param_groups
+            self.met = [*getattr(self, "met", []), [(g["lr"], g["weight_decay"]) for g in groups]]
+            return super().training_step(batch, batch_idx)
+
+    first = {"schedule": schedule, "optimizer": {"layer_decay": 0.8}}
+    trainer = trainer_of(tmp_path, max_epochs=2)
+    trainer.fit(model_of(Rates, **first), data_of(shapes))
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    module = model_of(Rates, **{**first, **settings})
+    trainer = trainer_of(tmp_path, max_epochs=6)
+    trainer.fit(module, data_of(shapes), ckpt_path=tmp_path / "a.ckpt")
+    built = build_optimizer(module.network, module.optimizer_settings, module.lr)
+    factors = [lr_factor(module.schedule_settings, step, 18, 3) for step in range(6, 18)]  # 24 images by 8: 3 steps
+    expected = [[(g["lr"] * factor, g["weight_decay"]) for g in built.param_groups] for factor in factors]
+    assert module.met == expected
