@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rexnet_lit.cli import shipped_configs
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
@@ -108,6 +109,17 @@ def _augmented_samples(
     return samples
 
 
+def _configs(args: argparse.Namespace) -> int:
+    if args.name:
+        print(shipped_configs.named(args.name).read_text("utf-8"), end="")  # noqa: T201
+        return 0
+    known = shipped_configs.shipped()
+    width = max(map(len, known))
+    for name, file in known.items():
+        print(f"{name:{width}}  {shipped_configs.summary(file)}")  # noqa: T201
+    return 0
+
+
 def _models(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -166,6 +178,11 @@ COMMANDS = {
             "--report": {"metavar": "FILE.html", "help": "write a page with images of every class and all duplicates"},
             "--config": {"metavar": "FILE.yaml", "help": "split the folder, and show augmented images, as this config"},
         },
+    ),
+    "configs": Command(
+        "list the shipped configs, or print one",
+        _configs,
+        {"name": {"nargs": "?", "metavar": "NAME", "help": "prints this one, to change it: configs NAME > mine.yaml"}},
     ),
     "models": Command("list the ReXNet variants", _models, {}),
     "sample": Command(
