@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
@@ -109,6 +110,17 @@ def _augmented_samples(
     return samples
 
 
+def _completion(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("shtab") is None:
+        raise UserError("completion needs the package shtab; install the extra: pip install 'rexnet-lit[completion]'")
+    from rexnet_lit.cli.completion import PrintCompletion
+    from rexnet_lit.cli.main import build_parser
+
+    PrintCompletion.parser_of_commands = build_parser()
+    PrintCompletion.run(args.argv)
+    return 0
+
+
 def _configs(args: argparse.Namespace) -> int:
     if args.name:
         print(shipped_configs.named(args.name).read_text("utf-8"), end="")  # noqa: T201
@@ -185,6 +197,11 @@ COMMANDS = {
         {"name": {"nargs": "?", "metavar": "NAME", "help": "prints this one, to change it: configs NAME > mine.yaml"}},
     ),
     "models": Command("list the ReXNet variants", _models, {}),
+    "completion": Command(
+        "print a script that completes commands and settings in the shell",
+        _completion,
+        {"shell": {"choices": ("bash", "zsh", "tcsh"), "help": "see docs/guide.md for where the script belongs"}},
+    ),
     "sample": Command(
         "write the sample dataset, handwritten digits", _sample, {"dir": {"metavar": "DIR", "help": "a new folder"}}
     ),

@@ -75,6 +75,7 @@ class RexNetCLI(LightningCLI):
         if argv[0] == "fit":  # a screen that has gone is no reason to lose a training
             sys.stdout, sys.stderr = process.ignore_write_errors(sys.stdout), process.ignore_write_errors(sys.stderr)
         jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=False)  # LightningCLI would read URLs
+        strict = {"exit_on_error": False, "allow_abbrev": False}
         cls(
             RexNetModule,
             ImageFolderDataModule,
@@ -83,11 +84,10 @@ class RexNetCLI(LightningCLI):
             seed_everything_default=0,
             trainer_defaults=_TRAINER_DEFAULTS,
             parser_kwargs={
-                "exit_on_error": False,
-                "allow_abbrev": False,
                 "prog": "rexnet-lit",
+                **strict,
                 **{
-                    name: {"exit_on_error": False, "add_help": False, "description": commands.COMMANDS[name].help}
+                    name: {**strict, "add_help": False, "description": commands.COMMANDS[name].help}
                     for name in cls.subcommands()
                 },
             },

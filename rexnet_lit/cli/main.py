@@ -19,7 +19,8 @@ from rexnet_lit.cli.messages import Parser, user_message
 from rexnet_lit.utils.errors import Stopped, UserError, printable
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; the runs parse their settings themselves."""
     parser = Parser(
         prog="rexnet-lit",
         allow_abbrev=False,
@@ -57,7 +58,7 @@ def _check_names(argv: Sequence[str]) -> None:
 
 def _dispatch(argv: list[str]) -> int:
     _check_names(argv)
-    args, rest = _parser().parse_known_args(argv)
+    args, rest = build_parser().parse_known_args(argv)
     command = COMMANDS[args.command]
     if rest and command.arguments is not None:
         raise UserError(f"unrecognized arguments: {' '.join(rest)}; see: rexnet-lit {args.command} --help")
