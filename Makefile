@@ -19,9 +19,9 @@ RUN := $(BIN)/python -m rexnet_lit
 LATEST = $$(ls -td runs/lightning_logs/version_* | head -n 1)
 quickstart: install
 	test -d data/digits || $(RUN) sample data/digits
-	$(RUN) fit --config configs/quickstart.yaml --data.root data/digits --trainer.default_root_dir runs
-	$(RUN) test --ckpt_path $(LATEST)/model.safetensors
-	$(RUN) predict --ckpt_path $(LATEST)/model.safetensors --data.predict_path data/digits/test/7 --trainer.default_root_dir runs
+	$(RUN) fit data/digits --config quickstart --trainer.default_root_dir runs
+	$(RUN) test $(LATEST)/model.safetensors
+	$(RUN) predict $(LATEST)/model.safetensors data/digits/test/7 --trainer.default_root_dir runs
 
 # Two test files at a time; a failing test is easier to look at alone: .venv/bin/python -m pytest tests/test_NAME.py
 PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile

@@ -49,14 +49,14 @@ def split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def expand(argv: Sequence[str]) -> list[str]:
     """Return a command line with its configs first, so that options override them wherever they stand.
 
-    A ``fit`` without a config gets the default one. ``fit DIR`` becomes ``fit --data.root DIR``, and likewise for the
-    other arguments without an option. ``--model.head mlp`` becomes ``--model.head.name mlp``, and likewise for the
-    other settings with a name.
+    A ``fit`` without a config, or with overlays only, gets the default one. ``fit DIR`` becomes ``fit --data.root DIR``,
+    and likewise for the other arguments without an option. ``--model.head mlp`` becomes ``--model.head.name mlp``, and
+    likewise for the other settings with a name.
     """
     configs, rest = split_configs(argv)
-    if argv[0] == "fit" and not configs:
-        configs = [str(shipped_configs.named(shipped_configs.DEFAULT))]
     rest = _name_arguments(rest, configs)
+    if shipped_configs.needs_default(argv[0], configs):
+        configs = [str(shipped_configs.named(shipped_configs.DEFAULT)), *configs]
     keys = {f"--{group}.{key}" for group, names in _NAMED.items() for key in names}
     expanded = []
     for argument, following in zip(rest, [*rest[1:], ""], strict=True):

@@ -118,7 +118,7 @@ class RexNetCLI(LightningCLI):
         command, args = argv[0], expand(argv)
         self.config = settings_parser.parse(parser, self._subcommand_parsers, args)
         if command == "fit":
-            if not split_configs(argv)[0]:
+            if shipped_configs.needs_default(command, split_configs(argv)[0]):
                 name = shipped_configs.DEFAULT
                 rank_zero_only(print)(f"using the shipped config {name} (see: rexnet-lit configs {name})", flush=True)
             self._read_resumed(self.config["fit"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rexnet_lit.utils.errors import UserError, did_you_mean, question
 
 DEFAULT = "finetune"
-"""The config of a ``fit`` without ``--config``."""
+"""The config of a ``fit`` that names none, or only overlays."""
 
 
 def folder() -> Path:
@@ -52,6 +53,11 @@ def find(name: str) -> str:
         return str(named(name))
     except UserError as error:
         raise UserError(f"--config: there is no file {name!r}, and {error}") from None
+
+
+def needs_default(command: str, configs: Iterable[str]) -> bool:
+    """Return whether a run starts from the default config: it has no other, or only overlays, which are not whole."""
+    return command == "fit" and all(Path(config).parent.parent == folder() for config in configs)
 
 
 def summary(file: Path) -> str:

@@ -19,7 +19,7 @@ _EXAMPLES = {
     "fit": (
         "DIR",
         "DIR --model.backbone rexnet_150 --trainer.max_epochs 40",
-        "DIR --config linear_probe --config hardware/gpu_amp",
+        "DIR --config linear_probe --config hardware/gpu_amp --data.test_fraction 0.2",
         "DIR --ckpt_path last",
     ),
     "validate": ("lightning_logs/version_0/model.safetensors", "lightning_logs/version_0/model.safetensors DIR"),
@@ -71,7 +71,7 @@ def page(parser: Any, command: str, width: int) -> str:
         source = f"defaults as in the shipped config {shipped_configs.DEFAULT}, which is used without --config"
     lines = [f"usage: {usage(command)}", "", parser.description, "", "examples:"]
     lines += [f"  rexnet-lit {command} {example}" for example in _EXAMPLES[command]]
-    lines += ["", f"the most useful settings ({source}):"]
+    lines += ["", *textwrap.wrap(f"the most useful settings ({source}):", width)]
     actions = {action.dest: action for action in parser._actions}
     for key in _KEYS[command]:
         lines += _entry(key, _describe(key, parser, actions), _default(key, actions, values), width)
