@@ -49,8 +49,8 @@ def split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
 def expand(argv: Sequence[str]) -> list[str]:
     """Return a command line with its configs first, so that options override them wherever they stand.
 
-    A ``fit`` without a config, or with overlays only, gets the default one. ``fit DIR`` becomes ``fit --data.root DIR``,
-    and likewise for the other arguments without an option. ``--model.head mlp`` becomes ``--model.head.name mlp``, and
+    A ``fit`` without a config, or with overlays only, gets the default one. An argument without an option gets its
+    option: ``fit DIR`` becomes ``fit --data.root DIR``. ``--model.head mlp`` becomes ``--model.head.name mlp``, and
     likewise for the other settings with a name.
     """
     configs, rest = split_configs(argv)
