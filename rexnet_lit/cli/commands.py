@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import importlib.util
 import json
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rexnet_lit.cli import shipped_configs
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
@@ -108,6 +110,28 @@ def _augmented_samples(
     return samples
 
 
+def _completion(args: argparse.Namespace) -> int:
+    if importlib.util.find_spec("shtab") is None:
+        raise UserError("completion needs the package shtab; install the extra: pip install 'rexnet-lit[completion]'")
+    from rexnet_lit.cli.completion import PrintCompletion
+    from rexnet_lit.cli.main import build_parser
+
+    PrintCompletion.parser_of_commands = build_parser()
+    PrintCompletion.run(args.argv)
+    return 0
+
+
+def _configs(args: argparse.Namespace) -> int:
+    if args.name:
+        print(shipped_configs.named(args.name).read_text("utf-8"), end="")  # noqa: T201
+        return 0
+    known = shipped_configs.shipped()
+    width = max(map(len, known))
+    for name, file in known.items():
+        print(f"{name:{width}}  {shipped_configs.summary(file)}")  # noqa: T201
+    return 0
+
+
 def _models(args: argparse.Namespace) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -176,7 +200,17 @@ COMMANDS = {
             },
         },
     ),
+    "configs": Command(
+        "list the shipped configs, or print one",
+        _configs,
+        {"name": {"nargs": "?", "metavar": "NAME", "help": "prints this one, to change it: configs NAME > mine.yaml"}},
+    ),
     "models": Command("list the ReXNet variants", _models, {}),
+    "completion": Command(
+        "print a script that completes commands and settings in the shell",
+        _completion,
+        {"shell": {"choices": ("bash", "zsh", "tcsh"), "help": "see docs/guide.md for where the script belongs"}},
+    ),
     "sample": Command(
         "write the sample dataset, handwritten digits",
         _sample,

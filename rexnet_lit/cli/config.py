@@ -4,22 +4,31 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jsonargparse
 import yaml
 
+from rexnet_lit.cli import shipped_configs
 from rexnet_lit.cli.messages import Parser
 from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import expand_home
 
 _yaml_load = jsonargparse.get_loader("yaml")  # before `load_yaml` replaces it
 # Settings for which a bare name is short for {name: ...}.
 _NAMED = {"model": ("head", "strategy", "optimizer", "schedule", "loss"), "data": ("augment",)}
+ARGUMENTS = {
+    "fit": {"DIR": "data.root"},
+    "validate": {"MODEL": "ckpt_path", "DIR": "data.root"},
+    "test": {"MODEL": "ckpt_path", "DIR": "data.root"},
+    "predict": {"MODEL": "ckpt_path", "PATH": "data.predict_path"},
+}
+"""The keys that the arguments without an option set, in their order."""
+
+_WITHOUT_VALUE = ("-h", "--help", "--help_all", "--print_config", "--report")
 _FIT_ONLY = ("model", "ckpt_path", "accept_changes", "find_lr")
 _MAX_ALIASES = 20
 _MAX_BYTES = 2**20
@@ -29,23 +38,25 @@ def split_configs(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     """Return the config files that a command line names, and its other arguments.
 
     Raises:
-        UserError: A config is a URL, or ``--config`` has no value.
+        UserError: There is no such config, or ``--config`` has no value.
     """
     parser = Parser(prog=f"rexnet-lit {argv[0]}", add_help=False, allow_abbrev=False)
     parser.add_argument("-c", "--config", action="append", default=[])
     found, rest = parser.parse_known_args(argv)
-    for path in found.config:
-        if "://" in path:
-            raise UserError(f"--config: {path!r} is a URL; configs are read from local files only")
-    return [expand_home(path) for path in found.config], rest
+    return [shipped_configs.find(name) for name in found.config], rest
 
 
 def expand(argv: Sequence[str]) -> list[str]:
     """Return a command line with its configs first, so that options override them wherever they stand.
 
-    ``--model.head mlp`` becomes ``--model.head.name mlp``, and likewise for the other settings with a name.
+    A ``fit`` without a config, or with overlays only, gets the default one. An argument without an option gets its
+    option: ``fit DIR`` becomes ``fit --data.root DIR``. ``--model.head mlp`` becomes ``--model.head.name mlp``, and
+    likewise for the other settings with a name.
     """
     configs, rest = split_configs(argv)
+    rest = _name_arguments(rest, configs)
+    if shipped_configs.needs_default(argv[0], configs):
+        configs = [str(shipped_configs.named(shipped_configs.DEFAULT)), *configs]
     keys = {f"--{group}.{key}" for group, names in _NAMED.items() for key in names}
     expanded = []
     for argument, following in zip(rest, [*rest[1:], ""], strict=True):
@@ -53,6 +64,41 @@ def expand(argv: Sequence[str]) -> list[str]:
         short = key in keys and re.fullmatch(r"\w+", value if equals else following)
         expanded.append(f"{key}.name{equals}{value}" if short else argument)
     return [*expanded[:1], *(f"--config={path}" for path in configs), *expanded[1:]]
+
+
+def usage(command: str) -> str:
+    """Return the one-line usage of a run."""
+    arguments = " ".join("[DIR]" if name == "DIR" else name for name in ARGUMENTS[command])
+    return f"rexnet-lit {command} {arguments} [--config FILE] [--KEY VALUE ...]"
+
+
+def _name_arguments(argv: list[str], configs: list[str]) -> list[str]:
+    """Return a command line with an option before each argument that has none.
+
+    Raises:
+        UserError: There are too many or too few, or one is also given by its option.
+    """
+    command, found, named = argv[0], list[str](), list[str]()
+    words = iter(argv[1:])
+    for word in words:
+        if not word.startswith("-") or word == "-":
+            found.append(word)
+            continue
+        named.append(word)
+        if "=" not in word and word not in _WITHOUT_VALUE:
+            named += [value for value in (next(words, None),) if value is not None]
+    keys = ARGUMENTS[command]
+    if len(found) > len(keys):
+        raise UserError(f"{command}: unexpected argument {found[len(keys)]!r}; usage: {usage(command)}")
+    given = {word.partition("=")[0] for word in named}
+    for name, value in zip(keys, found, strict=False):
+        if f"--{keys[name]}" in given:
+            raise UserError(f"{command}: {name} is given twice, as {value!r} and by --{keys[name]}; remove one of them")
+    for name in list(keys)[len(found) :] if found and not configs else ():
+        if name != "DIR" and f"--{keys[name]}" not in given:
+            raise UserError(f"{command}: {name} is missing; usage: {usage(command)}")
+    options = [f"--{key}={value}" for key, value in zip(keys.values(), found, strict=False)]
+    return [command, *options, *named]
 
 
 class _Checker(yaml.SafeLoader):
@@ -116,7 +162,7 @@ def read_configs(paths: Iterable[str], command: str) -> dict[str, Any]:
     """
     found = {}
     for path in paths:
-        if Path(path).is_file():  # the parser reports the others
+        if Path(path).is_file():  # a pipe can be read only once, by the parser
             try:
                 found[path] = load_yaml(_read(path), command)
             except (OSError, yaml.YAMLError) as error:
@@ -132,6 +178,7 @@ def read_data(path: str) -> tuple[DataRecord, AugmentSettings, int]:
     Raises:
         UserError: The file cannot be read, or a setting is wrong.
     """
+    path = shipped_configs.find(path)
     try:
         data = (load_yaml(_read(path), "fit") or {}).get("data") or {}
         names = {field.name for field in dataclasses.fields(DataRecord)} - {"root"}
@@ -150,6 +197,12 @@ def _read(path: str) -> str:
         raise yaml.YAMLError("not a UTF-8 text file; save it with that encoding") from None
 
 
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the settings of a config by their full keys, such as ``data.augment.name``."""
+    for key, value in config.items():
+        yield from leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else [(prefix + key, value)]
+
+
 def without_key(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     """Return a config without ``key`` (as ``data.root``); the same object if it has no such key."""
     first, _, rest = key.partition(".")
@@ -165,7 +218,7 @@ def without_option(argv: list[str], key: str) -> list[str]:
     """Return a command line without the first option that sets ``key`` or a group of it; the same object if none."""
     for i, argument in enumerate(argv):
         option, equals, _ = argument.partition("=")
-        if option.startswith("--") and key.startswith(option.removeprefix("--")):
+        if option.startswith("--") and f"{key}.".startswith(f"{option.removeprefix('--')}."):
             single = equals or i + 1 == len(argv) or argv[i + 1].startswith("--")
             return argv[:i] + argv[i + (1 if single else 2) :]
     return argv

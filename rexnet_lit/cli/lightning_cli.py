@@ -15,8 +15,7 @@ from typing import Any
 
 import jsonargparse
 import torch.distributed
-import yaml
-from jsonargparse import ArgumentError, Namespace
+from jsonargparse import Namespace
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback
@@ -28,9 +27,17 @@ from rexnet_lit.callbacks import run_folder
 from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.callbacks.loggers import RunTensorBoardLogger
 from rexnet_lit.callbacks.signals import StopOnSignal
-from rexnet_lit.cli import output, previous_run, trainer_checks, trainer_parts
-from rexnet_lit.cli.config import expand, load_yaml, read_configs, split_configs, without_key, without_option
-from rexnet_lit.cli.messages import named_key, parser_message, raised_by_lightning
+from rexnet_lit.cli import (
+    commands,
+    output,
+    previous_run,
+    settings_parser,
+    shipped_configs,
+    trainer_checks,
+    trainer_parts,
+)
+from rexnet_lit.cli.config import expand, split_configs, usage
+from rexnet_lit.cli.messages import raised_by_lightning
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.sampler import uses_all_batches
 from rexnet_lit.models import checkpoint
@@ -38,8 +45,7 @@ from rexnet_lit.training.lr_finder import find_lr
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import absolute_path, expand_home
-from rexnet_lit.utils.settings import check_range
+from rexnet_lit.utils.files import absolute_path
 
 _TRAINER_DEFAULTS = {
     "max_epochs": 20,
@@ -69,17 +75,21 @@ class RexNetCLI(LightningCLI):
         if argv[0] == "fit":  # a screen that has gone is no reason to lose a training
             sys.stdout, sys.stderr = process.ignore_write_errors(sys.stdout), process.ignore_write_errors(sys.stderr)
         jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=False)  # LightningCLI would read URLs
+        strict = {"exit_on_error": False, "allow_abbrev": False}
         cls(
             RexNetModule,
             ImageFolderDataModule,
             save_config_callback=trainer_parts.RunConfig,
-            args=expand(argv),
+            args=argv,
             seed_everything_default=0,
             trainer_defaults=_TRAINER_DEFAULTS,
             parser_kwargs={
-                "exit_on_error": False,
                 "prog": "rexnet-lit",
-                **{name: {"exit_on_error": False} for name in cls.subcommands()},
+                **strict,
+                **{
+                    name: {**strict, "add_help": False, "description": commands.COMMANDS[name].help}
+                    for name in cls.subcommands()
+                },
             },
             auto_configure_optimizers=False,
             load_from_checkpoint_support=False,
@@ -94,43 +104,28 @@ class RexNetCLI(LightningCLI):
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._adding = subcommand
-        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        parser = super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+        settings_parser.describe(parser, subcommand)
+        return parser
 
     def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add ``trainer`` and ``data``, and for ``fit`` the model."""
-        limits = [f"limit_{name}_batches" for name in ("train", "val", "test", "predict")]
-        parser.add_class_arguments(  # add_lightning_class_args cannot skip parameters
-            Trainer, "trainer", skip=set(limits), instantiate=False, fail_untyped=False, sub_configs=True
-        )
-        # `typing` caches Optional[Union[int, float]] and may return float | int, which reads 1 as 1.0: all batches.
-        help_ = "how many of the batches to use (int), or which share of them (float)"
-        for name in limits:
-            parser.add_argument(f"--trainer.{name}", type=int | float | None, help=help_)
+        """Add the settings of the command."""
+        settings_parser.add_settings(parser, self._adding)
         parser.set_defaults({f"trainer.{key}": value for key, value in self.trainer_defaults.items()})
-        fit = self._adding == "fit"
-        if self._adding == "validate":
-            help_ = "write the report of a test, for models without a test split"
-            parser.add_argument("--report", action="store_true", help=help_)
-        parser.add_class_arguments(ImageFolderDataModule, "data", skip={"class_names"}, instantiate=fit)
-        if fit:
-            help_ = "resume although the images, batch size or number of processes differ from the checkpoint's"
-            parser.add_argument("--accept_changes", type=bool, default=False, help=help_)
-            help_ = "instead of training, try a range of learning rates and plot the losses"
-            parser.add_argument("--find_lr", type=bool, default=False, help=help_)
-            parser.add_lightning_class_args(RexNetModule, "model")
-            for key in ("num_classes", "class_names", "image_size"):
-                parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
 
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+    def parse_arguments(self, parser: LightningArgumentParser, argv: Any) -> None:
         """Parse; for the runs that read a model file, again with its record as the defaults."""
-        self.config = self._parse(parser, args)
-        command = self.config["subcommand"]
+        command, args = argv[0], expand(argv)
+        self.config = settings_parser.parse(parser, self._subcommand_parsers, args)
         if command == "fit":
+            if shipped_configs.needs_default(command, split_configs(argv)[0]):
+                name = shipped_configs.DEFAULT
+                rank_zero_only(print)(f"using the shipped config {name} (see: rexnet-lit configs {name})", flush=True)
             self._read_resumed(self.config["fit"])
             return
         path = self.config[command].get("ckpt_path")
         if not path:
-            raise UserError(f"{command} needs a model: --ckpt_path MODEL (a .ckpt or .safetensors file of a run)")
+            raise UserError(f"{command} needs a model (--ckpt_path), a file of a run; usage: {usage(command)}")
         self.file = checkpoint.load_model(path)
         if command == "predict":
             return
@@ -139,7 +134,7 @@ class RexNetCLI(LightningCLI):
         if home is not None:
             defaults["trainer.default_root_dir"] = str(home.parent.parent)
         self._subcommand_parsers[command].set_defaults(defaults)
-        self.config = self._parse(parser, args)
+        self.config = settings_parser.parse(parser, self._subcommand_parsers, args)
         data = self.config[command]["data"]
         for key, value in previous_run.recorded_splits(data, self.file.data, home).items():
             data[key] = value
@@ -154,34 +149,6 @@ class RexNetCLI(LightningCLI):
         config["ckpt_path"] = path
         for line in [*skipped, f"resuming {path}, after {self.resumed['global_step']} steps"]:
             rank_zero_only(print)(line, flush=True)
-
-    def _parse(self, parser: LightningArgumentParser, args: list[str]) -> Namespace:
-        """Parse; on an error remove the setting that it names and parse again, to report all errors at once."""
-        command, removed = args[0], list[str]()
-        jsonargparse.set_loader("yaml", lambda text: load_yaml(text, command, removed), (yaml.YAMLError,))
-        configs = read_configs(split_configs(args)[0], command)
-        known = [action.dest for action in self._subcommand_parsers[command]._actions]
-        problems: list[str] = []
-        for _ in range(20):
-            try:
-                config: Namespace = parser.parse_args(args)
-                break
-            except (ArgumentError, TypeError, ValueError) as error:
-                key, problem = named_key(str(error)) or "", parser_message(str(error), known)
-                options = without_option(args, key) if key else args
-                shorter = {path: without_key(content, key) for path, content in configs.items()}
-                files = [path for path in configs if shorter[path] is not configs[path]]
-                problems.append(f"{files[-1]}: {problem}" if files and options is args else problem)
-                if not files and options is args:
-                    break
-                removed.append(key)
-                args, configs = options, shorter
-        if problems:
-            raise UserError("; ".join(dict.fromkeys(problems)))
-        check_range("seed_everything", config[command]["seed_everything"], "[0, 4294967295]")
-        trainer = config[command]["trainer"]
-        trainer["default_root_dir"] = trainer["default_root_dir"] and expand_home(trainer["default_root_dir"])
-        return config
 
     def _parse_ckpt_path(self) -> None:
         """Do not feed a checkpoint's hyper-parameters to the parser, as LightningCLI would."""

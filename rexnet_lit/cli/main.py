@@ -13,14 +13,17 @@ import sys
 from collections.abc import Sequence
 
 from rexnet_lit import __version__
+from rexnet_lit.cli import suggestions
 from rexnet_lit.cli.commands import COMMANDS
 from rexnet_lit.cli.messages import Parser, user_message
 from rexnet_lit.utils.errors import Stopped, UserError, printable
 
 
-def _parser() -> argparse.ArgumentParser:
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of all commands; the runs parse their settings themselves."""
     parser = Parser(
         prog="rexnet-lit",
+        allow_abbrev=False,
         description="Fine-tune ReXNet image classifiers on your own folder of images.",
         epilog="Every command has its own --help. --debug (or REXNET_LIT_DEBUG=1) shows tracebacks.",
     )
@@ -29,15 +32,33 @@ def _parser() -> argparse.ArgumentParser:
     for name, command in COMMANDS.items():
         own = command.arguments is not None
         subparser = commands.add_parser(
-            name, help=command.help, description=command.help, add_help=own, allow_abbrev=own
+            name, help=command.help, description=command.help, add_help=own, allow_abbrev=False
         )
         for argument, keywords in (command.arguments or {}).items():
             subparser.add_argument(argument, **keywords)
     return parser
 
 
+def _check_names(argv: Sequence[str]) -> None:
+    """Raise `UserError` for a command, or an option of one, that does not exist; the runs check their own options."""
+    name = argv[0] if argv else "--help"
+    if name in ("-h", "--help", "--version"):
+        return
+    if name not in COMMANDS:
+        hint = suggestions.which(name, COMMANDS)
+        raise UserError(f"there is no command {name!r}{hint or '; there are ' + ', '.join(COMMANDS)}")
+    arguments = COMMANDS[name].arguments
+    options = [option for option in arguments or () if option.startswith("--")]
+    for argument in argv[1:] if arguments is not None else ():
+        option = argument.partition("=")[0]
+        if option.startswith("--") and option not in (*options, "--help", "--"):
+            hint = suggestions.which(option.removeprefix("--"), [known.removeprefix("--") for known in options])
+            raise UserError(f"{name}: unrecognized arguments: {option}{hint or f'; see: rexnet-lit {name} --help'}")
+
+
 def _dispatch(argv: list[str]) -> int:
-    args, rest = _parser().parse_known_args(argv)
+    _check_names(argv)
+    args, rest = build_parser().parse_known_args(argv)
     command = COMMANDS[args.command]
     if rest and command.arguments is not None:
         raise UserError(f"unrecognized arguments: {' '.join(rest)}; see: rexnet-lit {args.command} --help")

@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from rexnet_lit.cli import suggestions
 from rexnet_lit.utils.errors import UserError, did_you_mean, opencv_message
 
 _OUT_OF_MEMORY = "out of memory; set a smaller data.batch_size or data.image_size"
@@ -78,9 +79,12 @@ def user_message(error: BaseException) -> str | None:
 
 # The parser's messages
 
-_KEY = re.compile(r"(?:unrecognized arguments: --|accept option '|Parser key \")([\w.]+)")
+_KEY = re.compile(r"(?:unrecognized arguments: --?|accept option '|Parser key \")(\w[\w.-]*)")
 
-_PARSER_WORDS = (
+_NO_CONFIG = re.compile(r"""^.*Unable to load config '(.*?)'.*Parser key "([\w.]+)".*""", re.DOTALL)
+
+_PARSER_WORDS: tuple[tuple[str | re.Pattern[str], str], ...] = (
+    (_NO_CONFIG, r"\2: there is no config file '\1'"),
     (r'^Parser key "([\w.]+)": ', r"\1: "),
     (r"<class '([\w.]+)'>", r"\1"),
     (r"typing\.", ""),
@@ -123,7 +127,9 @@ def parser_message(message: str, known: Iterable[str] = ()) -> str:
     problem = _class_problem(message)
     if problem is not None:
         return f"{key}: {problem}"
-    return _reword(message) + (did_you_mean(key, known) if key is not None and key not in known else "")
+    if key is None or (key in known and not _NO_CONFIG.search(message)):
+        return _reword(message)
+    return _reword(message) + suggestions.which(key, (other for other in known if other != key))
 
 
 def _reword(message: str) -> str:

@@ -61,5 +61,10 @@ class Stopped(BaseException):
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return ``'; did you mean "x"?'`` for the nearest known names, or an empty string."""
-    near = difflib.get_close_matches(name, list(known), n=3, cutoff=0.5)
-    return f"; did you mean {' or '.join(repr(n) for n in near)}?" if near else ""
+    return question(difflib.get_close_matches(name, list(known), n=3, cutoff=0.5))
+
+
+def question(names: Iterable[str]) -> str:
+    """Return ``'; did you mean "x" or "y"?'``, an empty string without names."""
+    quoted = " or ".join(map(repr, names))
+    return f"; did you mean {quoted}?" if quoted else ""

@@ -1,0 +1,110 @@
+"""The settings of each run as options, and parsing them with all mistakes reported at once."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from typing import Any
+
+import jsonargparse
+import yaml
+from jsonargparse import ArgumentError, Namespace
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import LightningArgumentParser
+
+from rexnet_lit.cli.config import load_yaml, read_configs, split_configs, without_key, without_option
+from rexnet_lit.cli.messages import named_key, parser_message
+from rexnet_lit.cli.short_help import ShortHelp
+from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import expand_home
+from rexnet_lit.utils.settings import check_range
+
+_FROM_DATA = ("num_classes", "class_names", "image_size")  # of the model
+
+
+def add_settings(parser: LightningArgumentParser, command: str) -> None:
+    """Add ``--help``, ``trainer`` and ``data``, and for ``fit`` the model."""
+    parser.add_argument("-h", "--help", action=ShortHelp, command=command, help="show the most useful settings")
+    parser.add_argument("--help_all", action="help", default=argparse.SUPPRESS, help="show all settings")
+    limits = [f"limit_{name}_batches" for name in ("train", "val", "test", "predict")]
+    parser.add_class_arguments(  # add_lightning_class_args cannot skip parameters
+        Trainer, "trainer", skip=set(limits), instantiate=False, fail_untyped=False, sub_configs=True
+    )
+    # `typing` caches Optional[Union[int, float]] and may return float | int, which reads 1 as 1.0: all batches.
+    help_ = "how many of the batches to use (int), or which share of them (float)"
+    for name in limits:
+        parser.add_argument(f"--trainer.{name}", type=int | float | None, help=help_)
+    parser.add_class_arguments(ImageFolderDataModule, "data", skip={"class_names"}, instantiate=command == "fit")
+    if command == "validate":
+        help_ = "write the report of a test, for models without a test split"
+        parser.add_argument("--report", action="store_true", help=help_)
+    if command == "fit":
+        help_ = "resume although the images, batch size or number of processes differ from the checkpoint's"
+        parser.add_argument("--accept_changes", type=bool, default=False, help=help_)
+        help_ = "instead of training, try a range of learning rates and plot the losses"
+        parser.add_argument("--find_lr", type=bool, default=False, help=help_)
+        parser.add_lightning_class_args(RexNetModule, "model")
+        for key in _FROM_DATA:
+            parser.link_arguments(f"data.{key}", f"model.{key}", apply_on="instantiate")
+
+
+def describe(parser: LightningArgumentParser, command: str) -> None:
+    """Replace what Lightning says of its own options, some of which does not hold here."""
+    resumed = "Checkpoint of a run to resume exactly, or ``last`` for that of the newest run."
+    texts = {
+        "ckpt_path": resumed if command == "fit" else "The model: a .ckpt or .safetensors file of a run.",
+        "config": "A YAML file, or the name of a shipped config; later ones win, and options win over all.",
+        "seed_everything": "Seed of all random numbers.",
+    }
+    for action in parser._actions:
+        action.help = texts.get(action.dest, action.help)
+
+
+def keys(parser: LightningArgumentParser, command: str) -> list[str]:
+    """Return the settings that a user of a command can give."""
+    found = [action.dest for action in parser._actions if action.option_strings]
+    hidden = {argparse.SUPPRESS, *(f"model.{key}" for key in _FROM_DATA)}
+    if command != "predict":
+        hidden |= {key for key in found if key.startswith("data.predict_")}
+    return [*(key for key in found if key not in hidden and not key.endswith(".help")), "help_all"]
+
+
+def parse(parser: LightningArgumentParser, own: Mapping[str, LightningArgumentParser], args: list[str]) -> Namespace:
+    """Parse a command line; on an error remove the setting that it names and parse again, to report all errors at once.
+
+    Args:
+        parser: The whole parser.
+        own: The parser of each command.
+        args: The command line, as `config.expand` returns it.
+
+    Raises:
+        UserError: There are mistakes.
+    """
+    command, removed = args[0], list[str]()
+    jsonargparse.set_loader("yaml", lambda text: load_yaml(text, command, removed), (yaml.YAMLError,))
+    configs = read_configs(split_configs(args)[0], command)
+    known = keys(own[command], command)
+    problems: list[str] = []
+    for _ in range(20):
+        try:
+            config: Namespace = parser.parse_args(args)
+            break
+        except (ArgumentError, TypeError, ValueError) as error:
+            key, problem = named_key(str(error)) or "", parser_message(str(error), known)
+            options = without_option(args, key) if key else args
+            shorter = {path: without_key(content, key) for path, content in configs.items()}
+            files = [path for path in configs if shorter[path] is not configs[path]]
+            problems.append(f"{files[-1]}: {problem}" if files and options is args else problem)
+            if not files and options is args:
+                break
+            removed.append(key)
+            args, configs = options, shorter
+    if problems:
+        raise UserError("; ".join(dict.fromkeys(problems)))
+    seed: Any = config[command]["seed_everything"]
+    check_range("seed_everything", seed, "[0, 4294967295]")
+    trainer = config[command]["trainer"]
+    trainer["default_root_dir"] = trainer["default_root_dir"] and expand_home(trainer["default_root_dir"])
+    return config
