@@ -57,6 +57,10 @@ def describe(parser: LightningArgumentParser, command: str) -> None:
         "ckpt_path": resumed if command == "fit" else "The model: a .ckpt or .safetensors file of a run.",
         "config": "A YAML file, or the name of a shipped config; later ones win, and options win over all.",
         "seed_everything": "Seed of all random numbers.",
+        "trainer.accelerator": "Where to compute: auto, cpu, gpu, mps, ...",
+        "trainer.default_root_dir": "Where lightning_logs/ is made; the current folder by default.",
+        "trainer.devices": "How many devices (-1 for all), or a list of their numbers.",
+        "trainer.precision": "32-true by default; 16-mixed, bf16-mixed, ... on a GPU.",
     }
     for action in parser._actions:
         action.help = texts.get(action.dest, action.help)

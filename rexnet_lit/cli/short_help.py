@@ -33,8 +33,8 @@ _KEYS = {
     "fit": (
         "data.root", "data.image_size", "data.batch_size", "data.num_workers", "data.val_fraction",
         "data.test_fraction", "data.augment", "model.backbone", "model.pretrained", "model.weights", "model.head",
-        "model.strategy", "model.optimizer", "model.optimizer.lr", "model.optimizer.weight_decay", "model.schedule",
-        "model.loss", "trainer.max_epochs", *_HARDWARE, "trainer.default_root_dir", "seed_everything", "ckpt_path",
+        "model.strategy", "model.optimizer", "model.optimizer.lr", "model.schedule", "model.loss", "model.select",
+        "trainer.max_epochs", *_HARDWARE, "trainer.default_root_dir", "seed_everything", "ckpt_path",
     ),
     "validate": ("ckpt_path", *_EVALUATION),
     "test": ("ckpt_path", *_EVALUATION),
@@ -64,19 +64,20 @@ def page(parser: Any, command: str, width: int) -> str:
         command: Its name.
         width: The most characters of a line.
     """
-    values, source = dict[str, Any](), "those of data default to the model's own"
+    values, source = dict[str, Any](), "those of data are the model's own by default"
     if command == "fit":
         file = shipped_configs.named(shipped_configs.DEFAULT)
         values = dict(leaves(load_yaml(file.read_text("utf-8"), command)))
-        source = f"defaults as in the shipped config {shipped_configs.DEFAULT}, which is used without --config"
+        source = f"defaults are those of the shipped config {shipped_configs.DEFAULT}"
     lines = [f"usage: {usage(command)}", "", parser.description, "", "examples:"]
     lines += [f"  rexnet-lit {command} {example}" for example in _EXAMPLES[command]]
-    lines += ["", *textwrap.wrap(f"the most useful settings ({source}):", width)]
+    lines += ["", *textwrap.wrap(f"the most useful settings [{source}]:", width)]
     actions = {action.dest: action for action in parser._actions}
     for key in _KEYS[command]:
         lines += _entry(key, _describe(key, parser, actions), _default(key, actions, values), width)
     names = ", ".join(shipped_configs.shipped())
-    lines += ["", "--help_all lists all settings, --print_config prints them as a YAML file for --config."]
+    more = "--help_all lists all settings, --print_config prints them as a YAML file for --config."
+    lines += ["", *textwrap.wrap(more, width)]
     lines += textwrap.wrap(f"Shipped configs: {names}", width, subsequent_indent="  ")
     return "\n".join(lines)
 
@@ -86,7 +87,7 @@ def _describe(key: str, parser: Any, actions: Mapping[str, argparse.Action]) -> 
     action = actions.get(f"{key}.name", actions[key])
     choices = re.fullmatch(r"\{(.*)\}", str(action.metavar or ""))
     if f"{key}.name" in actions and choices:
-        return f"{parser.groups[key].title.partition(';')[0]}: {choices[1].replace(',', ', ')}"
+        return f"{re.split(r'[;:.]', parser.groups[key].title)[0]}: {choices[1].replace(',', ', ')}"
     text = " ".join((action.help or "").replace("`", "").split())
     found = re.match(r"(.*?[^.])\.(\s|$)", text)
     return found[1] if found else text
@@ -99,6 +100,6 @@ def _default(key: str, actions: Mapping[str, argparse.Action], values: Mapping[s
 
 def _entry(key: str, text: str, default: Any, width: int) -> Iterator[str]:
     shown = str(default).lower() if isinstance(default, bool) else default
-    text += f" (default: {shown})" if default is not None else ""
-    margin = 34
+    text += f" [{shown}]" if default is not None else ""
+    margin = 29
     yield from textwrap.wrap(text, width, initial_indent=f"  --{key}".ljust(margin), subsequent_indent=" " * margin)

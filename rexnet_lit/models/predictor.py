@@ -105,7 +105,8 @@ class Classifier:
     def explain(self, image: ImageLike, target: str | None = None) -> NDArray[np.float32]:
         """Return where in an image's `view` the evidence for a class is: a heat map (S, S) from 0 to 1.
 
-        This is Grad-CAM (Selvaraju et al., 2017, https://arxiv.org/abs/1610.02391).
+        This is HiResCAM (Draelos and Carin, 2020, https://arxiv.org/abs/2011.08891). Grad-CAM (Selvaraju et al., 2017)
+        averages the gradient over the map first: for small images its maps are sometimes all zero.
 
         Args:
             image: One image.
@@ -128,7 +129,7 @@ class Classifier:
             logits = model.forward_head(last)
             index = int(logits.argmax()) if target is None else self.class_names.index(target)
             (gradient,) = torch.autograd.grad(logits[0, index], features)
-        cam = (gradient.mean((2, 3), keepdim=True) * features.detach()).sum(1, keepdim=True).relu()
+        cam = (gradient * features.detach()).sum(1, keepdim=True).relu()
         cam = nn.functional.interpolate(cam, size=batch.shape[2:], mode="bilinear", align_corners=False)[0, 0]
         return (cam / cam.max().clamp_min(1e-12)).float().cpu().numpy()
 

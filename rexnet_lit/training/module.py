@@ -41,7 +41,8 @@ class RexNetModule(pl.LightningModule):
     If the weights are damaged or do not fit, that is an error; if they are missing, it is one when training starts,
     because a resumed run does not need them. It never falls back to random ones.
 
-    With an `ImageFolderDataModule` it does under any ``Trainer`` what the command line does with the same settings:
+    Settings are given as a name, which stands for its defaults, as a mapping, or as a dataclass. With an
+    `ImageFolderDataModule` it does under any ``Trainer`` what the command line does with the same settings:
     `configure_callbacks` adds what saves, selects, calibrates and records. With loaders of your own, batches are
     ``(images, targets)``: float32 images (B, 3, S, S), RGB, as `eval_transform` makes them, and int64 targets (B,).
 
@@ -53,14 +54,13 @@ class RexNetModule(pl.LightningModule):
         backbone: timm's name: ``rexnet_100`` to ``rexnet_300``, ``rexnetr_100`` to ``rexnetr_300``, with a tag or not.
         pretrained: Start from timm's published weights.
         weights: Local file to start from: a timm state dict (``.safetensors``) or a model of rexnet_lit.
-        head: Maps features to logits. Settings are given as a name, which stands for its defaults, as a mapping or as
-            a dataclass.
+        head: Maps features to logits.
         strategy: Which parts train when.
         optimizer: The optimiser: settings, or what is called with the parameters, such as ``torch.optim.RMSprop``.
         schedule: The learning-rate schedule: settings, or what is called with the optimiser.
         loss: The training loss: settings, or a module that maps logits (B, K) and targets (B,) to the mean loss.
-        select: What makes weights the best: the highest validation ``top1`` or ``macro_f1``, or the lowest ``loss``.
-            It decides ``best.ckpt`` and what ships; of equals the lower loss wins.
+        select: What makes weights the best on the validation images. It decides ``best.ckpt`` and what ships: the
+            highest ``top1`` or ``macro_f1``, or the lowest ``loss``; of equals the lower loss wins.
         ema: Decay per step of the exponential moving average of the weights, such as 0.999; the average is then
             validated and shipped. 0 for none.
         drop_path_rate: Stochastic depth: share of residual branches dropped in the last block during training.

@@ -201,7 +201,7 @@ def test_synonyms_stand_for_what_exists(capsys):
 # Help
 
 
-@pytest.mark.parametrize("columns", [100, 120])
+@pytest.mark.parametrize("columns", [80, 100, 120])
 @pytest.mark.parametrize("command", RUNS)
 def test_help_is_short(command, columns, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", str(columns))
@@ -223,9 +223,9 @@ def test_help_shows_registries_and_the_values_of_finetune(capsys, monkeypatch):
 
     monkeypatch.setenv("COLUMNS", "120")
     out = " ".join(printed(capsys, "fit", "-h").split())
-    assert f"{', '.join(STRATEGIES)} (default: full)" in out
+    assert f"{', '.join(STRATEGIES)} [full]" in out
     finetune = yaml.safe_load((ROOT / "configs" / "finetune.yaml").read_text())
-    assert f"own by default (default: {finetune['data']['image_size']})" in out  # null without a config
+    assert f"own by default [{finetune['data']['image_size']}]" in out  # null without a config
     assert "Lightning" not in out
 
 
