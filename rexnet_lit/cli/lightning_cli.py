@@ -275,6 +275,10 @@ class RexNetCLI(LightningCLI):
         model.start.require(resumes=bool(self.resumed))
         if not trainer.is_global_zero:
             return
+        folder = run_folder.run_folder_of(self.config["fit"]["ckpt_path"]) if self.resumed else None
+        if folder is not None:
+            with run_folder.lock(folder):  # now, before a logger writes there; the callbacks hold it later
+                pass
         output.print_start(trainer, model, data)
         if self.config["fit"]["find_lr"]:
             find_lr(trainer, model, data)

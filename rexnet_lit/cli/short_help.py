@@ -19,7 +19,7 @@ _EXAMPLES = {
     "fit": (
         "DIR",
         "DIR --model.backbone rexnet_150 --trainer.max_epochs 40",
-        "DIR --config linear_probe --config hardware/gpu_amp --data.test_fraction 0.2",
+        "DIR --config linear_probe --config hardware/gpu_amp",
         "DIR --ckpt_path last",
     ),
     "validate": ("lightning_logs/version_0/model.safetensors", "lightning_logs/version_0/model.safetensors DIR"),

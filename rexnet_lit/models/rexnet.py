@@ -77,7 +77,8 @@ def check_input(inputs: Tensor, network: nn.Module) -> None:
     """
     given = f"{inputs.dtype} {tuple(inputs.shape)}" if isinstance(inputs, Tensor) else type(inputs).__name__
     images = isinstance(inputs, Tensor) and (inputs.ndim == 2 or (inputs.ndim == 4 and inputs.shape[1] == 3))
-    if not images or not inputs.is_floating_point() or inputs.dtype == torch.float64:
+    double = isinstance(inputs, Tensor) and inputs.dtype == torch.float64 != next(network.parameters()).dtype
+    if not images or not inputs.is_floating_point() or double:
         raise UserError(
             f"the loader's images are {given.removeprefix('torch.')}; expected a normalised float32 tensor (B, 3, H, W)"
         )

@@ -33,7 +33,7 @@ class WorstCheckpoint(RunCheckpoint):
 
     def setup(self, trainer, pl_module, stage):
         super().setup(trainer, pl_module, stage)
-        self.mode, self.kth_value = "min", torch.tensor(torch.inf)
+        self.monitor, self.mode, self.kth_value = "val/top1", "min", torch.tensor(torch.inf)
 
     def _is_best(self, trainer, candidates):
         return self.best_model_score is None or self.check_monitor_top_k(trainer, candidates[self.monitor])
@@ -90,7 +90,7 @@ def test_a_best_epoch_that_may_be_luck_is_told(tmp_path, shapes, capsys, monkeyp
     fit(tmp_path, shapes, WorstCheckpoint(), epochs=6, head="cosine")
     out = capsys.readouterr().out
     assert "selected: the last epoch (0.917), the lower val loss of the best epoch may be chance." in out
-    assert "Fit finished. Selected weights: the last epoch\n" in out
+    assert "Fit finished. Kept: the last epoch (" in out
 
 
 def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys, monkeypatch):

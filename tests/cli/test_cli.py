@@ -326,10 +326,10 @@ def test_debug_shows_the_traceback(capsys, monkeypatch):
     from rexnet_lit import UserError
 
     with pytest.raises(UserError, match="no file"):
-        main.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x", "--debug"])
+        main.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x.onnx", "--debug"])
     monkeypatch.setenv("REXNET_LIT_DEBUG", "1")
     with pytest.raises(UserError, match="no file"):
-        main.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x"])
+        main.main(["export", "gone.ckpt", "--format", "onnx", "--output", "x.onnx"])
 
 
 def test_bugs_keep_their_traceback(monkeypatch):
@@ -406,7 +406,7 @@ def test_help_and_version(capsys):
     assert main.main(["--help"]) == 0
     out = capsys.readouterr().out
     for command in COMMANDS:
-        assert re.search(rf"^ +{command} ", out, re.MULTILINE)
+        assert re.search(rf"^ +{command}\b", out, re.MULTILINE)
     assert main.main(["--version"]) == 0
     assert "rexnet_lit " in capsys.readouterr().out
 
