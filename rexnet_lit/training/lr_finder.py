@@ -15,6 +15,7 @@ from pathlib import Path
 import lightning.pytorch as pl
 import numpy as np
 from lightning.pytorch.tuner.tuning import Tuner
+from numpy.typing import NDArray
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.training.module import RexNetModule
@@ -52,12 +53,25 @@ def find_lr(trainer: pl.Trainer, module: RexNetModule, data: ImageFolderDataModu
     # Over the logarithm of the rate, unlike Lightning's suggestion, which favours small rates.
     steepest = int(np.gradient(losses, np.log(rates)).argmin())
     path = unused_path(Path(trainer.default_root_dir) / "lr_finder.png")
-    figure = found.plot()
-    assert figure is not None  # noqa: S101 (for mypy; None only if axes are given)
-    figure.axes[0].plot(rates[steepest], losses[steepest], "o", markersize=10, color="red")
-    figure.savefig(path, dpi=120)
     optimizer = module.optimizer_settings
     per_step = images_per_step(trainer)
-    best = rates[steepest] * optimizer.full_lr(scratch=False) / optimizer.full_lr(scratch=False, batch_size=per_step)
+    # As the setting is written: `base_batch_size` scales it.
+    rates *= optimizer.full_lr(scratch=False) / optimizer.full_lr(scratch=False, batch_size=per_step)
+    best = rates[steepest]
+    _draw(path, rates, losses, steepest)
     note = " (with one rate for all layers, without layer_decay)" if optimizer.layer_decay != 1 else ""
     print(f"the loss falls fastest{note}, see {path}, at --model.optimizer.lr {best:.1g}")  # noqa: T201
+
+
+def _draw(path: Path, rates: NDArray[np.float64], losses: NDArray[np.float64], best: int) -> None:
+    """Draw the losses over the learning rates, and mark the best rate."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 4), dpi=120, layout="constrained")
+    ax = figure.subplots()
+    ax.plot(rates, losses)
+    ax.plot(rates[best], losses[best], "o", markersize=8, label=f"the loss falls fastest: {rates[best]:.1g}")
+    ax.set(xscale="log", xlabel="model.optimizer.lr", ylabel="training loss, smoothed")
+    ax.set_ylim(top=float(losses[: best + 1].max() + 0.2 * np.ptp(losses[: best + 1]) + 1e-3))
+    ax.legend()
+    figure.savefig(path)
