@@ -12,6 +12,7 @@ import torch
 
 from rexnet_lit.data.cache import Image, decode_all
 from rexnet_lit.data.sampler import uses_all_batches
+from rexnet_lit.utils.progress import progress
 
 if TYPE_CHECKING:
     from rexnet_lit.data.dataset import ImageDataset
@@ -106,7 +107,8 @@ def keep_in_memory(dataset: ImageDataset, limit: float, *, only_if_all_fit: bool
         ]
         if np.mean(sizes) * len(paths) > limit:
             return
-    dataset.images = DecodedImages(decode_all(paths, dataset.min_size, limit))
+    with progress(f"Reading {len(paths):,} images into memory"):
+        dataset.images = DecodedImages(decode_all(paths, dataset.min_size, limit))
     missing = dataset.images.missing
     if missing and not only_if_all_fit:
         warnings.warn(f"data.cache: {missing} of {len(paths)} images do not fit into the memory", stacklevel=2)
