@@ -30,7 +30,7 @@ def callbacks_of(module: RexNetModule) -> list[Callback]:
     """Return the callbacks of a fit, but for those that the trainer has: an earlier fit's, or the user's own.
 
     Checkpoints of Lightning's default `ModelCheckpoint` are replaced by those of `RunCheckpoint`; one that the user
-    has set up stays. A trainer that has trained another module starts anew.
+    has set up stays. A trainer that has already trained another module starts over.
     """
     if module._trainer is None or module.trainer.state.fn != "fit":
         return []
@@ -40,15 +40,16 @@ def callbacks_of(module: RexNetModule) -> list[Callback]:
         raise UserError("trainer.callbacks: WeightAveraging and model.ema both average the weights; leave one out")
     trained = next((c for c in given if isinstance(c, RunFiles)), None)
     if trained is not None and trained.module not in (None, module):
-        _start_anew(trainer)
+        _start_over(trainer)
         given = trainer.callbacks  # type: ignore[attr-defined]
     saves = any(isinstance(c, ModelCheckpoint) for c in given)
     if saves and not any(isinstance(c, RunCheckpoint) for c in given):
         # Not returned: Lightning would take it for a replacement of every ModelCheckpoint.
         kept = [c for c in given if not _is_lightnings_default(c)]
         trainer.callbacks = [*kept, RunCheckpoint()]  # type: ignore[attr-defined]
-    found = [c for c in (kind() for kind in _DEFAULTS) if not any(type(g) is type(c) for g in given)]
-    return [*found, *([EMA(module.ema)] if module.ema and not any(isinstance(c, EMA) for c in given) else [])]
+    present = {type(c) for c in given}
+    found: list[Callback] = [kind() for kind in _DEFAULTS if kind not in present]
+    return [*found, EMA(module.ema)] if module.ema and EMA not in present else found
 
 
 def _is_lightnings_default(callback: Callback) -> bool:
@@ -56,7 +57,7 @@ def _is_lightnings_default(callback: Callback) -> bool:
     return type(callback) is ModelCheckpoint and vars(callback) == vars(ModelCheckpoint())
 
 
-def _start_anew(trainer: Trainer) -> None:
+def _start_over(trainer: Trainer) -> None:
     """Forget the training of another module: its progress, its callbacks, its best weights."""
     ours = (*_DEFAULTS, EMA)
     kept = [c for c in trainer.callbacks if type(c) not in ours]  # type: ignore[attr-defined]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import importlib.metadata
+import io
 import json
 import platform
 import shlex
@@ -148,9 +149,12 @@ class RunRecord(Callback):
         folder = find_run_folder(trainer)
         if folder is None or not self._own_csv:
             return
-        names = list(dict.fromkeys(name for row in self._rows for name in row))
-        lines = [names, *([str(row.get(name, "")) for name in names] for row in self._rows)]
-        self._log(write_file, folder / "metrics.csv", "".join(",".join(line) + "\n" for line in lines))
+        text = io.StringIO(newline="")
+        names = dict.fromkeys(name for row in self._rows for name in row)
+        table = csv.DictWriter(text, list(names), restval="", lineterminator="\n")
+        table.writeheader()
+        table.writerows(self._rows)
+        self._log(write_file, folder / "metrics.csv", text.getvalue())
 
     def _write_result(self, trainer: Trainer, status: str, reason: str = "") -> None:
         folder = find_run_folder(trainer)

@@ -107,10 +107,10 @@ class RunFiles(Callback):
     @rank_zero_only
     def _write_model(self) -> None:
         """Write the best weights (without a validation, the last ones) with the model's description."""
-        best = None if self.folder is None else self.folder / "checkpoints" / "best.ckpt"
-        if self.folder is None or best is None:
+        if self.folder is None:
             return
-        found = next((file for file in (best, best.with_name("last.ckpt")) if file.is_file()), None)
+        files = [self.folder / "checkpoints" / name for name in ("best.ckpt", "last.ckpt")]
+        found = next(filter(Path.is_file, files), None)
         if found is not None:
             model = checkpoint.load_model(found)
             checkpoint.save_model(self.folder / "model.safetensors", model.spec, model.state)

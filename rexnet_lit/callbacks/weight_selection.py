@@ -50,17 +50,20 @@ MAX_IMAGES = 20_000
 
 @dataclass(frozen=True)
 class _Score:
-    """Logits (N, K) of the validation images, metrics, loss as compared, and what each image adds to the error (N,)."""
+    """Validation metrics, the loss as it is compared, and what each image adds to the error (N,)."""
 
-    logits: Tensor
-    top1: float
-    macro_f1: float
+    metrics: dict[str, float]
     loss: float
     errors: Tensor
 
+    @property
+    def top1(self) -> float:
+        """The share of the images that are classified correctly."""
+        return self.metrics["val/top1"]
+
     def rank(self, select: str) -> tuple[float, float]:
         """Return what is lower for better weights: by ``model.select``, and of equals by the loss."""
-        return {"top1": -self.top1, "macro_f1": -self.macro_f1, "loss": self.loss}[select], self.loss
+        return self.loss if select == "loss" else -self.metrics[f"val/{select}"], self.loss
 
 
 class WeightSelection(EndOfTraining):
@@ -91,9 +94,8 @@ class WeightSelection(EndOfTraining):
             weights = torch.from_numpy(class_weights(module)).float()
             scores = {name: _score(module, *candidate, targets, weights) for name, candidate in candidates.items()}
         chosen, why = _select(scores, module.select)
-        metrics = module.measure(scores[chosen].logits, targets)
         name = saver.shipped.weights if chosen == BEST else chosen
-        saver.shipped = Shipped(name, why, metrics)
+        saver.shipped = Shipped(name, why, scores[chosen].metrics)
         if chosen != BEST and trainer.is_global_zero:
             replace_weights(files[0], {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()})
 
@@ -134,8 +136,7 @@ def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor
         "macro_f1": wrong / shares[targets],
         "loss": functional.cross_entropy(logits / temperature, targets, reduction="none") * weights[targets],
     }
-    metrics = module.measure(logits, targets)
-    return _Score(logits, metrics["val/top1"], metrics["val/macro_f1"], loss, errors[module.select])
+    return _Score(module.measure(logits, targets), loss, errors[module.select])
 
 
 def _select(scores: Mapping[str, _Score], select: str) -> tuple[str, str]:

@@ -146,7 +146,7 @@ class RexNetCLI(LightningCLI):
             return
         root = config["trainer"]["default_root_dir"]
         path, self.resumed, skipped = previous_run.read_checkpoint(config["ckpt_path"], root)
-        config["ckpt_path"] = path
+        config["ckpt_path"], self.folder = path, run_folder.run_folder_of(path)
         for line in [*skipped, f"resuming {path}, after {self.resumed['global_step']} steps"]:
             rank_zero_only(print)(line, flush=True)
 
@@ -242,12 +242,11 @@ class RexNetCLI(LightningCLI):
 
     def _logger(self, root: str) -> Logger:
         """Return the logger of a new run; for a resumed one its own, without what was logged after the checkpoint."""
-        folder = run_folder.run_folder_of(self.config["fit"]["ckpt_path"]) if self.resumed else None
-        if folder is None:
+        if self.folder is None:
             return RunTensorBoardLogger(root, default_hp_metric=False)
-        step, runs = self.resumed["global_step"], folder.parent
+        step, runs = self.resumed["global_step"], self.folder.parent
         return RunTensorBoardLogger(
-            runs.parent, name=runs.name, version=folder.name, default_hp_metric=False, purge_step=step
+            runs.parent, name=runs.name, version=self.folder.name, default_hp_metric=False, purge_step=step
         )
 
     def _writers(self, root: Path) -> list[Callback]:
@@ -275,16 +274,15 @@ class RexNetCLI(LightningCLI):
         model.start.require(resumes=bool(self.resumed))
         if not trainer.is_global_zero:
             return
-        folder = run_folder.run_folder_of(self.config["fit"]["ckpt_path"]) if self.resumed else None
-        if folder is not None:
-            with run_folder.lock(folder):  # now, before a logger writes there; the callbacks hold it later
+        if self.folder is not None:
+            with run_folder.lock(self.folder):  # now, before a logger writes there; the callbacks hold it later
                 pass
         output.print_start(trainer, model, data)
         if self.config["fit"]["find_lr"]:
             find_lr(trainer, model, data)
             raise SystemExit(0)
         for logger in trainer.loggers:
-            if isinstance(logger, RunTensorBoardLogger) and not self.resumed:
+            if isinstance(logger, RunTensorBoardLogger) and self.folder is None:
                 self.folder = run_folder.claim(Path(logger.root_dir).parent)
                 logger._version = int(self.folder.name.removeprefix("version_"))
 

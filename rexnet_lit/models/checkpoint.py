@@ -220,18 +220,13 @@ def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
         return Model(file, ModelSpec.from_json(description, str(file)), state, _run_data(file))
     content = read_ckpt(str(file))
     spec, data = read_record(content, str(file))
-    state = network_state(content)
+    tensors, prefix = content.get("state_dict"), "network."
+    pairs = tensors.items() if isinstance(tensors, dict) else ()
+    state = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
+    state = plain_names(state)
     if not state or not all(map(_is_dense_tensor, state.values())):
         raise UserError(f"{file}: it holds no weights of a network; use another checkpoint of the run")
     return Model(file, spec, state, data)
-
-
-def network_state(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the tensors of the network in a Lightning checkpoint, by their names in the network."""
-    tensors, prefix = checkpoint.get("state_dict"), "network."
-    pairs = tensors.items() if isinstance(tensors, dict) else ()
-    found = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
-    return plain_names(found)
 
 
 def _is_dense_tensor(value: object) -> bool:

@@ -379,7 +379,7 @@ class RexNetModule(pl.LightningModule):
         Raises:
             UserError: The architecture, the classes or the tensors differ.
         """
-        start.check_checkpoint(content, self.spec, self.network.state_dict())
+        start.check_checkpoint(content, self.spec, self.state_dict())
         # The sums over all processes: one process restores them.
         total, count = content.get(_LOSSES, (0.0, 0.0)) if self.global_rank == 0 else (0.0, 0.0)
         self.train_loss.mean_value, self.train_loss.weight = torch.tensor(total), torch.tensor(count)

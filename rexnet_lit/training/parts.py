@@ -15,7 +15,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torchmetrics import Metric
 
-from rexnet_lit.data.datamodule import ImageFolderDataModule, any_datamodule, find_datamodule
+from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.models import variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
@@ -127,10 +127,10 @@ def check_network(module: RexNetModule) -> None:
 
 def class_counts(module: RexNetModule) -> Sequence[int]:
     """Return the training images of each class, (K,); ones if the loss does not need them."""
-    data, classes = any_datamodule(module.trainer), module.spec.num_classes
+    data, classes = find_datamodule(module.trainer), module.spec.num_classes
     if module.loss_settings.class_weights == "none":
         return [1] * classes
-    if not isinstance(data, ImageFolderDataModule):
+    if data is None:
         raise UserError("model.loss.class_weights: auto counts the images of an ImageFolderDataModule")
     counts: list[int] = np.bincount(data.splits()["train"].targets, minlength=classes).tolist()
     return counts

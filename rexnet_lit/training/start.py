@@ -155,7 +155,7 @@ def check_checkpoint(content: Mapping[str, Any], spec: ModelSpec, state: Mapping
     Args:
         content: The checkpoint.
         spec: The model that is to be resumed.
-        state: The tensors of its network.
+        state: The tensors of its module.
 
     Raises:
         UserError: The architecture, the classes or the tensors differ.
@@ -177,10 +177,14 @@ def check_checkpoint(content: Mapping[str, Any], spec: ModelSpec, state: Mapping
             f"ckpt_path: the checkpoint's classes ({_short(theirs.class_names)}) differ from the folder's "
             f"({_short(spec.class_names)}); to start a new run from its weights, use model.weights instead"
         )
-    tensors = checkpoint.network_state(content)
-    difference = describe_mismatch(state, tensors)
+    difference = describe_mismatch(_without_loss(state), _without_loss(content.get("state_dict")))
     if difference:
         raise UserError(f"ckpt_path: the checkpoint's weights do not fit: {difference}")
+
+
+def _without_loss(tensors: Any) -> dict[str, Any]:
+    """Leave out a user's own loss, which is not built yet when the command line compares."""
+    return {k: v for k, v in tensors.items() if not str(k).startswith("loss.")} if isinstance(tensors, Mapping) else {}
 
 
 def _short(names: Sequence[str]) -> str:
