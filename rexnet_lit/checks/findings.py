@@ -40,6 +40,29 @@ class Finding:
 
 
 @dataclasses.dataclass(frozen=True)
+class Suspect:
+    """An image whose label may be wrong.
+
+    Args:
+        path: The image, relative to the folder.
+        label: Its class in the folder.
+        suggested: The class that the model predicts.
+        prob_label: Probability of ``label``, predicted by a model that was not trained on the image.
+        prob_suggested: Probability of ``suggested``.
+        like_label: The most similar images of class ``label``, at most three, most similar first.
+        like_suggested: The same of class ``suggested``.
+    """
+
+    path: str
+    label: str
+    suggested: str
+    prob_label: float
+    prob_suggested: float
+    like_label: tuple[str, ...] = ()
+    like_suggested: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class CheckResult:
     """The result of `check.check`.
 
@@ -56,6 +79,7 @@ class CheckResult:
         duplicates: Groups of files with the same bytes.
         near_duplicates: Groups of files that look the same; of files with the same bytes, only the first.
         findings: Errors first, then warnings, then the rest.
+        suspects: Images whose label may be wrong, worst first; empty if labels were not checked.
         examples: Split, class and path of every image, for the report page; not in the JSON.
     """
 
@@ -71,6 +95,7 @@ class CheckResult:
     duplicates: tuple[tuple[str, ...], ...]
     near_duplicates: tuple[tuple[str, ...], ...]
     findings: tuple[Finding, ...]
+    suspects: tuple[Suspect, ...] = ()
     examples: tuple[tuple[Split, str, str], ...] = ()
 
     @property

@@ -22,13 +22,7 @@ from rexnet_lit.data.features import embed_dataset
 from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, list_images, scan
 from rexnet_lit.data.loader import Loader, build_loader
 from rexnet_lit.data.memory import has_several_epochs, keep_in_memory
-from rexnet_lit.data.sampler import (
-    SAMPLERS,
-    BatchSampler,
-    SamplerName,
-    training_order,
-    training_position,
-)
+from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, training_order, training_position
 from rexnet_lit.data.settings import MAX_BAD_FRACTION, DataRecord, EvalRecipe, check_size_schedule, failed_checks
 from rexnet_lit.data.splits import Split
 from rexnet_lit.data.transforms import EvalTransform, ProgressiveTransform, TrainTransform
@@ -227,7 +221,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         bad = quarantine.find_bad(self.folder, needed, self.record.max_bad_fraction) if self.folder else {}
         for name in needed:
             if name not in splits or len(splits[name]) == 0:
-                raise UserError(_missing_split(name, self.record))
+                raise UserError(self.record.missing_split(name))
             if name != "train" and name in self._datasets and self._datasets[name].transform == evaluate:
                 continue
             samples = self._readable(splits[name], bad[name])
@@ -377,15 +371,6 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if self.predict_samples is None:
             raise UserError("data.predict_path is not set; name an image or a folder: --data.predict_path PATH")
         return self._loader("predict")
-
-
-def _missing_split(name: str, record: DataRecord) -> str:
-    hints = {"test": "fit with data.test_fraction above 0", "val": "set data.val_fraction above 0"}
-    if name == "val" and record.val_fraction:
-        hints["val"] = "more images: a class keeps its only one for training"
-    return (
-        f"{record.root}: there is no {name} split; add {name}/ with a folder per class, or {hints.get(name, 'images')}"
-    )
 
 
 def any_datamodule(trainer: pl.Trainer | None) -> pl.LightningDataModule | None:

@@ -117,3 +117,11 @@ class DataRecord(SplitSettings):
         numbers = (self.val_fraction, self.test_fraction, self.num_folds, self.fold, self.max_bad_fraction)
         if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
             raise TypeError(f"not the record of a dataset: {self}")
+
+    def missing_split(self, name: str) -> str:
+        """Return the error message for a split that is needed and not there."""
+        hints = {"test": "fit with data.test_fraction above 0", "val": "set data.val_fraction above 0"}
+        if name == "val" and self.val_fraction:
+            hints["val"] = "more images: a class keeps its only one for training"
+        hint = hints.get(name, "images")
+        return f"{self.root}: there is no {name} split; add {name}/ with a folder per class, or {hint}"
