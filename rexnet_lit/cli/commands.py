@@ -110,6 +110,13 @@ def _augmented_samples(
     return samples
 
 
+def _compare(args: argparse.Namespace) -> int:
+    from rexnet_lit.cli.compare import compare
+
+    compare(args.runs, as_json=args.json, page=args.report)
+    return 0
+
+
 def _completion(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("shtab") is None:
         raise UserError("completion needs the package shtab; install the extra: pip install 'rexnet-lit[completion]'")
@@ -198,6 +205,20 @@ COMMANDS = {
                 "metavar": "FILE.yaml",
                 "help": "split the folder, and show augmented images, as this config",
             },
+        },
+    ),
+    "compare": Command(
+        "compare runs that were tested on the same images",
+        _compare,
+        {
+            "runs": {
+                "nargs": "+",
+                "type": expand_home,
+                "metavar": "RUN",
+                "help": "the folder of a run, or its model; the others are compared with the first",
+            },
+            "--json": {"action": "store_true", "help": "print the comparison as JSON"},
+            "--report": {"type": expand_home, "metavar": "FILE.html", "help": "write it as a page"},
         },
     ),
     "configs": Command(
