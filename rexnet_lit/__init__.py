@@ -14,7 +14,6 @@ from rexnet_lit.utils.errors import UserError, opencv_message
 from rexnet_lit.utils.process import configure_allocator
 
 if TYPE_CHECKING:
-    from rexnet_lit.callbacks.checkpoint import RunCheckpoint as RunCheckpoint
     from rexnet_lit.data.augmentation import AugmentSettings as AugmentSettings
     from rexnet_lit.data.datamodule import ImageFolderDataModule as ImageFolderDataModule
     from rexnet_lit.data.sample import write_sample as write_sample
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from rexnet_lit.models.heads import HeadSpec as HeadSpec
     from rexnet_lit.models.predictor import Classifier as Classifier
     from rexnet_lit.models.predictor import load as load
+    from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint as RunCheckpoint
     from rexnet_lit.training.freezing import StrategySettings as StrategySettings
     from rexnet_lit.training.losses import LossSettings as LossSettings
     from rexnet_lit.training.module import RexNetModule as RexNetModule
@@ -51,7 +51,7 @@ _LAZY = {
     "LossSettings": "training.losses",
     "OptimizerSettings": "training.optim",
     "RexNetModule": "training.module",
-    "RunCheckpoint": "callbacks.checkpoint",
+    "RunCheckpoint": "training.callbacks.checkpoint",
     "ScheduleSettings": "training.schedules",
     "StrategySettings": "training.freezing",
     "TrainTransform": "data.transforms",

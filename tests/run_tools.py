@@ -72,7 +72,7 @@ def _run(argv: list[str], cwd: str, log: str, trouble: tuple[str, int] | None, s
     torch.set_num_threads(1)
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     from rexnet_lit import __main__
-    from rexnet_lit.callbacks.checkpoint import RunCheckpoint
+    from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 
     RunCheckpoint.__init__ = functools.partialmethod(RunCheckpoint.__init__, every=save_every)  # type: ignore
     if trouble is not None:
@@ -103,7 +103,7 @@ def _signalled(number: signal.Signals, hook: str, step: int) -> None:
 
 
 def _signalled_in_selection(number: signal.Signals, step: int) -> None:
-    from rexnet_lit.callbacks import weight_selection
+    from rexnet_lit.training.callbacks import weight_selection
 
     weight_selection.solve_head = lambda *args: os.kill(os.getpid(), number)  # type: ignore[assignment]
 
@@ -175,7 +175,7 @@ def _no_room_for_logs(step: int) -> None:
     def break_logs(module: Any) -> None:
         from torch.utils.tensorboard.writer import FileWriter
 
-        from rexnet_lit.callbacks import record
+        from rexnet_lit.training.callbacks import record
 
         record.write_file = fails  # type: ignore[assignment]
         FileWriter.add_event = fails  # type: ignore[method-assign]

@@ -23,10 +23,6 @@ from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import Logger
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit.callbacks import run_folder
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.callbacks.loggers import RunTensorBoardLogger
-from rexnet_lit.callbacks.signals import StopOnSignal
 from rexnet_lit.cli import (
     commands,
     output,
@@ -41,6 +37,10 @@ from rexnet_lit.cli.messages import raised_by_lightning
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.sampler import uses_all_batches
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.callbacks import run_folder
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.training.callbacks.loggers import RunTensorBoardLogger
+from rexnet_lit.training.callbacks.signals import StopOnSignal
 from rexnet_lit.training.lr_finder import find_lr
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils import process

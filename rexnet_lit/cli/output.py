@@ -10,9 +10,9 @@ from pathlib import Path
 
 from lightning.pytorch import Trainer
 
-from rexnet_lit.callbacks.console import print_table
-from rexnet_lit.callbacks.predictions import PredictionWriter
 from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.training.callbacks.console import print_table
+from rexnet_lit.training.callbacks.predictions import PredictionWriter
 from rexnet_lit.training.metrics import main_metrics
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.errors import plural, printable

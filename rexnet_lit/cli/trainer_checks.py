@@ -22,8 +22,8 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.cli.messages import trainer_message
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.errors import UserError, did_you_mean
 from rexnet_lit.utils.settings import check_range

@@ -19,11 +19,11 @@ from lightning.pytorch.callbacks import (
 )
 from lightning.pytorch.cli import SaveConfigCallback
 
-from rexnet_lit.callbacks import run_folder
-from rexnet_lit.callbacks.evaluation_report import EvaluationReport
-from rexnet_lit.callbacks.predictions import PredictionWriter
-from rexnet_lit.callbacks.run_files import find_run_folder
 from rexnet_lit.cli.messages import parser_message
+from rexnet_lit.training.callbacks import run_folder
+from rexnet_lit.training.callbacks.evaluation_report import EvaluationReport
+from rexnet_lit.training.callbacks.predictions import PredictionWriter
+from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import check_output, check_writable, expand_home, unused_path
 

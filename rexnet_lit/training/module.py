@@ -362,7 +362,7 @@ class RexNetModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[pl.Callback]:
         """Return what saves, selects, calibrates and records in a fit; see `callbacks.defaults`."""
-        from rexnet_lit.callbacks import defaults  # which imports this module
+        from rexnet_lit.training.callbacks import defaults  # which imports this module
 
         return defaults.callbacks_of(self)
 

@@ -11,9 +11,10 @@ import torch
 from module_tools import data_of, model_of, trainer_of
 from scipy.optimize import minimize_scalar
 
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import fit_temperature
+from rexnet_lit.training.callbacks import calibration
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.utils.errors import UserError
 
 
@@ -91,13 +92,13 @@ def test_half_precision(shapes, tmp_path, capsys):
 @pytest.mark.parametrize(("sure", "told"), [(0.1, False), (20.0, True)])
 def test_a_loss_that_rises_is_explained(sure, told, shapes, tmp_path, capsys, monkeypatch):
     right = sure * torch.eye(3).repeat_interleave(4, dim=0)
-    monkeypatch.setattr("rexnet_lit.callbacks.calibration.head_logits", lambda module, features: right)
+    monkeypatch.setattr("rexnet_lit.training.callbacks.calibration.head_logits", lambda module, features: right)
     fit(tmp_path, shapes)
     assert ("12 validation images are too few for such confidence" in capsys.readouterr().out) is told
 
 
 def test_weights_that_know_nothing_are_left_alone(shapes, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr("rexnet_lit.callbacks.calibration.fit_temperature", lambda logits, targets: (1000.0, 1.1))
+    monkeypatch.setattr(calibration, "fit_temperature", lambda logits, targets: (1000.0, 1.1))
     _, best, last = fit(tmp_path, shapes)
     assert "Not calibrated" in capsys.readouterr().out
     assert all(torch.equal(tensor, last[name]) for name, tensor in best.items())

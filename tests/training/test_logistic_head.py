@@ -143,7 +143,7 @@ def test_a_solved_head_starts_a_fine_tuning(shapes, tmp_path):
 
 def test_a_resumed_run_keeps_its_head(shapes, tmp_path):
     """The head is solved once: a resume must not solve it again over what was learned since."""
-    from rexnet_lit.callbacks.checkpoint import RunCheckpoint
+    from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 
     settings = {"strategy": StrategySettings("full", solver="logistic"), "optimizer": {"name": "sgd", "lr": 0.001}}
 

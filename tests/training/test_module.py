@@ -17,7 +17,6 @@ from lightning.pytorch.callbacks import WeightAveraging
 from module_tools import NAMES, data_of, equal, model_of, state_of, trainer_of
 from sklearn.metrics import f1_score, log_loss
 
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.settings import EvalRecipe
@@ -26,6 +25,7 @@ from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.rexnet import build_network
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.training import parts
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.training.optim import OptimizerSettings, build_optimizer

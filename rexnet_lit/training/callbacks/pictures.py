@@ -15,13 +15,13 @@ from PIL import Image
 from torch import Tensor
 from torchvision.utils import make_grid
 
-from rexnet_lit.callbacks.predictions import PredictionCollector
 from rexnet_lit.data import decode
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.report.figures import draw_confusion, draw_mistakes, figure_name
 from rexnet_lit.report.html import thumbnail
 from rexnet_lit.report.predictions import Predictions
 from rexnet_lit.report.tables import confused_pairs, confusion_matrix
+from rexnet_lit.training.callbacks.predictions import PredictionCollector
 from rexnet_lit.training.module import RexNetModule
 
 WORST = 12

@@ -8,13 +8,13 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from rexnet_lit.callbacks.predictions import PredictionCollector
 from rexnet_lit.data import decode, verify
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.data.splits import Split
 from rexnet_lit.models import checkpoint
 from rexnet_lit.report.predictions import Predictions
 from rexnet_lit.report.test_page import write_report
+from rexnet_lit.training.callbacks.predictions import PredictionCollector
 from rexnet_lit.training.metrics import main_metrics, stage_results
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.files import unused_path

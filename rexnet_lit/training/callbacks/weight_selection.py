@@ -25,11 +25,11 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 from torch.nn import functional
 
-from rexnet_lit.callbacks.checkpoint import WHY, RunCheckpoint, Shipped, replace_weights
-from rexnet_lit.callbacks.end_of_training import EndOfTraining, copy_state, network_restored
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import fit_temperature
+from rexnet_lit.training.callbacks.checkpoint import WHY, RunCheckpoint, Shipped, replace_weights
+from rexnet_lit.training.callbacks.end_of_training import EndOfTraining, copy_state, network_restored
 from rexnet_lit.training.features import class_weights, embedder, head_logits, solve_head
 from rexnet_lit.training.module import RexNetModule
 

@@ -9,8 +9,8 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from torch import Tensor
 
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint, find_checkpoint
 from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint, find_checkpoint
 from rexnet_lit.training.module import RexNetModule
 
 

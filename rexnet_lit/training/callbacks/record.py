@@ -19,10 +19,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from rexnet_lit.callbacks.checkpoint import NOTHING, Shipped, find_checkpoint
-from rexnet_lit.callbacks.run_files import find_run_folder
-from rexnet_lit.callbacks.run_folder import RESULT
 from rexnet_lit.data.datamodule import find_datamodule, run_seed
+from rexnet_lit.training.callbacks.checkpoint import NOTHING, Shipped, find_checkpoint
+from rexnet_lit.training.callbacks.run_files import find_run_folder
+from rexnet_lit.training.callbacks.run_folder import RESULT
 from rexnet_lit.training.metrics import main_metrics
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.errors import Stopped, UserError

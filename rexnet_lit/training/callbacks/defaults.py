@@ -7,15 +7,15 @@ from typing import TYPE_CHECKING
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
 
-from rexnet_lit.callbacks.averaging import EMA
-from rexnet_lit.callbacks.calibration import Calibrate
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.callbacks.console import ConsoleSummary
-from rexnet_lit.callbacks.nan_guard import NaNGuard
-from rexnet_lit.callbacks.pictures import AugmentedSamples, ValidationPictures
-from rexnet_lit.callbacks.record import RunRecord
-from rexnet_lit.callbacks.run_files import RunFiles
-from rexnet_lit.callbacks.weight_selection import WeightSelection
+from rexnet_lit.training.callbacks.averaging import EMA
+from rexnet_lit.training.callbacks.calibration import Calibrate
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.training.callbacks.console import ConsoleSummary
+from rexnet_lit.training.callbacks.nan_guard import NaNGuard
+from rexnet_lit.training.callbacks.pictures import AugmentedSamples, ValidationPictures
+from rexnet_lit.training.callbacks.record import RunRecord
+from rexnet_lit.training.callbacks.run_files import RunFiles
+from rexnet_lit.training.callbacks.weight_selection import WeightSelection
 from rexnet_lit.utils.errors import UserError
 
 if TYPE_CHECKING:

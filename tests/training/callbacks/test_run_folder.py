@@ -11,9 +11,9 @@ from cli_tools import write_dataset
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from module_tools import data_of, model_of, trainer_of
 
-from rexnet_lit.callbacks.run_folder import find_last_checkpoint, run_folder_of
 from rexnet_lit.cli import main
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.callbacks.run_folder import find_last_checkpoint, run_folder_of
 
 FIT = [
     *("fit", "data", "--config", "quickstart", "--trainer.max_epochs", "1", "--data.num_workers", "0"),

@@ -10,11 +10,11 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit.callbacks import run_folder
 from rexnet_lit.data import verify
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.data.folder import write_split
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.errors import UserError, plural
 

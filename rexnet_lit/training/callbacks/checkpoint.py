@@ -17,11 +17,11 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from rexnet_lit.callbacks import resume
-from rexnet_lit.callbacks.run_files import find_run_folder
-from rexnet_lit.callbacks.signals import StopSignals
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.callbacks import resume
+from rexnet_lit.training.callbacks.run_files import find_run_folder
+from rexnet_lit.training.callbacks.signals import StopSignals
 from rexnet_lit.training.metrics import main_metrics
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.training.parts import SELECT

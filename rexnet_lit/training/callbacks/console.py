@@ -13,10 +13,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit.callbacks.checkpoint import find_checkpoint, stopped_early
-from rexnet_lit.callbacks.record import find_record
-from rexnet_lit.callbacks.run_files import find_run_folder
 from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.training.callbacks.checkpoint import find_checkpoint, stopped_early
+from rexnet_lit.training.callbacks.record import find_record
+from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.training.metrics import main_metrics
 from rexnet_lit.utils.progress import SECONDS
 

@@ -23,10 +23,10 @@ from module_tools import data_of, model_of, trainer_of
 from run_tools import CONFIGS, command_line, differing, fit, run_folder, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rexnet_lit.callbacks import run_folder as run_folders
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.callbacks.nan_guard import NaNGuard
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.callbacks import run_folder as run_folders
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.training.callbacks.nan_guard import NaNGuard
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import Stopped, UserError
 from rexnet_lit.utils.files import check_writable, link_or_copy

@@ -9,8 +9,9 @@ import pytest
 import torch
 from module_tools import data_of, model_of, trainer_of
 
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.callbacks import weight_selection
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 
 
 @pytest.fixture
@@ -86,7 +87,7 @@ def test_a_best_epoch_that_may_be_luck_is_told(tmp_path, shapes, capsys, monkeyp
     """Its loss is a little lower, by one image of twelve; logits that nobody will divide are compared as they are."""
     right = torch.eye(3).repeat_interleave(4, dim=0)
     found = iter([3 * right, 3 * torch.cat([right[:-1], right[:1]])])  # of the best epoch, then of the last
-    monkeypatch.setattr("rexnet_lit.callbacks.weight_selection.head_logits", lambda module, features: next(found))
+    monkeypatch.setattr(weight_selection, "head_logits", lambda module, features: next(found))
     fit(tmp_path, shapes, WorstCheckpoint(), epochs=6, head="cosine")
     out = capsys.readouterr().out
     assert "selected: the last epoch (0.917), the lower val loss of the best epoch may be chance." in out
@@ -101,7 +102,9 @@ def test_what_nobody_calibrates_ships_by_its_plain_loss(tmp_path, shapes, capsys
     for calibrate in (False, True):
         found = iter(logits.values())
         monkeypatch.setattr(
-            "rexnet_lit.callbacks.weight_selection.head_logits", lambda module, features, found=found: next(found)
+            weight_selection,
+            "head_logits",
+            lambda module, features, found=found: next(found),
         )
         fit(tmp_path / str(calibrate), shapes, WorstCheckpoint(), epochs=6, head="mlp", calibrate=calibrate)
         kept = re.search("selected: (.*) \\(", capsys.readouterr().out)[1]

@@ -15,8 +15,8 @@ from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
-from rexnet_lit.callbacks.checkpoint import find_checkpoint
 from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.training.callbacks.checkpoint import find_checkpoint
 from rexnet_lit.utils.errors import UserError
 
 _REMEDY = "set a smaller model.optimizer.lr or a longer model.schedule.warmup_epochs, or trainer.gradient_clip_val: 1.0"

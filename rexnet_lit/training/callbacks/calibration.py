@@ -17,11 +17,11 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
-from rexnet_lit.callbacks.checkpoint import RunCheckpoint, replace_weights
-from rexnet_lit.callbacks.end_of_training import EndOfTraining, network_restored
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import LARGEST_FACTOR, fit_temperature
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint, replace_weights
+from rexnet_lit.training.callbacks.end_of_training import EndOfTraining, network_restored
 from rexnet_lit.training.features import embedder, head_logits
 from rexnet_lit.training.module import RexNetModule
 
