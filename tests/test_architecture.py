@@ -21,7 +21,8 @@ ALLOWED = {
     "training": ("data", "models"),
     "training/callbacks": ("data", "models", "report", "training"),
     "export": ("data", "models", "report"),
-    "cli": ("data", "models", "checks", "report", "training", "training/callbacks", "export"),
+    "search": ("data", "models", "report", "training", "training/callbacks"),
+    "cli": ("data", "models", "checks", "report", "training", "training/callbacks", "export", "search"),
     "__main__": ("cli",),
     "__init__": ("training/callbacks", "data", "training", "models"),  # lazily
 }

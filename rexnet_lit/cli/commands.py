@@ -117,6 +117,13 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _crossval(args: argparse.Namespace) -> int:
+    with process.gc_paused():
+        from rexnet_lit.cli import several_runs
+
+    return several_runs.run_crossval(args.argv)
+
+
 def _completion(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("shtab") is None:
         raise UserError("completion needs the package shtab; install the extra: pip install 'rexnet-lit[completion]'")
@@ -207,6 +214,7 @@ COMMANDS = {
             },
         },
     ),
+    "crossval": Command("train and test a model for each of several folds", _crossval),
     "compare": Command(
         "compare runs that were tested on the same images",
         _compare,

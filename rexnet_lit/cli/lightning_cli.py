@@ -68,7 +68,7 @@ class RexNetCLI(LightningCLI):
     """The run folder that this run has created or resumes in."""
 
     @classmethod
-    def run(cls, argv: list[str]) -> None:
+    def run(cls, argv: list[str]) -> RexNetCLI:
         """Parse ``argv`` (the command first) and run it."""
         output.silence_libraries()
         atexit.register(_leave_process_group)
@@ -76,7 +76,7 @@ class RexNetCLI(LightningCLI):
             sys.stdout, sys.stderr = process.ignore_write_errors(sys.stdout), process.ignore_write_errors(sys.stderr)
         jsonargparse.set_parsing_settings(config_read_mode_fsspec_enabled=False)  # LightningCLI would read URLs
         strict = {"exit_on_error": False, "allow_abbrev": False}
-        cls(
+        return cls(
             RexNetModule,
             ImageFolderDataModule,
             save_config_callback=trainer_parts.RunConfig,

@@ -1,0 +1,97 @@
+"""`crossval` and `tune`: their arguments, and the fits that they consist of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import Namespace
+
+from rexnet_lit.cli.config import leaves
+from rexnet_lit.cli.lightning_cli import RexNetCLI
+from rexnet_lit.cli.messages import Parser
+from rexnet_lit.search import crossval
+from rexnet_lit.training.callbacks.console import print_table
+from rexnet_lit.training.callbacks.run_files import find_run_folder
+from rexnet_lit.utils.errors import UserError
+
+_OF_A_RUN = ("trainer.default_root_dir", "trainer.logger", "ckpt_path", "accept_changes", "find_lr", "config")
+
+
+class SeveralRuns(RexNetCLI):
+    """The settings of a fit, parsed once, and fits with some of them changed."""
+
+    def instantiate_classes(self) -> None:
+        """Build nothing yet."""
+        self._settings: Namespace = self.config
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Run nothing yet."""
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """The settings of a fit, in groups."""
+        found: dict[str, Any] = self._settings["fit"].as_dict()
+        return found
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """The settings by key, without those that may differ between two starts of the same command."""
+        return {key: value for key, value in leaves(self.settings) if not key.startswith(_OF_A_RUN)}
+
+    def train(self, changes: Mapping[str, Any]) -> Path:
+        """Train with some settings changed, or resume what ``trainer.default_root_dir`` holds; return the run folder.
+
+        Raises:
+            UserError: A setting is wrong, or the run cannot be resumed.
+        """
+        self.config, self.folder = self._settings.clone(), None
+        for key, value in changes.items():
+            self.config["fit"][key] = value
+        root = Path(self.config["fit"]["trainer"]["default_root_dir"])
+        begun = any(root.glob("lightning_logs/*/checkpoints/last.ckpt"))
+        self.config["fit"]["ckpt_path"] = "last" if begun else None
+        self._read_resumed(self.config["fit"])
+        self._set_seed()
+        super().instantiate_classes()
+        super()._run_subcommand("fit")
+        folder = find_run_folder(self.trainer)
+        if folder is None or not (folder / "model.safetensors").is_file():
+            raise UserError("this command needs the files of its runs: leave trainer.enable_checkpointing at true")
+        return folder
+
+
+def parse(argv: Sequence[str]) -> SeveralRuns:
+    """Return the runs of a command line: that of a fit."""
+    runs = SeveralRuns.run(["fit", *argv])
+    assert isinstance(runs, SeveralRuns)  # noqa: S101 (for the type checker)
+    if not runs.settings["data"]["root"]:
+        raise UserError("data.root is not set; name a folder of images: --data.root DIR")
+    if runs.settings["ckpt_path"]:
+        raise UserError("ckpt_path: this command goes on by itself when it is started again; leave ckpt_path out")
+    return runs
+
+
+def run_crossval(argv: Sequence[str]) -> int:
+    """Run `crossval`."""
+    parser = Parser(
+        prog="rexnet-lit crossval",
+        allow_abbrev=False,
+        usage="rexnet-lit crossval DIR [--config FILE] [--data.num_folds 5] [--KEY VALUE ...]",
+        description="Train and test a model for each fold. It takes all settings of fit: rexnet-lit fit --help.",
+    )
+    _, rest = parser.parse_known_args(argv[1:])
+    runs = parse(rest)
+    data = dict(runs.settings["data"])
+    if not data["num_folds"]:
+        data["num_folds"] = 5
+    target = Path(runs.settings["trainer"]["default_root_dir"] or ".") / "crossval"
+    metrics = crossval.cross_validate(runs.train, data, runs.identity, target)
+    rows = [
+        (name, f"{metrics[name]:.4f}    {mean:.4f} ({metrics['std'][name]:.4f})")
+        for name, mean in metrics["mean"].items()
+    ]
+    print_table(f"Cross-validation: {metrics['count']} images    mean of {data['num_folds']} folds (spread)", rows)
+    print(f"report: {target / 'report.html'}")  # noqa: T201
+    return 0

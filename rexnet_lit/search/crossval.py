@@ -1,0 +1,211 @@
+"""Cross-validation: every image is predicted by a model that has not seen it.
+
+Each fold is tested by a model that was trained, selected and calibrated without it: its validation images are drawn
+from the other folds. So the figures are not optimistic, unlike those of validation images that chose the weights.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as pl
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from rexnet_lit.data import decode
+from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan, write_split
+from rexnet_lit.data.settings import SplitSettings
+from rexnet_lit.data.splits import Split, draw, draw_groups, first_few
+from rexnet_lit.data.walk import PathList
+from rexnet_lit.models import checkpoint
+from rexnet_lit.report.predictions import Predictions
+from rexnet_lit.report.test_page import write_report
+from rexnet_lit.search.state import Fit, finished_run, remember
+from rexnet_lit.training.callbacks.predictions import PredictionCollector
+from rexnet_lit.training.metrics import build_metrics, stage_results
+from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.utils.errors import UserError, plural
+
+_OF_FOLDS = ("top1", "top5", "macro_f1", "nll", "ece")
+
+
+class _Collector(PredictionCollector):
+    on_test_batch_end = PredictionCollector.collect
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Tested:
+    """The test images of a fold, and their probabilities (N, K)."""
+
+    samples: Samples
+    probs: NDArray[np.float32]
+
+
+def pool(root: str, settings: SplitSettings) -> ImageFolder:
+    """Return a dataset whose training and validation images are all in train; a test split is left out.
+
+    Raises:
+        UserError: The folder cannot be used.
+    """
+    folder = scan(root, dataclasses.replace(settings, num_folds=0, fold=0, val_fraction=0.5, test_fraction=0.0))
+    parts = [folder.splits[name] for name in ("train", "val") if name in folder.splits]
+    targets = np.concatenate([part.targets for part in parts])
+    raws = [path for part in parts for path in part.paths.raws()]
+    order = sorted(range(len(raws)), key=lambda i: (int(targets[i]), raws[i]))
+    notes = folder.notes
+    if "test" in folder.splits:
+        notes += (f"{plural(len(folder.splits['test']), 'image', 'images')} of the test split are left out",)
+    samples = Samples(folder.root, PathList([raws[i] for i in order]), targets[order])
+    return dataclasses.replace(folder, splits={"train": samples}, notes=notes)
+
+
+def fold_of(folder: ImageFolder, settings: SplitSettings, fold: int) -> ImageFolder:
+    """Return a pooled dataset with the images of a fold in test, and validation images from the other folds.
+
+    Raises:
+        UserError: A class has no training images left.
+    """
+    samples = folder.splits["train"]
+    raws, groups = samples.paths.raws(), dict(folder.groups)
+    by_class = {
+        name: PathList([raws[i] for i in np.flatnonzero(samples.targets == number)])
+        for number, name in enumerate(folder.class_names)
+    }
+
+    def divide(images: dict[str, PathList], how: SplitSettings) -> dict[str, dict[Split, PathList]]:
+        return draw_groups(images, groups, how) if groups else {n: draw(n, paths, how) for n, paths in images.items()}
+
+    first = divide(by_class, dataclasses.replace(settings, fold=fold, test_fraction=0.0))
+    rest = divide(
+        {name: parts["train"] for name, parts in first.items()},
+        dataclasses.replace(settings, num_folds=0, fold=0, test_fraction=0.0),
+    )
+    bare = [name for name, parts in rest.items() if not len(parts["train"])]
+    if bare:
+        raise UserError(
+            f"data.num_folds: fold {fold + 1} leaves no training images of {first_few(bare)}; use fewer folds or "
+            "smaller groups"
+        )
+    chosen: dict[Split, dict[str, PathList]] = {
+        "train": {name: parts["train"] for name, parts in rest.items()},
+        "val": {name: parts["val"] for name, parts in rest.items()},
+        "test": {name: parts["val"] for name, parts in first.items()},
+    }
+    splits: dict[Split, Samples] = {}
+    for split, images in chosen.items():
+        numbers = np.repeat(np.arange(len(images), dtype=np.int64), [len(paths) for paths in images.values()])
+        splits[split] = Samples(folder.root, PathList.join(list(images.values())), numbers)
+    return dataclasses.replace(folder, splits=splits)
+
+
+def cross_validate(fit: Fit, config: Mapping[str, Any], identity: Mapping[str, Any], target: Path) -> dict[str, Any]:
+    """Train and test every fold, and write ``metrics.json``, ``predictions.csv`` and ``report.html``.
+
+    The same call goes on where an earlier one was killed.
+
+    Args:
+        fit: Trains a fold.
+        config: The settings of the data module.
+        identity: The settings that all folds share, by key.
+        target: The folder to write.
+
+    Returns:
+        The content of ``metrics.json``: the metrics of all images, those of each fold, their mean and their spread.
+
+    Raises:
+        UserError: The folder or a setting cannot be used, or ``target`` holds another cross-validation.
+    """
+    names = {field.name for field in dataclasses.fields(SplitSettings)}
+    settings = SplitSettings(**{name: value for name, value in config.items() if name in names})
+    if not settings.val_fraction:
+        raise UserError("data.val_fraction is 0; crossval needs validation images to select the weights of each fold")
+    folder = pool(config["root"], settings)
+    remember(target, {**identity, "images": fingerprint(folder.splits["train"])})
+    for note in folder.notes:
+        print(f"note: {note}", flush=True)  # noqa: T201
+    tested = []
+    for fold in range(settings.num_folds):
+        parts = fold_of(folder, settings, fold)
+        print(f"fold {fold + 1} of {settings.num_folds}: {_counts(parts)}", flush=True)  # noqa: T201
+        home = target / f"fold_{fold + 1}"
+        run = finished_run(home)
+        if run is None:
+            write_split(parts, home / "split.csv")
+            run = fit(_changes(config, home))
+        tested.append(_test(run, config, home / "split.csv"))
+    return _report(target, folder, tested)
+
+
+def _changes(config: Mapping[str, Any], home: Path) -> dict[str, Any]:
+    """Return the settings that differ for a fold: its images come from a file."""
+    drawn = {"num_folds": 0, "fold": 0, "test_fraction": 0.0, "group_pattern": None, "labels": None, "fixes": None}
+    changes: dict[str, Any] = {f"data.{key}": value for key, value in drawn.items() if key in config}
+    return changes | {"data.split_file": str(home / "split.csv"), "trainer.default_root_dir": str(home)}
+
+
+def _counts(folder: ImageFolder) -> str:
+    return ", ".join(f"{len(samples)} {split}" for split, samples in folder.splits.items())
+
+
+def _test(run: Path, config: Mapping[str, Any], split_file: Path) -> Tested:
+    model = checkpoint.load_model(run / "model.safetensors")
+    module = RexNetModule.from_model(model)
+    data = ImageFolderDataModule(
+        root=config["root"], split_file=str(split_file), class_names=module.spec.class_names,
+        batch_size=config["batch_size"], num_workers=config["num_workers"],
+        max_bad_fraction=config["max_bad_fraction"], follow_outside_links=config["follow_outside_links"],
+    )  # fmt: skip
+    collector = _Collector()
+    trainer = pl.Trainer(
+        logger=False, callbacks=[collector], enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, use_distributed_sampler=False, devices=1,
+    )  # fmt: skip
+    trainer.test(module, data, verbose=False)
+    indices, probs = collector.gather(trainer)
+    return Tested(data.splits()["test"].take(indices), probs)
+
+
+def _metrics(tested: Tested, classes: int) -> dict[str, Any]:
+    metrics = build_metrics(classes, "test/")
+    metrics.update(torch.from_numpy(tested.probs).log(), torch.from_numpy(tested.samples.targets))
+    return stage_results(metrics)
+
+
+def _report(target: Path, folder: ImageFolder, tested: list[Tested]) -> dict[str, Any]:
+    classes = len(folder.class_names)
+    of_folds = [_metrics(part, classes) for part in tested]
+    shown = [name for name in _OF_FOLDS if name in of_folds[0]]
+    values = {name: np.array([metrics[name] for metrics in of_folds]) for name in shown}
+    paths = [path for part in tested for path in part.samples.paths]
+    order = np.array(sorted(range(len(paths)), key=lambda i: paths[i]))
+    probs = np.concatenate([part.probs for part in tested])[order]
+    targets = np.concatenate([part.samples.targets for part in tested])[order]
+    samples = Samples(folder.root, PathList([os.fsencode(paths[i]) for i in order]), targets)
+    results = {
+        **_metrics(Tested(samples, probs), classes),
+        "mean": {name: float(column.mean()) for name, column in values.items()},
+        "std": {name: float(column.std(ddof=1)) for name, column in values.items()},
+        "folds": [{name: metrics[name] for name in (*shown, "count")} for metrics in of_folds],
+    }
+    left_out = len(folder.splits["train"]) - len(paths)
+    facts = {"Folds": str(len(tested)), "Classes": str(classes), "Images": str(len(paths))}
+    facts |= {
+        f"{name} of the folds": f"{100 * column.mean():.1f} % (standard deviation {100 * column.std(ddof=1):.1f})"
+        for name, column in (("Top-1", values["top1"]), ("Macro F1", values["macro_f1"]))
+    }
+    if left_out:
+        facts["Never tested"] = f"{plural(left_out, 'image', 'images')}: unreadable, or the only one of a class"
+    return write_report(
+        target,
+        Predictions([paths[i] for i in order], probs, targets, folder.class_names),
+        results,
+        read_image=lambda path: decode.read(folder.root / path, 160),
+        title=f"Cross-validation report: {folder.root.name}",
+        facts=facts,
+    )

@@ -1,0 +1,60 @@
+"""What several runs have in common: how each is trained, and how the command that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from rexnet_lit.training.callbacks.run_folder import RESULT
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import check_writable, write_file
+
+Fit = Callable[[Mapping[str, Any]], Path]
+"""Trains with some settings (``data.batch_size``) changed, resumes what it finds in ``trainer.default_root_dir``, and
+returns the run folder."""
+
+
+def remember(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings that the runs in ``folder`` share, or compare them with those that an earlier start wrote.
+
+    Raises:
+        UserError: They differ, or the folder holds something else, or cannot be written.
+    """
+    file = folder / "settings.json"
+    check_writable("trainer.default_root_dir", file)
+    now = json.loads(json.dumps(settings, default=str))
+    if not file.is_file():
+        if folder.is_dir() and any(folder.iterdir()):
+            raise UserError(f"{folder} exists and is not empty; choose another --trainer.default_root_dir")
+        write_file(file, json.dumps(now, indent=2) + "\n")
+        return
+    try:
+        then = json.loads(file.read_text("utf-8"))
+    except (OSError, ValueError):
+        raise UserError(f"{file} is damaged; choose another --trainer.default_root_dir") from None
+    changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
+    if changed:
+        named = "; ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in changed[:6])
+        raise UserError(
+            f"{folder} was begun with other settings: {named}; set them back to go on there, or choose another "
+            "--trainer.default_root_dir"
+        )
+
+
+def finished_run(root: Path) -> Path | None:
+    """Return the folder of the run below ``root`` that has finished, if there is one."""
+    for file in sorted(root.glob(f"lightning_logs/*/{RESULT}")):
+        if read_result(file.parent).get("status") == "finished" and (file.parent / "model.safetensors").is_file():
+            return file.parent
+    return None
+
+
+def read_result(run: Path) -> dict[str, Any]:
+    """Return what a run wrote into ``result.json``; nothing if it is damaged or missing."""
+    try:
+        found: dict[str, Any] = json.loads((run / RESULT).read_text("utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
