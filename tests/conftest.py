@@ -119,6 +119,14 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def quick_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks, and no pictures: for tests that are about neither."""
+    from module_tools import make_runs_quick
+
+    make_runs_quick(monkeypatch)
+
+
+@pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Refuse every connection of this process and list who asked for one."""
     asked: list[str] = []
