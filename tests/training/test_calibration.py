@@ -16,6 +16,8 @@ from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import fit_temperature
 from rexnet_lit.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 def drawn(temperature: float, n: int = 4000, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits whose true temperature is known: the targets are drawn by it."""
