@@ -24,7 +24,8 @@ quickstart: install
 	$(RUN) predict $(LATEST)/model.safetensors data/digits/test/7 --trainer.default_root_dir runs
 
 # Two test files at a time; a failing test is easier to look at alone: .venv/bin/python -m pytest tests/test_NAME.py
-PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+# In order: xdist would leave the longest files, which have few tests, for the end.
+PYTEST := $(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 test: install
 	$(PYTEST) -m 'not slow'
 

@@ -119,6 +119,20 @@ def shapes(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
+def quick_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Small networks, and no pictures: for tests that are about neither."""
+    from module_tools import make_runs_quick
+
+    if "whole_network" not in request.fixturenames:
+        make_runs_quick(monkeypatch)
+
+
+@pytest.fixture
+def whole_network() -> None:
+    """Keep the network as it is, for a test in a module of `quick_runs`."""
+
+
+@pytest.fixture
 def no_network(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Refuse every connection of this process and list who asked for one."""
     asked: list[str] = []

@@ -1,6 +1,6 @@
 """Whole runs in separate processes that start fast: they are forked from one that has imported everything.
 
-Each runs `python -m rexnet_lit`, with an optional `trouble`: what goes wrong, and at which step.
+Each runs `python -m rexnet_lit` with a small network, and an optional `trouble`: what goes wrong, and at which step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ from multiprocessing.connection import Client
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pytest
 import torch
+from module_tools import make_runs_quick
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 _FORKS = multiprocessing.get_context("forkserver")
@@ -39,7 +41,7 @@ def fit(cwd: Path, *argv: object, trouble: tuple[str, int] | None = None, save_e
     command = [
         "fit", "--config", CONFIGS / "quickstart.yaml", "--data.root", "data", "--trainer.default_root_dir", "runs",
         "--trainer.accelerator", "cpu", "--data.batch_size", 4, "--data.num_workers", 0, "--trainer.max_epochs", 3,
-        "--model.drop_path_rate", 0.1, *argv,
+        "--model.drop_path_rate", 0.1, "--model.calibrate", "false", *argv,
     ]  # fmt: skip
     return command_line(cwd, *command, trouble=trouble, save_every=save_every)
 
@@ -70,6 +72,7 @@ def _run(argv: list[str], cwd: str, log: str, trouble: tuple[str, int] | None, s
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1), os.fdopen(2, "w", 1)
     os.environ.update(XDG_CACHE_HOME=str(Path(cwd) / "cache"), CUDA_VISIBLE_DEVICES="")
     torch.set_num_threads(1)
+    make_runs_quick(pytest.MonkeyPatch())
     signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     from rexnet_lit import __main__
     from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint

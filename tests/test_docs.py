@@ -56,7 +56,10 @@ SHORT = (
 
 
 # Lightning 2.6.6's own calls of what jsonargparse 4.49 calls deprecated.
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning:lightning.pytorch.cli"),
+    pytest.mark.usefixtures("quick_runs"),
+]
 
 
 def blocks(page: Path, language: str) -> list[str]:

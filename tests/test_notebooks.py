@@ -41,6 +41,7 @@ def test_notebook_runs(file, tmp_path, monkeypatch):
     assert pictures >= {"finetune": 6, "research": 1}[file.stem]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::DeprecationWarning:jupyter_client")
 def test_its_own_instruction_is_enough_for_another_folder(tmp_path, monkeypatch, make_shapes):
     """Class folders with long names, not split, at another size."""

@@ -185,9 +185,9 @@ def test_near_duplicates_do_not_take_quadratic_time():
     )
     small = np.zeros((60_000, 16, 16, 3), np.uint8)
     small[:, ::2] = 255
-    started = time.perf_counter()
+    started = time.process_time()
     groups = duplicates.near_groups(hashes, small)
-    assert time.perf_counter() - started < 20  # all pairs would take an hour
+    assert time.process_time() - started < 20  # all pairs would take an hour
     assert max(map(len, groups)) >= 30_000
 
 

@@ -16,6 +16,8 @@ from rexnet_lit import ImageFolderDataModule, RexNetModule
 from rexnet_lit.cli import main
 from rexnet_lit.models import checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 DATA = {"image_size": 32, "batch_size": 8, "num_workers": 0}
 QUIET = {"accelerator": "cpu", "enable_progress_bar": False, "enable_model_summary": False, "num_sanity_val_steps": 0}
 

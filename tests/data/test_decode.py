@@ -422,10 +422,10 @@ def header_only(format: str, width: int, height: int) -> bytes:
 @pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF"])
 @pytest.mark.parametrize("side", [(10_000, 9_000), (16_383, 16_383)])
 def test_a5_a6_size_is_refused_from_the_header(format, side):
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(DecodeError, match="megapixels"):
         decode(header_only(format, *side))
-    assert time.perf_counter() - started < 0.5
+    assert time.process_time() - started < 0.5
 
 
 def test_a5_20000_x_20000():
@@ -474,20 +474,20 @@ def test_a6_limit_lies_between_48_and_90_megapixels():
 )
 def test_headers_without_end_cost_no_time(data):
     """Each took seconds of Python before the limits, more than ten from 64 MB on."""
-    started = time.perf_counter()
+    started = time.process_time()
     with pytest.raises(DecodeError, match=r"truncated|damaged"):
         decode(data)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_a5_real_bombs_are_refused_at_once(bombs):
     files = sorted(bombs.rglob("*.png"))
     assert len(files) == 3
     for file in files:
-        started = time.perf_counter()
+        started = time.process_time()
         with pytest.raises(DecodeError, match="megapixels"):
             read(file)
-        assert time.perf_counter() - started < 0.5
+        assert time.process_time() - started < 0.5
 
 
 def test_s7_bytes_are_limited_before_reading(tmp_path):

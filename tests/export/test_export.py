@@ -125,7 +125,9 @@ def test_onnx_int8(confident_model, images, tmp_path, capfd):
     check_metadata(session.get_modelmeta().custom_metadata_map)
 
 
-def test_int8_needs_images_and_agreement(model, images, tmp_path, capsys, monkeypatch):
+@pytest.mark.usefixtures("quick_runs")
+def test_int8_needs_images_and_agreement(images, tmp_path, capsys, monkeypatch):
+    model = lively_model(tmp_path / "model.safetensors", size=32)
     command = ["export", model, "--output", tmp_path / "model.onnx", "--format"]
     assert "dataset is unknown" in fails(capsys, *command, "onnx-int8")
     few = tmp_path / "few"

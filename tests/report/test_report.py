@@ -451,10 +451,10 @@ def test_files_can_be_read_by_colleagues(tmp_path):
 
 def test_ten_thousand_classes(tmp_path):
     p = predictions(1000, [f"class {i}" for i in range(10_000)], pull=4.0)
-    start = time.perf_counter()
+    start = time.process_time()
     write_report(tmp_path, p)
     # Usually 3 to 5 s; the bound only catches work that grows with the square of the classes.
-    assert time.perf_counter() - start < 60
+    assert time.process_time() - start < 60
     assert (tmp_path / "report.html").stat().st_size < 1e6
     assert sum(path.stat().st_size for path in tmp_path.iterdir()) < 6e6
     assert "Only the 25 most confused of 10,000 classes are shown." in words(tmp_path)

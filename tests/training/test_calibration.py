@@ -17,6 +17,8 @@ from rexnet_lit.training.callbacks import calibration
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 def drawn(temperature: float, n: int = 4000, k: int = 5) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits whose true temperature is known: the targets are drawn by it."""

@@ -19,6 +19,8 @@ from rexnet_lit.training.features import class_weights, embedder
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 class Counting(ImageDataset):
     """Counts the images that are read."""

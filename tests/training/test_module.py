@@ -14,7 +14,7 @@ import safetensors.torch
 import timm
 import torch
 from lightning.pytorch.callbacks import WeightAveraging
-from module_tools import NAMES, data_of, equal, model_of, state_of, trainer_of
+from module_tools import NAMES, data_of, equal, make_runs_quick, model_of, state_of, trainer_of
 from sklearn.metrics import f1_score, log_loss
 
 from rexnet_lit.data.augmentation import AugmentSettings
@@ -32,6 +32,8 @@ from rexnet_lit.training.optim import OptimizerSettings, build_optimizer
 from rexnet_lit.training.schedules import ScheduleSettings, lr_factor
 from rexnet_lit.utils.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 class Diary(RexNetModule):
     """Writes down the state of the random numbers that each training step meets."""
@@ -48,7 +50,7 @@ class Diary(RexNetModule):
 # --- learning -------------------------------------------------------------------------------------
 
 
-def test_five_epochs_learn(tmp_path, make_shapes):
+def test_five_epochs_learn(tmp_path, make_shapes, whole_network):
     """As in a notebook: a data module, a module made for it, Lightning's own trainer; then the file in Python."""
     import rexnet_lit
 
@@ -82,7 +84,9 @@ def test_five_epochs_learn(tmp_path, make_shapes):
 @pytest.fixture(scope="module")
 def reference(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Diary:
     """A run of two epochs with all that draws random numbers: augmentation, dropout, drop path."""
-    return diary(shapes, tmp_path_factory.mktemp("reference"))
+    with pytest.MonkeyPatch.context() as patch:
+        make_runs_quick(patch)
+        return diary(shapes, tmp_path_factory.mktemp("reference"))
 
 
 def diary(shapes: Path, folder: Path, seed: int | None = None, **data: Any) -> Diary:

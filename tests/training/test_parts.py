@@ -19,6 +19,8 @@ import rexnet_lit
 from rexnet_lit import RexNetModule, UserError
 from rexnet_lit.models import checkpoint
 
+pytestmark = pytest.mark.usefixtures("quick_runs")
+
 
 class PlainLoss(torch.nn.Module):
     """Cross-entropy with a temperature that is learned."""

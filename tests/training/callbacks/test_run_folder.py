@@ -13,7 +13,10 @@ from module_tools import data_of, model_of, trainer_of
 
 from rexnet_lit.cli import main
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.callbacks import pictures
 from rexnet_lit.training.callbacks.run_folder import find_last_checkpoint, run_folder_of
+
+pytestmark = pytest.mark.usefixtures("quick_runs")
 
 FIT = [
     *("fit", "data", "--config", "quickstart", "--trainer.max_epochs", "1", "--data.num_workers", "0"),
@@ -104,9 +107,10 @@ def test_lightnings_default_checkpoint_is_replaced_and_the_users_own_stays(tmp_p
     assert checkpoint.load_model(next((tmp_path / "own").rglob("best.ckpt"))).spec.class_names
 
 
-def test_what_tensorboard_shows(tmp_path, shapes):
+def test_what_tensorboard_shows(tmp_path, shapes, monkeypatch):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+    monkeypatch.setattr(pictures, "MAX_IMAGES", 12)
     trainer = trainer_of(
         tmp_path, max_epochs=2, enable_checkpointing=True, logger=TensorBoardLogger(tmp_path), log_every_n_steps=1
     )
