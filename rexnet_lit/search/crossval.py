@@ -12,39 +12,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as pl
 import numpy as np
-import torch
-from numpy.typing import NDArray
 
 from rexnet_lit.data import decode
-from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan, write_split
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import Split, draw, draw_groups, first_few
 from rexnet_lit.data.walk import PathList
-from rexnet_lit.models import checkpoint
 from rexnet_lit.report.predictions import Predictions
 from rexnet_lit.report.test_page import write_report
+from rexnet_lit.search.evaluation import Tested, evaluate, metrics_of
 from rexnet_lit.search.state import Fit, finished_run, remember
-from rexnet_lit.training.callbacks.predictions import PredictionCollector
-from rexnet_lit.training.metrics import build_metrics, stage_results
-from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.errors import UserError, plural
 
 _OF_FOLDS = ("top1", "top5", "macro_f1", "nll", "ece")
-
-
-class _Collector(PredictionCollector):
-    on_test_batch_end = PredictionCollector.collect
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Tested:
-    """The test images of a fold, and their probabilities (N, K)."""
-
-    samples: Samples
-    probs: NDArray[np.float32]
 
 
 def pool(root: str, settings: SplitSettings) -> ImageFolder:
@@ -138,7 +119,7 @@ def cross_validate(fit: Fit, config: Mapping[str, Any], identity: Mapping[str, A
         if run is None:
             write_split(parts, home / "split.csv")
             run = fit(_changes(config, home))
-        tested.append(_test(run, config, home / "split.csv"))
+        tested.append(evaluate(run, config, home / "split.csv"))
     return _report(target, folder, tested)
 
 
@@ -153,33 +134,9 @@ def _counts(folder: ImageFolder) -> str:
     return ", ".join(f"{len(samples)} {split}" for split, samples in folder.splits.items())
 
 
-def _test(run: Path, config: Mapping[str, Any], split_file: Path) -> Tested:
-    model = checkpoint.load_model(run / "model.safetensors")
-    module = RexNetModule.from_model(model)
-    data = ImageFolderDataModule(
-        root=config["root"], split_file=str(split_file), class_names=module.spec.class_names,
-        batch_size=config["batch_size"], num_workers=config["num_workers"],
-        max_bad_fraction=config["max_bad_fraction"], follow_outside_links=config["follow_outside_links"],
-    )  # fmt: skip
-    collector = _Collector()
-    trainer = pl.Trainer(
-        logger=False, callbacks=[collector], enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, devices=1,
-    )  # fmt: skip
-    trainer.test(module, data, verbose=False)
-    indices, probs = collector.gather(trainer)
-    return Tested(data.splits()["test"].take(indices), probs)
-
-
-def _metrics(tested: Tested, classes: int) -> dict[str, Any]:
-    metrics = build_metrics(classes, "test/")
-    metrics.update(torch.from_numpy(tested.probs).log(), torch.from_numpy(tested.samples.targets))
-    return stage_results(metrics)
-
-
 def _report(target: Path, folder: ImageFolder, tested: list[Tested]) -> dict[str, Any]:
     classes = len(folder.class_names)
-    of_folds = [_metrics(part, classes) for part in tested]
+    of_folds = [metrics_of(part, classes) for part in tested]
     shown = [name for name in _OF_FOLDS if name in of_folds[0]]
     values = {name: np.array([metrics[name] for metrics in of_folds]) for name in shown}
     paths = [path for part in tested for path in part.samples.paths]
@@ -188,7 +145,7 @@ def _report(target: Path, folder: ImageFolder, tested: list[Tested]) -> dict[str
     targets = np.concatenate([part.samples.targets for part in tested])[order]
     samples = Samples(folder.root, PathList([os.fsencode(paths[i]) for i in order]), targets)
     results = {
-        **_metrics(Tested(samples, probs), classes),
+        **metrics_of(Tested(samples, probs), classes),
         "mean": {name: float(column.mean()) for name, column in values.items()},
         "std": {name: float(column.std(ddof=1)) for name, column in values.items()},
         "folds": [{name: metrics[name] for name in (*shown, "count")} for metrics in of_folds],
