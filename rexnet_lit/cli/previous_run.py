@@ -10,7 +10,7 @@ from typing import Any
 
 from rexnet_lit.callbacks import run_folder
 from rexnet_lit.data.settings import DataRecord, SplitSettings
-from rexnet_lit.data.splits import lists_images_of
+from rexnet_lit.data.table import lists_images_of
 from rexnet_lit.models import checkpoint
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import absolute_path, expand_home

@@ -36,8 +36,8 @@ from rexnet_lit.data.splits import (
     natural_key,
     quoted,
     raw_paths,
-    read_split_file,
 )
+from rexnet_lit.data.table import read_split_file
 from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.errors import UserError, plural
 from rexnet_lit.utils.files import expand_home, write_file
