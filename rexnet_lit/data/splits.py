@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
@@ -59,6 +60,11 @@ def first_few(names: Sequence[object], limit: int = 5) -> str:
 def listed(names: Sequence[object], noun: str, what: str, limit: int = 5) -> str:
     """Return a count with examples, such as ``2 groups in more than one split: 'a', 'b'``."""
     return f"{plural(len(names), noun, noun + ('es' if noun.endswith('s') else 's'))} {what}: {first_few(names, limit)}"
+
+
+def nfc(name: str) -> str:
+    """Return a name in Unicode's composed form: in names of files that come from a Mac, accents stand alone."""
+    return unicodedata.normalize("NFC", name)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
