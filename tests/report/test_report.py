@@ -47,7 +47,7 @@ def results_of(p):
     return {
         "top1": float(accuracy_score(p.targets, p.predicted)),
         **top5,
-        "macro_f1": float(f1_score(p.targets, p.predicted, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(p.targets, p.predicted, average="macro", labels=np.unique(p.targets))),
         "nll": float(-np.log(p.probs[np.arange(len(p.targets)), p.targets].astype(float).clip(1e-38)).mean()),
         "ece": reliability.expected_calibration_error(reliability.confidence_bins(p.confidence, correct)),
         "count": len(p.targets),
