@@ -191,7 +191,7 @@ def _split_by_folder(walk: Walk, rows: _Rows) -> None:
     """Assign the images to the splits whose folders they are in, if all are in such folders."""
     tops = {path.partition(b"/")[0] for path in rows}
     split_of = {top: split for top in tops if (split := SPLIT_OF_NAME.get(os.fsdecode(top).lower()))}
-    if tops and tops == split_of.keys():
+    if tops == split_of.keys() and set(split_of.values()) - {"train"}:
         walk.notes.append(f"{first_few(sorted(tops))} taken as the splits of the table")
         for path, (label, _) in rows.items():
             rows[path] = label, split_of[path.partition(b"/")[0]]
