@@ -10,6 +10,7 @@ from rexnet_lit.utils import process
 def main() -> int:
     """Run the command line and return its exit code."""
     process.open_missing_streams()
+    process.escape_unencodable()
     process.install_signal_handlers()
     process.configure_allocator()  # before torch is imported, which the next line may do
     from rexnet_lit.cli import main

@@ -31,7 +31,8 @@ LAZY = {"training/module.py": {"training/callbacks"}}
 # `data` needs torch for transforms and loaders, and Lightning for the data module.
 DATA_WITH_LIGHTNING = ("data/datamodule.py",)
 DATA_WITHOUT_TORCH = (
-    "settings", "image_header", "decode", "duplicates", "walk", "folder", "splits", "verify", "cache", "sample",
+    "settings", "image_header", "decode", "duplicates", "walk", "folder", "splits", "table", "verify", "cache",
+    "sample",
 )  # fmt: skip
 NO_TORCH = ("utils", "checks", "report")
 NO_LIGHTNING = ("models", "export")

@@ -33,6 +33,7 @@ NOT_RUN = {
     "hardware/multinode": "needs several machines",
     "--find_lr true": "trains a hundred steps; tests/cli does that",
     "--model.backbone rexnet_1": "larger networks take longer; tests/models builds them all",
+    "fit DIR --data.labels": "tests/cli trains with a table",
     "--data.num_folds 5": "the recipes run folds",
     "--data.num_folds 3 --data.fold 1": "the same as fold 0",
     "--data.num_folds 3 --data.fold 2": "the same as fold 0",
@@ -88,9 +89,12 @@ def write_photos(root: Path) -> None:
 
 @pytest.fixture
 def surroundings(tmp_path, monkeypatch):
-    """A folder with what the pages mention: a dataset, a photo, weights to start from, a model."""
+    """A folder with what the pages mention: a dataset, its table, a photo, weights to start from, a model."""
     monkeypatch.chdir(tmp_path)
     write_photos(tmp_path / "DIR")
+    images = sorted((tmp_path / "DIR").rglob("*.png"))
+    rows = [f"{image.relative_to(tmp_path / 'DIR')},{image.parent.name}\n" for image in images]
+    (tmp_path / "train.csv").write_text("path,label\n" + "".join(rows))
     write_photos(tmp_path / "NEW_IMAGES")
     for name in ("photo.jpg", "other.jpg"):
         Image.fromarray(draw_shape(0, np.random.default_rng(0), 80)).save(name)

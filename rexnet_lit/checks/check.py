@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from rexnet_lit.checks.findings import CheckResult, Finding, Severity
+from rexnet_lit.checks.findings import SPOIL_SCORES, CheckResult, Finding, Severity
 from rexnet_lit.data.duplicates import equal_groups, groups_across, near_groups
 from rexnet_lit.data.folder import ImageFolder, try_scan
 from rexnet_lit.data.image_header import ImageInfo
@@ -69,6 +69,7 @@ def check(
         *(Finding("error", "folder", problem) for problem in problems),
         *_check_splits(folder, problems),
         *_check_layout(folder),
+        *_check_missing(folder),
         *_check_classes(folder),
         *_check_unreadable(folder, images, settings.max_bad_fraction),
         *_check_copies("duplicate", "have the same content", images, equal),
@@ -91,7 +92,7 @@ def check(
         bad=tuple(UnreadableFile(image.path, image.reason) for image in images if image.reason),
         duplicates=paths(equal),
         near_duplicates=paths(alike),
-        findings=tuple(sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity))),
+        findings=tuple(sorted(findings, key=lambda f: (_SEVERITIES.index(f.severity), f.code not in SPOIL_SCORES))),
         examples=tuple((image.split, folder.class_names[image.target], image.path) for image in images),
     )
 
@@ -143,6 +144,8 @@ def _check_layout(folder: ImageFolder) -> list[Finding]:
     """Return the notes of the scan."""
     found = []
     for note in folder.notes:
+        if " have no images in " in note:
+            continue  # see _check_missing
         expected = "taken as" in note or "drawn from" in note
         found.append(Finding("info" if expected else "warning", "layout", note))
     if folder.clutter:
@@ -158,6 +161,17 @@ def _check_splits(folder: ImageFolder, problems: Sequence[str]) -> list[Finding]
         return []
     message = f"no images for {' and '.join(missing)}"
     return [Finding("error", "empty-split", message, "add images: a class of one image stays in train whole")]
+
+
+def _check_missing(folder: ImageFolder) -> list[Finding]:
+    """Report classes without images for validation or test, also where these are drawn."""
+    found = []
+    for split, counts in _counts(folder).items():
+        empty = [name for name, count in counts.items() if not count]
+        if empty and split != "train":
+            message = f"{len(empty)} of {len(counts)} classes have no images in {split}: {first_few(empty)}"
+            found.append(Finding("warning", "missing-class", message, "add some: no score tells how good these are"))
+    return found
 
 
 def _check_classes(folder: ImageFolder) -> list[Finding]:

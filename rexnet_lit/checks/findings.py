@@ -15,6 +15,9 @@ from rexnet_lit.utils.errors import plural
 
 Severity = Literal["error", "warning", "info"]
 
+SPOIL_SCORES = ("duplicate-across-splits", "near-duplicate-across-splits", "missing-class")
+"""Codes of what makes the scores of a validation or test mislead: shown before everything else."""
+
 _MOST_ROWS = 24  # classes shown, so that the findings stay on the screen
 _MOST_PATHS = 3
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -68,7 +71,7 @@ class CheckResult:
 
     Args:
         root: The folder.
-        layout: ``split`` (DIR/train/CLASS) or ``flat`` (DIR/CLASS).
+        layout: ``split`` (DIR/train/CLASS), ``flat`` (DIR/CLASS) or ``file`` (a table).
         class_names: The classes in the order of their numbers.
         counts: Images by split and class, unreadable ones included.
         formats: Images by format.
@@ -78,7 +81,7 @@ class CheckResult:
         bad: The unreadable files.
         duplicates: Groups of files with the same bytes.
         near_duplicates: Groups of files that look the same; of files with the same bytes, only the first.
-        findings: Errors first, then warnings, then the rest.
+        findings: Errors first, then warnings (those that spoil the scores first), then the rest.
         suspects: Images whose label may be wrong, worst first; empty if labels were not checked.
         examples: Split, class and path of every image, for the report page; not in the JSON.
     """
@@ -120,6 +123,9 @@ class CheckResult:
 
 def print_result(result: CheckResult, console: Console) -> None:
     """Print a result. Names are shown with control characters escaped, and never as markup."""
+    first = [finding for finding in result.findings if finding.code in SPOIL_SCORES]
+    for finding in first:
+        console.print(_finding(finding))
     console.print(_plain(f"{result.root}: {plural(len(result.class_names), 'class', 'classes')}, {_totals(result)}"))
     if result.counts:
         console.print(_class_table(result))
@@ -128,7 +134,8 @@ def print_result(result: CheckResult, console: Console) -> None:
         sizes = [f"{side} {low} to {high} (median {median})" for side, (low, median, high) in result.sizes.items()]
         console.print(_plain(f"{formats}; {', '.join(sizes)}"))
     for finding in result.findings:
-        console.print(_finding(finding))
+        if finding not in first:
+            console.print(_finding(finding))
     console.print(Text(result.verdict, style="bold green" if result.ok else "bold red"))
 
 

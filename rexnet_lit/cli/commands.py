@@ -65,6 +65,8 @@ def _check(args: argparse.Namespace) -> int:
         from rexnet_lit.cli.config import read_data
 
         record, augment, size = read_data(args.config)
+    if args.labels_table:
+        record = dataclasses.replace(record, labels=args.labels_table)
     console = Console(stderr=True)  # stdout may be JSON
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking the images")
@@ -78,7 +80,8 @@ def _check(args: argparse.Namespace) -> int:
     if args.report:
         _write_page(args, result, augment, size)
         print(f"report: {args.report}", file=sys.stderr)  # noqa: T201 (stdout may be JSON)
-    return 0 if result.ok else 1
+    warns = any(finding.severity == "warning" for finding in result.findings)
+    return 1 if not result.ok or (args.strict and warns) else 0
 
 
 def _write_page(args: argparse.Namespace, result: CheckResult, augment: AugmentSettings | None, size: int) -> None:
@@ -212,6 +215,13 @@ COMMANDS = {
                 "metavar": "FILE.yaml",
                 "help": "split the folder, and show augmented images, as this config",
             },
+            "--data.labels": {
+                "type": expand_home,
+                "metavar": "FILE.csv",
+                "dest": "labels_table",
+                "help": "take the labels from this table, as a fit with the same setting",
+            },
+            "--strict": {"action": "store_true", "help": "exit with code 1 for warnings too, not only for errors"},
         },
     ),
     "crossval": Command("train and test a model for each of several folds", _crossval),

@@ -172,7 +172,8 @@ class RexNetCLI(LightningCLI):
         except UserError as error:
             raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
         # The run folder's config.yaml must work from any folder.
-        for group, key in (("data", "root"), ("data", "split_file"), ("data", "class_order"), ("model", "weights")):
+        paths = [("data", key) for key in ("root", "split_file", "labels", "class_order")]
+        for group, key in (*paths, ("model", "weights")):
             path = config[group][key]
             if path not in ("sorted", "natural"):
                 config[group][key] = absolute_path(path)

@@ -11,9 +11,10 @@ from pathlib import Path
 from lightning.pytorch import Trainer
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.data.splits import first_few
 from rexnet_lit.training.callbacks.console import print_table
 from rexnet_lit.training.callbacks.predictions import PredictionWriter
-from rexnet_lit.training.metrics import main_metrics
+from rexnet_lit.training.metrics import classes_without_images, main_metrics
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.errors import plural, printable
 
@@ -65,6 +66,13 @@ def print_metrics(trainer: Trainer, data: ImageFolderDataModule, title: str, lis
     """Print the metrics, and the images that they leave out."""
     values = main_metrics(trainer.callback_metrics)
     print_table(title, [(name.partition("/")[2], f"{value:.4f}") for name, value in values.items()])
+    module = trainer.lightning_module
+    if isinstance(module, RexNetModule):
+        metrics, names = module.test_metrics if title.startswith("Test") else module.val_metrics, data.class_names
+        absent = classes_without_images(metrics, names)
+        if absent:
+            what = f"{len(absent)} of {len(names)} classes have no images here"
+            print_notes([f"{what}, and no part in macro F1: {first_few(absent)}"])
     print_unreadable(data, listed)
 
 

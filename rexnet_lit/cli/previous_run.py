@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from rexnet_lit.data.settings import DataRecord, SplitSettings
-from rexnet_lit.data.splits import lists_images_of
+from rexnet_lit.data.table import lists_images_of
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import absolute_path, expand_home
 
-_SPLIT_KEYS = {field.name for field in dataclasses.fields(SplitSettings)} - {"class_order", "follow_outside_links"}
+_OTHER_KEYS = {"class_order", "follow_outside_links", "max_bad_fraction"}
+_SPLIT_KEYS = {field.name for field in dataclasses.fields(SplitSettings)} - _OTHER_KEYS
 _NOT_DRAWN: dict[str, Any] = {"num_folds": 0, "fold": 0}  # the splits are read from a file
 
 
@@ -51,20 +52,24 @@ def recorded_splits(data: Mapping[str, Any], record: DataRecord, folder: Path | 
     """
     recorded = dataclasses.asdict(record)
     changed = {key for key in _SPLIT_KEYS if data[key] != recorded[key]}
-    if absolute_path(data["split_file"]) == recorded["split_file"]:
-        changed.discard("split_file")
+    changed -= {key for key in ("split_file", "labels") if absolute_path(data[key]) == recorded[key]}
     written = str(folder / "split.csv") if folder is not None and (folder / "split.csv").is_file() else None
     settings: dict[str, Any] = {}
     if data["root"] is not None and not _same_folder(data["root"], record.root):
-        file = written or record.split_file
-        moved = (
-            file and not changed and lists_images_of(file, expand_home(data["root"]))
-        )  # the same images in another place
-        settings = {"split_file": file if moved else None, **_NOT_DRAWN}
+        file, root = written or record.split_file, expand_home(data["root"])
+        if (
+            file and not changed and lists_images_of(SplitSettings(split_file=file), root)
+        ):  # the same images in another place
+            settings = {"split_file": file, "labels": None, **_NOT_DRAWN}
+        elif record.labels and not changed and lists_images_of(SplitSettings(labels=record.labels), root):
+            settings = {"split_file": None}
+        else:
+            settings = {"split_file": None, "labels": None, **_NOT_DRAWN}
     elif changed:
         settings = {"split_file": None, **(_NOT_DRAWN if "val_fraction" in changed else {})}
+        settings |= {"labels": None} if "split_file" in changed else {}
     elif written:
-        settings = {"split_file": written, **_NOT_DRAWN}
+        settings = {"split_file": written, "labels": None, **_NOT_DRAWN}
     return {key: value for key, value in settings.items() if key not in changed}
 
 

@@ -17,6 +17,7 @@ _SYNONYMS = {
     "bs": ("data.batch_size",),
     "checkpoint": ("ckpt_path",),
     "cpu": ("trainer.accelerator cpu",),
+    "csv": ("data.labels", "data.split_file"),
     "cuda": ("trainer.accelerator gpu",),
     "data": ("data.root",),
     "dataset": ("data.root",),

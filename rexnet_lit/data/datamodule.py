@@ -56,8 +56,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
         fold: Which fold, from 0.
         group_pattern: A regular expression on the paths: images with the same match (of its first group) never end
             up in two splits, such as ``(patient[0-9]+)_``.
-        split_file: CSV with the columns path, label, split, group, to use instead of the folders (a run's
-            ``split.csv``). All but ``path`` may be missing.
+        split_file: Table to use instead of the folders, such as a run's ``split.csv``: columns path, label, split,
+            group, or other usual names of these. All but the path may be missing.
+        labels: Table (CSV, Parquet) with the label of each image below ``root``, such as Kaggle's ``train.csv``.
         class_order: ``sorted`` (by name), ``natural`` (2 before 10, as timm sorts), or a file with a name per line.
         follow_outside_links: Whether symbolic links may lead out of ``root``.
         size_schedule: Progressive resizing: pairs of an epoch, counted from 0, and the training images' height and
@@ -88,6 +89,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         fold: int = 0,
         group_pattern: str | None = None,
         split_file: str | None = None,
+        labels: str | None = None,
         class_order: str = "sorted",
         follow_outside_links: bool = False,
         size_schedule: list[tuple[int, int]] | None = None,
@@ -122,6 +124,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             fold=fold,
             group_pattern=group_pattern,
             split_file=absolute_path(split_file),
+            labels=absolute_path(labels),
             class_order=os.fspath(class_order),
             follow_outside_links=follow_outside_links,
             max_bad_fraction=max_bad_fraction,

@@ -1,6 +1,6 @@
 """From a folder of images to named classes, splits and a list of samples.
 
-`scan` takes ``DIR/{train,val,test}/CLASS/...``, ``DIR/CLASS/...`` or a CSV file, ignores clutter, and reports all
+`scan` takes ``DIR/{train,val,test}/CLASS/...``, ``DIR/CLASS/...`` or a table, ignores clutter, and reports all
 problems at once. Files are listed, never opened: `verify` finds the unreadable ones.
 
 Class numbers are train's: the classes of val and test are looked up by name, so that a missing class does not shift
@@ -34,15 +34,16 @@ from rexnet_lit.data.splits import (
     group_by_name,
     listed,
     natural_key,
+    nfc,
     quoted,
     raw_paths,
-    read_split_file,
 )
+from rexnet_lit.data.table import read_table
 from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.errors import UserError, plural
 from rexnet_lit.utils.files import expand_home, write_file
 
-_LAYOUT = "expected DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg"
+_LAYOUT = "expected DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg, or a table of data.labels"
 
 Layout = Literal["split", "flat", "file"]
 
@@ -83,7 +84,7 @@ class ImageFolder:
         splits: The splits that hold images.
         notes: One line each, for the user.
         clutter: Number of files and folders that were left out.
-        layout: ``split`` (DIR/train/CLASS), ``flat`` (DIR/CLASS) or ``file`` (a CSV).
+        layout: ``split`` (DIR/train/CLASS), ``flat`` (DIR/CLASS) or ``file`` (a table).
         drawn: Whether val or test was drawn from train.
         groups: The groups of the images that have one, by path.
     """
@@ -140,11 +141,13 @@ def try_scan(
     walk = Walk(os.fsencode(where), follow_outside_links=settings.follow_outside_links)
     layout: Layout = "file"
     groups: dict[bytes, str] = {}
-    if settings.split_file is None:
+    if settings.split_file is None and settings.labels is None:
         layout, found = _read_folders(walk, class_names)
     else:
-        found, groups = read_split_file(walk, Path(expand_home(settings.split_file)))
+        found, groups = read_table(walk, settings)
     _report_left_out(walk)
+    if class_names is not None:
+        class_names = [nfc(name) for name in class_names]
     names = tuple(class_names) if class_names is not None else _class_order(walk, found, settings.class_order)
     if class_names is None:
         _check_classes(walk, found, names)
@@ -245,7 +248,13 @@ def _read_classes(walk: Walk, base: bytes, names: list[bytes], loose: int) -> di
             f"{where}each of the classes {first_few(names)} holds folders called {first_few(shared)}: if those are the "
             "classes, name the outer folders train, val and test"
         )
-    return {os.fsdecode(name): paths for name, paths in zip(names, lists, strict=True)}
+    classes: dict[str, PathList] = {}
+    for name, paths in zip((nfc(os.fsdecode(top)) for top in names), lists, strict=True):
+        if name in classes:
+            walk.notes.append(f"{where}2 folders are called {quoted(name)}, in different forms of Unicode: one class")
+            paths = PathList(sorted([*classes[name].raws(), *paths.raws()]))
+        classes[name] = paths
+    return classes
 
 
 def _report_left_out(walk: Walk) -> None:
@@ -282,7 +291,7 @@ def _class_order(walk: Walk, found: Found, order: str | os.PathLike[str]) -> tup
     except (OSError, UnicodeDecodeError) as error:
         walk.problems.append(f"{what}: expected sorted, natural or a file of names ({type(error).__name__})")
         return tuple(names)
-    wanted = [line.strip("\r") for line in lines if line.strip()]
+    wanted = [nfc(line.strip("\r")) for line in lines if line.strip()]
     faults = {
         "without a folder": sorted(set(wanted) - set(names)),
         "not listed": sorted(set(names) - set(wanted)),

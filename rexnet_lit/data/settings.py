@@ -85,11 +85,14 @@ class SplitSettings:
     fold: int = 0
     group_pattern: str | None = None
     split_file: str | None = None
+    labels: str | None = None
     class_order: str = "sorted"
     follow_outside_links: bool = False
+    max_bad_fraction: float = dataclasses.field(default=MAX_BAD_FRACTION, compare=False)
+    """Not compared: it does not change which image is in which split."""
 
     def problems(self) -> list[str]:
-        """Return what is wrong with the fractions and folds."""
+        """Return what is wrong with the fractions, folds and tables."""
         folds = self.num_folds if isinstance(self.num_folds, int) else 0
         problems = failed_checks(
             partial(check_range, "data.val_fraction", self.val_fraction, "[0, 1)"),
@@ -101,6 +104,8 @@ class SplitSettings:
         )
         if not problems and not self.num_folds and self.val_fraction + self.test_fraction >= 1:
             problems.append("data.val_fraction and data.test_fraction add up to 1 or more; leave images for train")
+        if self.labels is not None and self.split_file is not None:
+            problems.append("data.labels and data.split_file are both set; one table can have both columns: remove one")
         return problems
 
 
@@ -109,11 +114,10 @@ class DataRecord(SplitSettings):
     """What a model file stores of its dataset, so that `test` needs no other setting. All plain types."""
 
     root: str | None = None
-    max_bad_fraction: float = dataclasses.field(default=MAX_BAD_FRACTION, compare=False)
-    """Not compared: it does not change which image is in which split."""
 
     def __post_init__(self) -> None:
-        texts = [self.class_order, *(t for t in (self.root, self.split_file, self.group_pattern) if t is not None)]
+        optional = (self.root, self.split_file, self.labels, self.group_pattern)
+        texts = [self.class_order, *(t for t in optional if t is not None)]
         numbers = (self.val_fraction, self.test_fraction, self.num_folds, self.fold, self.max_bad_fraction)
         if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
             raise TypeError(f"not the record of a dataset: {self}")

@@ -1,5 +1,4 @@
-# ruff: noqa: PTH113, PTH114, PTH117, PTH118, PTH120 - bytes, and a million of them
-"""Dividing images into train, val and test: by a hash of each file's path, by groups, or from a CSV file.
+"""Dividing images into train, val and test: by a hash of each file's path, or by groups.
 
 A draw hashes instead of shuffling: within each class the files are ordered by a keyed hash of their path, and the first
 go to test, the next to val. So it is stratified, the same on every machine, and hardly changes when the dataset grows:
@@ -10,16 +9,13 @@ classes; they are stable only through the split file that a run writes.
 
 from __future__ import annotations
 
-import collections
-import csv
 import dataclasses
-import functools
 import hashlib
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
@@ -46,8 +42,6 @@ SPLIT_OF_NAME: dict[str, Split] = {
 Found = dict[Split, dict[str, PathList]]
 """The images of each split by class name."""
 
-_COLUMNS = ("path", "label", "split", "group")  # of a split file
-
 _SALT = b"rexnet_lit split"  # a change would change the validation images of every user
 
 
@@ -66,6 +60,11 @@ def first_few(names: Sequence[object], limit: int = 5) -> str:
 def listed(names: Sequence[object], noun: str, what: str, limit: int = 5) -> str:
     """Return a count with examples, such as ``2 groups in more than one split: 'a', 'b'``."""
     return f"{plural(len(names), noun, noun + ('es' if noun.endswith('s') else 's'))} {what}: {first_few(names, limit)}"
+
+
+def nfc(name: str) -> str:
+    """Return a name in Unicode's composed form: in names of files that come from a Mac, accents stand alone."""
+    return unicodedata.normalize("NFC", name)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -207,83 +206,3 @@ def group_by_name(walk: Walk, paths: Iterable[bytes], pattern: str) -> dict[byte
     if not groups:
         walk.problems.append(f"data.group_pattern {quoted(pattern)} matches no path of an image")
     return groups
-
-
-def read_split_file(walk: Walk, file: Path) -> tuple[Found, dict[bytes, str]]:
-    """Read ``path,label,split,group`` (columns by name); check that each image exists, once, inside the root.
-
-    Undecodable bytes in names are kept as they are in the file. Without a split column all rows go to train, for
-    `draw` to divide; without a label column the first folder (below the split's) is the label.
-
-    Returns:
-        The images, and the groups of those that have one.
-    """
-    faults: dict[str, list[str]] = collections.defaultdict(list)
-    rows: dict[Split, dict[str, list[bytes]]] = {}
-    groups: dict[bytes, str] = {}
-    where = f"split file {quoted(str(file))}"
-    try:
-        with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            reader = csv.DictReader(stream)
-            try:
-                for path, label, split, group in _rows(walk, reader, faults):
-                    if group:
-                        groups[path] = group
-                    rows.setdefault(split, {}).setdefault(label, []).append(path)
-                if not rows and not faults:
-                    walk.problems.append(f"{where} lists no images")
-            except csv.Error as error:
-                walk.problems.append(f"{where}, line {reader.line_num}: {error}")
-    except OSError as error:
-        walk.problems.append(f"{where}: {error.strerror}")
-    walk.problems += [f"{where}: {len(names)} x {fault}: {first_few(names, 3)}" for fault, names in faults.items()]
-    return {s: {label: PathList(sorted(paths)) for label, paths in by.items()} for s, by in rows.items()}, groups
-
-
-def lists_images_of(file: str | os.PathLike[str], root: str | os.PathLike[str]) -> bool:
-    """Return whether all images of a split file are below ``root``."""
-    walk = Walk(os.fsencode(root))
-    return bool(read_split_file(walk, Path(file))[0]) and not walk.problems
-
-
-def _rows(
-    walk: Walk, reader: csv.DictReader[str], faults: dict[str, list[str]]
-) -> Iterator[tuple[bytes, str, Split, str]]:
-    """Yield the valid rows; collect the others by their fault."""
-    columns = reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or []]
-    if "path" not in columns or not set(columns) <= set(_COLUMNS):
-        expected = f"expected a header {','.join(_COLUMNS)} (all but path may be missing)"
-        raise csv.Error(f"{expected}; got {first_few(columns, 20)}")
-    seen: set[bytes] = set()
-    stays_inside = functools.cache(walk.stays_inside)
-    root = os.fsdecode(walk.root)
-    for row in reader:
-        name, label, split_name, group = (row.get(column) or "" for column in _COLUMNS)
-        relative = os.path.relpath(name, root) if os.path.isabs(name) else os.path.normpath(name or ".")
-        relative = relative.replace(os.sep, "/")
-        path = os.fsencode(relative)
-        absolute, folder = os.path.join(walk.root, path), os.path.dirname(path)
-        allowed = not folder or stays_inside(folder)
-        split = SPLIT_OF_NAME.get(split_name.strip().lower()) if "split" in columns else "train"
-        label = label or _first_class_folder(relative)
-        if split is None:
-            faults["split is none of train, val, test"].append(f"{name}: {split_name}")
-        elif not os.path.isfile(absolute):
-            faults["no such file"].append(name)
-        elif not allowed or (os.path.islink(absolute) and not stays_inside(path)):
-            continue  # reported with the other links
-        elif path in seen:
-            faults["listed twice"].append(name)
-        elif not label:
-            faults["no label, and no folder to take it from"].append(name)
-        else:
-            yield path, label, split, group
-        seen.add(path)
-
-
-def _first_class_folder(relative: str) -> str:
-    """Return a path's first folder that is not a split's."""
-    folders = relative.split("/")[:-1]
-    if len(folders) > 1 and folders[0].lower() in SPLIT_OF_NAME:
-        folders = folders[1:]
-    return folders[0] if folders else ""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import unicodedata
 from typing import Any
 
 from rexnet_lit.data.settings import EvalRecipe
@@ -41,6 +42,10 @@ class ModelSpec:
     format_version: int = FORMAT_VERSION
     network: str | None = None
     assumed_preprocessing: bool = False
+
+    def __post_init__(self) -> None:  # as the data's names
+        names = tuple(unicodedata.normalize("NFC", name) for name in self.class_names)
+        object.__setattr__(self, "class_names", names)
 
     @property
     def num_classes(self) -> int:

@@ -67,7 +67,8 @@ def write_report(
         weights: A digest of the tested weights, for ``weights.sha256``.
 
     Returns:
-        The content of ``metrics.json``: `results`, with ``per_class`` (name to its figures) in place of the lists.
+        The content of ``metrics.json``: `results`, with ``per_class`` (name to its figures) in place of the lists, and
+        ``classes_without_images`` if there are any.
 
     Raises:
         ValueError: The images are unlabelled, or a path is absolute and would show where the dataset is.
@@ -80,6 +81,8 @@ def write_report(
     folder = Path(folder)
     rows = [dict(zip(COLUMNS, row, strict=True)) for row in zip(*(results[name] for name in COLUMNS), strict=True)]
     metrics = {key: value for key, value in results.items() if key not in COLUMNS}
+    absent = [name for name, row in zip(p.names, rows, strict=True) if not row["support"]]
+    metrics |= {"classes_without_images": absent} if absent else {}  # which macro F1 leaves out
     metrics["per_class"] = dict(zip(p.names, rows, strict=True))
     if weights:
         write_file(folder / "weights.sha256", weights + "\n")

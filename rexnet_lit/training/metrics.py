@@ -7,7 +7,7 @@ torchmetrics gathers their states over all processes. The last division is in fl
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -76,7 +76,11 @@ class _TopK(Metric):
 
 
 class _MacroF1(_FromLogits, MulticlassStatScores):
-    """Macro F1 over the classes that occur among the targets or the predictions, as scikit-learn's ``f1_score``."""
+    """Macro F1 over the classes that have images: scikit-learn's ``f1_score`` with these as ``labels``.
+
+    Without ``labels`` a class that is predicted, but has no images, would count as 0. A wrong prediction of it counts
+    all the same, as a miss of the true class.
+    """
 
     table: Tensor
     """Precision, recall, F1 and support of each class at the last `compute`, (4, K). 0/0 is 0."""
@@ -86,7 +90,7 @@ class _MacroF1(_FromLogits, MulticlassStatScores):
         f1 = 2 * hits / (2 * hits + wrong + missed)
         rates = torch.stack([hits / (hits + wrong), hits / (hits + missed), f1]).nan_to_num()
         self.table = torch.cat([rates, (hits + missed)[None]])
-        return f1[hits + wrong + missed > 0].mean()
+        return f1[hits + missed > 0].mean()
 
 
 class _CalibrationError(_FromLogits, MulticlassCalibrationError):
@@ -141,6 +145,12 @@ def stage_results(metrics: MetricCollection) -> dict[str, Any]:
         "f1": f1.tolist(),
         "support": support.int().tolist(),
     }
+
+
+def classes_without_images(metrics: MetricCollection, class_names: Sequence[str]) -> list[str]:
+    """Return the classes that had no images at the last `stage_results` or ``compute``."""
+    support = cast(_MacroF1, metrics["macro_f1"]).table[3].tolist()
+    return [name for name, count in zip(class_names, support, strict=True) if not count]
 
 
 def main_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

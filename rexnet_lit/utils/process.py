@@ -100,6 +100,13 @@ def open_missing_streams() -> None:
             setattr(sys, name, os.fdopen(number, mode, closefd=False))
 
 
+def escape_unencodable() -> None:
+    r"""Let the standard streams escape what their encoding lacks (``\u3084``): a name must not end a command."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 class _LossyFile(io.FileIO):
     original: TextIO  # kept, because it would close the shared file descriptor when it is collected
 

@@ -202,9 +202,17 @@ def test_a17_a20_missing_tiny_and_unequal_classes(healthy):
     for i in range(130):
         save(healthy / f"train/many/{i}.png", picture(2000 + i))
     save(healthy / "train/lone/1.png", picture(3000))
-    codes = found(check(healthy))
-    assert "2 of 4 classes have no images in val: 'lone', 'many'" in codes["layout"].message
-    assert codes["layout"].severity == "warning"
+    (healthy / "val/cat/copy.png").write_bytes((healthy / "train/cat/0.png").read_bytes())
+    result = check(healthy)
+    codes = found(result)
+    assert "2 of 4 classes have no images in val: 'lone', 'many'" in codes["missing-class"].message
+    assert codes["missing-class"].severity == "warning"
+    assert "layout" not in codes
+    # What spoils the scores comes first.
+    lines = [line for line in shown(result).splitlines() if not line.startswith("    ")]
+    assert "have no images in val" in lines[0]
+    assert "same content in different splits" in lines[1]
+    assert lines[2].endswith("4 classes, 155 train, 9 val")
     assert "1 of 4 classes have fewer than 10 images in train: 'lone'" in codes["tiny-class"].message
     assert "'many', has 130 images in train, the smallest, 'lone', 1" in codes["imbalance"].message
 

@@ -646,6 +646,34 @@ def test_a_moved_dataset_with_a_split_file(tmp_path, capsys):
 
 
 @quick
+def test_a_model_trained_on_a_table_of_labels(tmp_path, capsys):
+    rows = []
+    for name in NAMES:
+        write_pictures(tmp_path / "data", name, 8)
+        rows += [f"{name} {seed:03d},{name},{seed}" for seed in range(8)]
+    (tmp_path / "train.csv").write_text("\n".join(["id,class,age", *rows]))
+    assert main.main(["check", "data", "--data.labels=train.csv"]) == 0
+    assert main.main(["check", "data", "--data.labels", "train.csv", "--strict"]) == 1  # eight images a class are few
+    assert _quick("data", "--data.labels", "train.csv") == 0
+    assert "ignored: 'age'" in capsys.readouterr().out
+    run = tmp_path / "runs/lightning_logs/version_0"
+    assert main.main(["fit", "--config", str(run / "config.yaml"), "--ckpt_path", "last"]) == 0
+    assert "Nothing was left to train" in capsys.readouterr().out
+    (tmp_path / "train.csv").unlink()  # the run's split.csv has the labels too
+    (tmp_path / "data").rename(tmp_path / "moved")
+    validate = ["validate", "--ckpt_path", str(run / "model.safetensors"), "--data.num_workers", "0"]
+    assert main.main([*validate, "--data.root", "moved"]) == 0
+    assert "Validation: 6 images" in capsys.readouterr().out
+    # Other labels: of bars and discs only, and all for validation.
+    few = [f"{row},val" for row in rows if "ring" not in row]
+    (tmp_path / "few.csv").write_text("\n".join(["id,class,age,split", *few]))
+    assert main.main([*validate, "--data.root", "moved", "--data.labels", "few.csv"]) == 0
+    out = capsys.readouterr().out
+    assert "Validation: 16 images" in out
+    assert "1 of 3 classes have no images here, and no part in macro F1: 'ring'" in out
+
+
+@quick
 def test_validate_uses_max_bad_fraction_of_the_run(tmp_path, capsys):
     write_dataset(tmp_path / "data", train=4, val=4)
     for path in sorted((tmp_path / "data" / "val").rglob("*.png"))[:2]:

@@ -732,12 +732,12 @@ def test_all_faults_of_a_split_file_are_reported(tmp_path):
 def test_invalid_split_files(tmp_path):
     with pytest.raises(UserError, match="No such file"):
         scan(tmp_path, split_file=tmp_path / "no.csv")
-    with pytest.raises(UserError, match=r"expected a header path,label,split,group .*; got 'file', 'class'"):
-        scan(tmp_path, split_file=write(tmp_path / "s.csv", "file,class\n1,2\n"))
+    with pytest.raises(UserError, match=r"expected a header with a column for the image.*; got 'age', 'class'"):
+        scan(tmp_path, split_file=write(tmp_path / "s.csv", "age,class\n1,2\n"))
     for text, reason in (
-        ("path,label,set\n", "got 'path', 'label', 'set'"),  # the split would be drawn again, without a warning
+        ("path,label,set\na,b,first\n", "1 x split is none of train, val, test: 'a: first'"),
         ("path,label,split\n", "lists no images"),
-        (f'path,label\n"{"a" * 200_000}', "line 1: field larger than field limit"),
+        (f'path,label\n"{"a" * 200_000}', "line 2: field larger than field limit"),
     ):
         with pytest.raises(UserError, match=reason):
             scan(tmp_path, split_file=write(tmp_path / "s.csv", text))
@@ -750,6 +750,107 @@ def test_split_file_cannot_leave_the_root(tmp_path):
     with pytest.raises(UserError, match="1 link out of the folder"):
         scan(root, split_file=file)
     assert sum(map(len, scan(root, split_file=file, follow_outside_links=True).splits.values())) == 3
+
+
+# --- tables of labels -----------------------------------------------------------------------------
+
+
+def test_labels_from_a_table(tmp_path):
+    """As Kaggle's: images of all classes in one folder, ids without endings, numbers for labels."""
+    files = many("imgs", 10)
+    make(tmp_path, *files, "imgs/extra.jpg")
+    header = "id;Age;Breed ID;CLASS"
+    rows = [f"{i:04};{i};7;{i % 2}" for i in range(10)]
+    folder = scan(tmp_path, labels=write(tmp_path / "train.csv", "\n".join([header, *rows])))
+    assert folder.class_names == ("0", "1")
+    assert {split: len(samples) for split, samples in folder.splits.items()} == {"train": 8, "val": 2}
+    found = names(folder, "train")["0"] + names(folder, "val")["0"]
+    assert sorted(found) == files[::2]
+    assert folder.pooled
+    assert [note.partition(": ")[2] for note in folder.notes] == [
+        "taken as: 'id' as the image, 'CLASS' as the label; ignored: 'Age', 'Breed ID'",
+        "1 image without a row, left out: 'imgs/extra.jpg'",
+    ]
+    # The same images, drawn as if the labels were folders.
+    make(tmp_path / "flat", *many("0", 10), *many("1", 10))
+    table = "file_name,label\n" + "".join(f"{c}/{i:04}.jpg,{c}\n" for c in "01" for i in range(10))
+    drawn = scan(tmp_path / "flat", labels=write(tmp_path / "t.csv", table), test_fraction=0.2)
+    as_folders = scan(tmp_path / "flat", test_fraction=0.2)
+    assert all(names(drawn, split) == names(as_folders, split) for split in ("train", "val", "test"))
+
+
+@pytest.mark.parametrize(
+    ("cell", "path"),
+    [
+        ("x", "in/x.jpg"),
+        ("x.jpg", "in/x.jpg"),
+        ("in/x", "in/x.jpg"),
+        ("root\\in\\x.jpg", "in/x.jpg"),  # from a folder above, on Windows
+        ("cafe\u0301.png", "deep/er/caf\u00e9.png"),  # Unicode's other form
+        ("y.z", "y.z.png"),
+    ],
+)
+def test_what_names_an_image(tmp_path, cell, path):
+    root = make(tmp_path / "root", path, "b/other.jpg")
+    folder = scan(root, labels=write(tmp_path / "t.tsv", f"file\tlabel\nother\tb\n{cell}\ta\n"), val_fraction=0.1)
+    assert names(folder, "train")["a"] == [path]
+
+
+def test_all_faults_of_a_table_of_labels_are_reported(tmp_path):
+    make(tmp_path, "a/1.jpg", "b/1.jpg", "a/2.jpg", "a/3.jpg", "a/4.jpg", "a/5.jpg")
+    rows = ["1,x", "a/2.jpg,x", "2,y", "3,x", "3.jpg,x", "4,", "5,y", "elsewhere/5.jpg,y"]
+    file = write(tmp_path / "t.csv", "\n".join(["id,label", *rows]))
+    _, (several, twice, missing) = try_scan(tmp_path, SplitSettings(labels=str(file)))
+    assert "1 x several files have this name: '1'" in several
+    assert "1 x listed twice: '2'" in twice
+    assert "1 x no such file: 'elsewhere/5.jpg'" in missing  # though there is a/5.jpg
+    folder, problems = try_scan(tmp_path, SplitSettings(labels=str(file), max_bad_fraction=0.125))  # 1 of 8
+    assert len(problems) == 2
+    notes = [note.partition(": ")[2] for note in folder.notes]
+    assert "1 row without a file, left out: 'elsewhere/5.jpg'" in notes
+    assert "1 row without a label, left out: '4'" in notes
+    assert "1 row of an image listed before, left out: '3.jpg'" in notes
+    for text, reason in (("id\n1\n", "for the label: .*; got 'id'"), ("label\n1\n", "for the image: .*; got 'label'")):
+        with pytest.raises(UserError, match=reason):
+            scan(tmp_path, labels=write(file, text))
+    with pytest.raises(UserError, match=r"data\.labels and data\.split_file are both set"):
+        scan(tmp_path, labels=file, split_file=file)
+
+
+def test_the_splits_of_a_table_of_labels(tmp_path):
+    files = [f"{split}/{i}.jpg" for split in ("train", "Valid") for i in range(4)]
+    make(tmp_path, *files, "test/9.jpg")
+    file = write(tmp_path / "t.csv", "image,target\n" + "".join(f"{name},{i % 2}\n" for i, name in enumerate(files)))
+    folder = scan(tmp_path, labels=file)
+    assert names(folder, "val") == {"0": ["Valid/0.jpg", "Valid/2.jpg"], "1": ["Valid/1.jpg", "Valid/3.jpg"]}
+    assert len(folder.splits["train"]) == 4
+    rows = "".join(f"{i},{i % 2},{split}\n" for split in ("train", "valid") for i in range(4))
+    folder = scan(tmp_path, labels=write(file, "image,target,split\n" + rows))  # the split tells 0.jpg from 0.jpg
+    assert names(folder, "val")["0"] == ["Valid/0.jpg", "Valid/2.jpg"]
+
+
+def test_labels_from_parquet(tmp_path):
+    pandas = pytest.importorskip("pandas")
+    pytest.importorskip("pyarrow")
+    make(tmp_path, *many("imgs", 6))
+    labels = [0, 1, 0, 1, 0, None]  # whole numbers, though one is missing
+    pandas.DataFrame({"image_id": [f"{i:04}" for i in range(6)], "label": labels}).to_parquet(tmp_path / "t.parquet")
+    folder = scan(tmp_path, labels=tmp_path / "t.parquet")
+    assert folder.class_names == ("0", "1")
+
+
+def test_class_names_are_compared_in_one_form_of_unicode(tmp_path):
+    nfc, nfd = "caf\u00e9", "cafe\u0301"
+    make(tmp_path, *many(f"train/{nfc}", 2), *many("train/b", 2), *many(f"val/{nfd}", 1), *many("val/b", 1))
+    folder = scan(tmp_path)
+    assert folder.class_names == ("b", nfc)
+    assert names(folder, "val")[nfc] == [f"val/{nfd}/0000.jpg"]
+    assert names(scan(tmp_path, ["b", nfd]), "val") == names(folder, "val")  # a model's names
+    assert scan(tmp_path, class_order=write(tmp_path / "o.txt", f"{nfd}\nb\n")).class_names == (nfc, "b")
+    make(tmp_path, f"train/{nfd}/other.jpg")  # side by side
+    folder = scan(tmp_path)
+    assert len(names(folder, "train")[nfc]) == 3
+    assert any("2 folders are called 'caf\u00e9'" in note for note in folder.notes)
 
 
 # --- predicting -----------------------------------------------------------------------------------

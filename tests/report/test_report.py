@@ -47,7 +47,7 @@ def results_of(p):
     return {
         "top1": float(accuracy_score(p.targets, p.predicted)),
         **top5,
-        "macro_f1": float(f1_score(p.targets, p.predicted, average="macro", zero_division=0)),
+        "macro_f1": float(f1_score(p.targets, p.predicted, average="macro", labels=np.unique(p.targets))),
         "nll": float(-np.log(p.probs[np.arange(len(p.targets)), p.targets].astype(float).clip(1e-38)).mean()),
         "ece": reliability.expected_calibration_error(reliability.confidence_bins(p.confidence, correct)),
         "count": len(p.targets),
@@ -100,16 +100,17 @@ def test_the_report_shows_the_given_numbers(tmp_path):
     p = predictions(40, [f"class {i}" for i in range(7)], pull=1.0)
     columns = {name: [0.01 * i + j for i in range(7)] for j, name in enumerate(test_page.COLUMNS[:3])}
     results = {"top1": 0.1234567890123, "top5": 0.5, "macro_f1": 0.31, "nll": 7.654321, "ece": 0.271, "count": 40}
-    results |= {**columns, "support": [3, 1, 4, 1, 5, 9, 2]}
+    results |= {**columns, "support": [3, 1, 4, 1, 5, 9, 0]}
     metrics = write_report(tmp_path, p, results=results)
     assert json.loads((tmp_path / "metrics.json").read_text()) == metrics
-    assert list(metrics) == ["top1", "top5", "macro_f1", "nll", "ece", "count", "per_class"]
+    assert list(metrics) == [*list(results)[:6], "classes_without_images", "per_class"]
+    assert metrics["classes_without_images"] == ["class 6"]
     assert {key: results[key] for key in list(metrics)[:6]} == {key: metrics[key] for key in list(metrics)[:6]}
     expected = {"precision": 0.02, "recall": 1.02, "f1": 2.02, "support": 4}
     assert metrics["per_class"]["class 2"] == pytest.approx(expected)
     assert rows_of(tmp_path / "per_class.csv")[3] == ["class 2", *map(str, metrics["per_class"]["class 2"].values())]
     text = words(tmp_path)
-    for shown in ("12.3\u00a0%", "31.0\u00a0%", "27.1\u00a0%", "7.654"):
+    for shown in ("12.3\u00a0%", "31.0\u00a0%", "27.1\u00a0%", "7.654", "no part in macro F1: class 6 ."):
         assert " ".join(shown.split()) in text
 
 

@@ -99,11 +99,15 @@ def test_logits_between_0_and_1_are_still_logits():
     assert measure(logits, targets, [[0]])["val/ece"] == pytest.approx(1 - 0.6899745)
 
 
-def test_a_class_that_is_neither_true_nor_predicted_does_not_count_in_macro_f1():
-    logits = np.eye(4, dtype=np.float32)[[0, 0, 1]]
-    targets = np.array([0, 1, 1])
-    # F1 of class 0: 2 x 1 / (2 x 1 + 1 + 0); of class 1: 2 x 1 / (2 x 1 + 0 + 1); 2 and 3 do not occur.
-    assert measure(logits, targets, [[0, 1, 2]])["val/macro_f1"] == pytest.approx(2 / 3)
+def test_a_class_without_images_does_not_count_in_macro_f1():
+    logits = np.eye(4, dtype=np.float32)[[0, 0, 1, 2]]
+    targets = np.array([0, 1, 1, 1])
+    # F1 of class 0: 2 x 1 / (2 x 1 + 1 + 0); of class 1: 2 x 1 / (2 x 1 + 0 + 2); 2 is predicted only, 3 never occurs.
+    collection = collect(logits, targets, [[0, 1], [2, 3]])
+    found = float(collection.compute()["val/macro_f1"])
+    assert found == pytest.approx((2 / 3 + 1 / 2) / 2)
+    assert found == pytest.approx(f1_score(targets, logits.argmax(1), average="macro", labels=np.unique(targets)))
+    assert metrics.classes_without_images(collection, ["a", "b", "c", "d"]) == ["c", "d"]
 
 
 def test_a_loss_that_is_nan_shows():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import csv
+import io
 import os
 import re
 import shutil
@@ -476,6 +477,14 @@ def test_closed_standard_streams_are_not_reused_for_files(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, timeout=60)
     assert done.returncode == 0
     assert (tmp_path / "file").read_bytes() == b""
+
+
+def test_a_screen_without_the_characters_of_a_name(monkeypatch):
+    screen = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", screen)
+    process.escape_unencodable()
+    print("caf\u00e9 \u3084 \udcff", flush=True)
+    assert screen.buffer.getvalue() == b"caf\xe9 \\u3084 \\udcff\n"
 
 
 # --- what may fail --------------------------------------------------------------------------------
