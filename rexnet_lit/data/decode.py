@@ -4,7 +4,7 @@ All rules about image files are here, so training, evaluation and prediction see
 
 - Format: detected by content, never by name. JPEG, PNG, WebP, BMP, TIFF and GIF; others are refused by name.
 - Size: at most `MAX_BYTES` bytes, and `MAX_PIXELS` pixels according to the header, which is read first. A JPEG may have
-  `MAX_JPEG_PIXELS` (progressive: `MAX_PROGRESSIVE_PIXELS`), and is then decoded at a fraction that has `MAX_PIXELS`.
+  `MAX_JPEG_PIXELS` (progressive: `MAX_PIXELS_IN_SCANS`); it is then decoded at a fraction of at most `MAX_PIXELS`.
 - Orientation: the EXIF (or TIFF) orientation is applied; XMP is ignored.
 - Transparency: composited on `BACKGROUND`, so colours hidden under alpha 0 never reach the network.
 - Palette, 1-bit and greyscale images get three channels. CMYK and YCCK: ``(1 - C)(1 - K)`` and so on. ICC
@@ -42,6 +42,7 @@ from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
 from rexnet_lit.data.image_header import (
     MAX_PIXELS,
+    MAX_PIXELS_IN_SCANS,
     DecodeError,
     ImageInfo,
     check_size,
@@ -219,16 +220,17 @@ def _decode_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes, min_size: in
     if data.rfind(b"\xff\xd9", start) < 0:
         raise DecodeError("truncated JPEG")
     end = data.find(b"\xff\xd9", start)
-    progressive = "progressive" in image.info
+    (width, height), progressive = image.size, "progressive" in image.info
     if progressive and data.count(b"\xff\xda", start, end) > _MAX_SCANS:
         raise DecodeError(f"JPEG of more than {_MAX_SCANS} scans")
-    (width, height), scale = image.size, 1
-    if min_size is not None:
-        fitting = [n for n in (1, 2, 4, 8) if width * height <= MAX_PIXELS * n**2]  # 8 does: see MAX_JPEG_PIXELS
-        scale = next((n for n in (8, 4, 2) if -(-min(width, height) // n) >= min_size), 1)
-        scale = max(scale, fitting[0])
-    else:
+    if width * height > MAX_PIXELS_IN_SCANS and (progressive or data.find(b"\xff\xda", start, end) >= 0):
+        check_size(width, height, "JPEG", MAX_PIXELS_IN_SCANS)
+    scale = 1
+    if min_size is None:
         check_size(width, height, "JPEG")
+    else:
+        wanted = next((n for n in (8, 4, 2) if -(-min(width, height) // n) >= min_size), 1)
+        scale = next(n for n in (wanted, 2, 4, 8) if n >= wanted and width * height <= MAX_PIXELS * n**2)
     if not thorough and image.mode in ("L", "RGB"):
         pixels = _imdecode(data, scale)
         if pixels is not None:

@@ -28,8 +28,8 @@ MAX_PIXELS = 80_000_000
 MAX_JPEG_PIXELS = 240_000_000
 """Of a JPEG that is decoded at a fraction of its size, as telephones of 108 and 200 megapixels make them."""
 
-MAX_PROGRESSIVE_PIXELS = 120_000_000
-"""Of such a progressive JPEG: libjpeg keeps up to 6 bytes of each pixel, at any fraction."""
+MAX_PIXELS_IN_SCANS = 120_000_000
+"""Of such a JPEG of several scans, as progressive ones are: libjpeg keeps up to 6 bytes of each pixel, at any scale."""
 
 _MAX_READS = 100_000  # while a header is parsed: crafted files of empty segments would take minutes
 _MAX_CHUNKS = 100_000  # of a PNG; 80 megapixels in the 8 KiB chunks of libpng have fewer
@@ -117,15 +117,8 @@ def open_header(data: bytes) -> ImageFile.ImageFile:
         stream = _HeaderStream(data)
         image = plugin(stream)
         stream.reads_left = float("inf")
-    check_size(*image.size, str(image.format), _largest(image))
+    check_size(*image.size, str(image.format), MAX_JPEG_PIXELS if image.format == "JPEG" else None)
     return image
-
-
-def _largest(image: ImageFile.ImageFile) -> int:
-    """Return the limit on the pixels of a file; decoded, it may have `MAX_PIXELS`."""
-    if image.format != "JPEG":
-        return MAX_PIXELS
-    return MAX_PROGRESSIVE_PIXELS if "progressive" in image.info else MAX_JPEG_PIXELS
 
 
 def webp_size(data: bytes) -> tuple[int, int]:
