@@ -47,7 +47,7 @@ def write_dataset(root, names=NAMES, **counts):
     return root
 
 
-def lively_model(path, names=NAMES, size=64, backbone="rexnet_100"):
+def lively_model(path, names=NAMES, size=64, backbone="rexnet_100", crop_mode="center"):
     """Write a model whose predictions differ from image to image, as after training; return its path.
 
     An untrained network predicts 1/K for every image, which would hide a wrong preprocessing.
@@ -65,7 +65,7 @@ def lively_model(path, names=NAMES, size=64, backbone="rexnet_100"):
         net.eval()
         net.head.fc.weight /= net(views).std()
         net.head.fc.bias -= net(views).mean(0)
-    spec = ModelSpec(backbone, tuple(names), eval_recipe=EvalRecipe(image_size=size))
+    spec = ModelSpec(backbone, tuple(names), eval_recipe=EvalRecipe(size).with_crop_mode(crop_mode))
     checkpoint.save_model(path, spec, net.state_dict())
     return Path(path)
 

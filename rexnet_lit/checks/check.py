@@ -16,7 +16,7 @@ from rexnet_lit.checks.findings import SPOIL_SCORES, CheckResult, Finding, Sever
 from rexnet_lit.data.duplicates import equal_groups, groups_across, near_groups
 from rexnet_lit.data.folder import ImageFolder, try_scan
 from rexnet_lit.data.image_header import ImageInfo
-from rexnet_lit.data.settings import DataRecord
+from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.data.splits import Split, first_few
 from rexnet_lit.data.verify import Details, UnreadableFile, splits_over_limit, verify_images
 from rexnet_lit.utils.errors import plural
@@ -25,6 +25,7 @@ FEW_IMAGES = 10  # a class with fewer training images is hardly learned
 IMBALANCE = 10.0  # largest class / smallest class
 SMALL_SIDE = 32  # pixels; smaller than the smallest input of a ReXNet
 LONG_SHAPE = 4.0  # longer side / shorter side; a square crop shows little of such an image
+CROPPED = 0.34  # share that the crop takes from the images because they are no squares; photographs, 3:2, lose 0.33
 ODD_AREA = 25.0  # times larger or smaller than the median image
 
 _SEVERITIES: tuple[Severity, ...] = ("error", "warning", "info")
@@ -48,6 +49,7 @@ class _Image:
 def check(
     root: str | os.PathLike[str],
     settings: DataRecord = DataRecord(),  # noqa: B008 (frozen)
+    recipe: EvalRecipe = EvalRecipe(),  # noqa: B008 (frozen)
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> CheckResult:
@@ -56,6 +58,7 @@ def check(
     Args:
         root: Its folder, as `folder.scan` takes it.
         settings: How to split it, and how many unreadable images a training run accepts.
+        recipe: How images will be cropped.
         progress: Called with the number of images read and their total.
 
     Returns:
@@ -74,7 +77,9 @@ def check(
         *_check_unreadable(folder, images, settings.max_bad_fraction),
         *_check_copies("duplicate", "have the same content", images, equal),
         *_check_copies("near-duplicate", "look the same", images, alike),
-        *_check_sizes(images),
+        *_check_crop(infos, recipe),
+        *_check_depth(images),
+        *_check_sizes(images, recipe),
     ]
 
     def paths(groups: list[list[int]]) -> tuple[tuple[str, ...], ...]:
@@ -87,6 +92,7 @@ def check(
         counts=_counts(folder),
         formats=dict(collections.Counter(info.format for info in infos).most_common()),
         sizes={"width": _spread([i.width for i in infos]), "height": _spread([i.height for i in infos])},
+        visible=_visible(infos, recipe),
         animated=sum(info.frames > 1 for info in infos),
         clutter=folder.clutter,
         bad=tuple(UnreadableFile(image.path, image.reason) for image in images if image.reason),
@@ -240,11 +246,43 @@ def _check_copies(kind: str, what: str, images: Sequence[_Image], groups: list[l
     return found
 
 
-def _check_sizes(images: Sequence[_Image]) -> list[Finding]:
+def _visible(infos: Sequence[ImageInfo], recipe: EvalRecipe) -> float:
+    """Return the share of an image's area that the network is given outside training, as the mean over the images."""
+    return float(np.mean([recipe.visible(info.width, info.height) for info in infos])) if infos else 1.0
+
+
+def _check_crop(infos: Sequence[ImageInfo], recipe: EvalRecipe) -> list[Finding]:
+    """Warn if the centre crop costs more of the images than of ordinary photographs, which lose a third."""
+    visible = _visible(infos, recipe)
+    if recipe.crop_mode != "center" or 1 - visible / recipe.visible(1, 1) <= CROPPED:
+        return []
+    message = f"the centre crop never shows {1 - visible:.0%} of the images' area (mean over {len(infos)} images)"
+    advice = "if it matters what is at their ends: --data.crop_mode border (pads to a square) or squash (distorts)"
+    return [Finding("warning", "crop", message, advice)]
+
+
+def _check_depth(images: Sequence[_Image]) -> list[Finding]:
+    """Name 16-bit images whose values use fewer bits; they are brightened, not all alike if their bits differ."""
+    found = [(image.path, image.details.info.used_bits) for image in images if image.details]
+    depths = collections.Counter(bits for _, bits in found if bits)
+    if not depths.keys() - {16}:
+        return []
+    paths = tuple(path for path, bits in found if bits and bits < 16)
+    message = f"{plural(len(paths), '16-bit image uses', '16-bit images use')} only part of the 16 bits: " + ", ".join(
+        f"{count} scaled as {bits} bits" for bits, count in sorted(depths.items())
+    )
+    if len(depths) == 1:
+        return [Finding("info", "bit-depth", message, "", paths)]
+    advice = "their brightness cannot be compared; if it matters, save all with one scale, as 8 bits"
+    return [Finding("warning", "bit-depth", message, advice, paths)]
+
+
+def _check_sizes(images: Sequence[_Image], recipe: EvalRecipe) -> list[Finding]:
     infos = [(image.path, image.details.info) for image in images if image.details]
     if not infos:
         return []
     typical = float(np.median([info.width * info.height for _, info in infos]))
+    crops = recipe.crop_mode == "center" and not _check_crop([info for _, info in infos], recipe)
 
     def is_odd(info: ImageInfo) -> bool:
         return not typical / ODD_AREA <= info.width * info.height <= typical * ODD_AREA
@@ -260,9 +298,9 @@ def _check_sizes(images: Sequence[_Image]) -> list[Finding]:
         (
             "info",
             "long",
-            lambda info: max(info.width, info.height) > LONG_SHAPE * min(info.width, info.height),
+            lambda info: crops and max(info.width, info.height) > LONG_SHAPE * min(info.width, info.height),
             f"over {LONG_SHAPE:g} times as long as wide",
-            "a centre crop shows little of them",
+            "a centre crop shows little of them; data.crop_mode border or squash shows all",
         ),
         ("info", "odd-size", is_odd, f"over {ODD_AREA:g} times larger or smaller than the median", "view them"),
         ("info", "animated", lambda info: info.frames > 1, "of several frames or pages; the first is used", ""),

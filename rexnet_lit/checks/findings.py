@@ -76,6 +76,7 @@ class CheckResult:
         counts: Images by split and class, unreadable ones included.
         formats: Images by format.
         sizes: Smallest, median and largest ``width`` and ``height``.
+        visible: Share of the images' area, as the mean over them, that the network is given outside training.
         animated: Number of images with more than one frame.
         clutter: Number of files and folders that were ignored.
         bad: The unreadable files.
@@ -92,6 +93,7 @@ class CheckResult:
     counts: dict[Split, dict[str, int]]
     formats: dict[str, int]
     sizes: dict[str, tuple[int, int, int]]
+    visible: float
     animated: int
     clutter: int
     bad: tuple[UnreadableFile, ...]
@@ -133,6 +135,7 @@ def print_result(result: CheckResult, console: Console) -> None:
         formats = ", ".join(f"{count} {name}" for name, count in result.formats.items())
         sizes = [f"{side} {low} to {high} (median {median})" for side, (low, median, high) in result.sizes.items()]
         console.print(_plain(f"{formats}; {', '.join(sizes)}"))
+        console.print(f"validation and prediction use {result.visible:.0%} of their area (see data.crop_mode)")
     for finding in result.findings:
         if finding not in first:
             console.print(_finding(finding))

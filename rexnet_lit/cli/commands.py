@@ -60,49 +60,51 @@ def _check(args: argparse.Namespace) -> int:
         raise UserError(f"check: there is no folder {args.dir!r}")
     if args.report:
         check_output("--report", Path(args.report), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
-    record, augment, size = DataRecord(), None, 0
+    record, augment, recipe = DataRecord(), None, EvalRecipe()
     if args.config:
         from rexnet_lit.cli.config import read_data
 
-        record, augment, size = read_data(args.config)
+        record, augment, recipe = read_data(args.config)
     if args.labels_table:
         record = dataclasses.replace(record, labels=args.labels_table)
     console = Console(stderr=True)  # stdout may be JSON
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("checking the images")
         result = check.check(
-            args.dir, record, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            args.dir, record, recipe, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
     if args.json:
         print(json.dumps(result.to_dict(), indent=2))  # noqa: T201
     else:
         findings.print_result(result, Console())
     if args.report:
-        _write_page(args, result, augment, size)
+        _write_page(args, result, augment, recipe)
         print(f"report: {args.report}", file=sys.stderr)  # noqa: T201 (stdout may be JSON)
     warns = any(finding.severity == "warning" for finding in result.findings)
     return 1 if not result.ok or (args.strict and warns) else 0
 
 
-def _write_page(args: argparse.Namespace, result: CheckResult, augment: AugmentSettings | None, size: int) -> None:
+def _write_page(
+    args: argparse.Namespace, result: CheckResult, augment: AugmentSettings | None, recipe: EvalRecipe
+) -> None:
     from rexnet_lit.data import decode
     from rexnet_lit.report import dataset_page
 
     def read(path: str) -> NDArray[np.uint8]:
         return decode.read(Path(args.dir) / path, 160)
 
-    samples = _augmented_samples(result, read, augment, size) if augment else []
+    samples = _augmented_samples(result, read, augment, recipe) if augment else []
     config = Path(args.config).name if args.config else ""
     dataset_page.write_dataset_page(args.report, result, read_image=read, augmented=samples, config=config)
 
 
 def _augmented_samples(
-    result: CheckResult, read: Callable[[str], NDArray[np.uint8]], augment: AugmentSettings, size: int
+    result: CheckResult, read: Callable[[str], NDArray[np.uint8]], augment: AugmentSettings, recipe: EvalRecipe
 ) -> list[tuple[str, str, NDArray[np.uint8]]]:
     """Return path, caption and image for four training images, each as it is and with three augmentations."""
     from rexnet_lit.data.transforms import TrainTransform
 
-    transform = TrainTransform(augment, EvalRecipe(image_size=size), size)
+    transform = TrainTransform(augment, recipe, recipe.image_size)
     bad = {row.path for row in result.bad}
     paths = [path for split, _, path in result.examples if split == "train" and path not in bad]
     samples = []

@@ -172,8 +172,8 @@ def read_configs(paths: Iterable[str], command: str) -> dict[str, Any]:
     return found
 
 
-def read_data(path: str) -> tuple[DataRecord, AugmentSettings, int]:
-    """Return a config's settings for reading a folder, its training recipe, and the image size in pixels.
+def read_data(path: str) -> tuple[DataRecord, AugmentSettings, EvalRecipe]:
+    """Return a config's settings for reading a folder, its training recipe, and the preprocessing.
 
     Raises:
         UserError: The file cannot be read, or a setting is wrong.
@@ -183,8 +183,9 @@ def read_data(path: str) -> tuple[DataRecord, AugmentSettings, int]:
         data = (load_yaml(_read(path), "fit") or {}).get("data") or {}
         names = {field.name for field in dataclasses.fields(DataRecord)} - {"root"}
         record = DataRecord(**{name: value for name, value in data.items() if name in names})
-        size = data.get("image_size") or EvalRecipe().image_size
-        return record, AugmentSettings(**(data.get("augment") or {})), int(size)
+        recipe = EvalRecipe(int(data.get("image_size") or EvalRecipe().image_size))
+        augment = AugmentSettings(**(data.get("augment") or {}))
+        return record, augment, recipe.with_crop_mode(data.get("crop_mode"))
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or error  # without the file name, which is in the message
         raise UserError(f"--config {path}: {reason}") from None

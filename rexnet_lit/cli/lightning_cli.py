@@ -186,10 +186,10 @@ class RexNetCLI(LightningCLI):
             settings["root"] = None
         elif settings["root"] is None:
             raise UserError(f"data.root: {self.file.path} does not record a dataset; add --data.root DIR")
-        size = settings["image_size"]
-        if size is not None:  # it overrides the model file
-            recipe = dataclasses.replace(self.model.spec.eval_recipe, image_size=size)
-            self.model.spec = dataclasses.replace(self.model.spec, eval_recipe=recipe)
+        recipe, size = self.model.spec.eval_recipe, settings["image_size"]  # the settings override the model file
+        recipe = dataclasses.replace(recipe, image_size=recipe.image_size if size is None else size)
+        recipe = recipe.with_crop_mode(settings["crop_mode"])
+        self.model.spec = dataclasses.replace(self.model.spec, eval_recipe=recipe)
         self.datamodule = ImageFolderDataModule(**settings, class_names=self.model.spec.class_names)
         folder = self.datamodule.folder
         if folder is not None and folder.drawn and self.datamodule.record != self.file.data:

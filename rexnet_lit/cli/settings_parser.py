@@ -21,7 +21,7 @@ from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import expand_home
 from rexnet_lit.utils.settings import check_range
 
-_FROM_DATA = ("num_classes", "class_names", "image_size")  # of the model
+_FROM_DATA = ("num_classes", "class_names", "image_size", "crop_mode")  # of the model
 
 
 def add_settings(parser: LightningArgumentParser, command: str) -> None:

@@ -23,7 +23,7 @@ from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, list_image
 from rexnet_lit.data.loader import Loader, build_loader
 from rexnet_lit.data.memory import has_several_epochs, keep_in_memory
 from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, training_order, training_position
-from rexnet_lit.data.settings import MAX_BAD_FRACTION, DataRecord, EvalRecipe, check_size_schedule, failed_checks
+from rexnet_lit.data.settings import CropMode, DataRecord, EvalRecipe, check_size_schedule, failed_checks
 from rexnet_lit.data.splits import Split
 from rexnet_lit.data.transforms import EvalTransform, ProgressiveTransform, TrainTransform
 from rexnet_lit.utils import process
@@ -70,6 +70,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         cache_gb: Gigabytes (10^9 bytes) that the cache may use; half of the free space by default.
         max_bad_fraction: The share of unreadable images that a run accepts: of each split, or of all images where the
             splits are drawn.
+        crop_mode: How an image becomes a square: ``center`` (default) cuts the ends off, ``border`` pads, ``squash``
+            distorts. The last two show all of the image.
         predict_path: An image, or a folder of unlabelled images.
         predict_output: CSV that `predict` writes; a new ``predictions.csv`` in ``trainer.default_root_dir`` by default.
 
@@ -97,7 +99,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         sampler: SamplerName = "shuffle",
         cache: CacheName = "auto",
         cache_gb: float | None = None,
-        max_bad_fraction: float = MAX_BAD_FRACTION,
+        max_bad_fraction: float = DataRecord.max_bad_fraction,
+        crop_mode: CropMode | None = None,
         predict_path: str | None = None,
         predict_output: str | None = None,
         *,
@@ -110,6 +113,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             partial(check_size_schedule, size_schedule),
             partial(check_range, "data.num_workers", num_workers, "[0, 1024]", "0 for the main process", optional=True),
             partial(check_choice, "data.cache", cache, get_args(CacheName)),
+            partial(check_choice, "data.crop_mode", crop_mode or "center", get_args(CropMode)),
             partial(check_choice, "data.sampler", sampler, SAMPLERS),
             partial(check_range, "data.cache_gb", cache_gb, "(0, inf]", "or data.cache none", optional=True),
             partial(check_range, "data.max_bad_fraction", max_bad_fraction, "[0, 1]"),
@@ -129,7 +133,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
             follow_outside_links=follow_outside_links,
             max_bad_fraction=max_bad_fraction,
         )
-        self.image_size, self.batch_size, self.num_workers = image_size, batch_size, num_workers
+        self.image_size, self.crop_mode = image_size, crop_mode
+        self.batch_size, self.num_workers = batch_size, num_workers
         self.size_schedule = size_schedule
         self.augment, self.sampler, self.cache = settings_of(AugmentSettings, augment, "data.augment"), sampler, cache
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
@@ -179,6 +184,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             "batch_size": self.batch_size,
             "sampler": self.sampler,
             "image_size": self.image_size,
+            "crop_mode": self.crop_mode,
             "size_schedule": self.size_schedule,
             **{f"augment.{key}": value for key, value in dataclasses.asdict(self.augment).items()},
         }
@@ -273,12 +279,13 @@ class ImageFolderDataModule(pl.LightningDataModule):
         """Return the eval recipe and the training size: the model's if there is one."""
         model = getattr(self.trainer, "lightning_module", None)
         recipe = model.spec.eval_recipe if model is not None else self.eval_recipe
-        recipe = recipe or EvalRecipe(image_size=self.image_size or 224)
-        if self.image_size not in (None, recipe.image_size):
-            raise UserError(
-                f"ImageFolderDataModule has image_size {self.image_size}, and the model {recipe.image_size}: give "
-                "RexNetModule the same, or leave the data's out"
-            )
+        recipe = recipe or EvalRecipe(image_size=self.image_size or 224).with_crop_mode(self.crop_mode)
+        for name in ("image_size", "crop_mode"):
+            if getattr(self, name) not in (None, getattr(recipe, name)):
+                raise UserError(
+                    f"ImageFolderDataModule has {name} {getattr(self, name)}, and the model {getattr(recipe, name)}: "
+                    "give RexNetModule the same, or leave the data's out"
+                )
         train_size = model.train_size if model is not None else recipe.image_size
         self.eval_recipe = recipe
         return recipe, train_size

@@ -3,12 +3,16 @@
 All rules about image files are here, so training, evaluation and prediction see the same pixels:
 
 - Format: detected by content, never by name. JPEG, PNG, WebP, BMP, TIFF and GIF; others are refused by name.
-- Size: at most `MAX_BYTES` bytes, and `MAX_PIXELS` pixels according to the header, which is read first.
+- Size: at most `MAX_BYTES` bytes, and `MAX_PIXELS` pixels according to the header, which is read first. A JPEG may have
+  `MAX_JPEG_PIXELS` (progressive: `MAX_PIXELS_IN_SCANS`); it is then decoded at a fraction of at most `MAX_PIXELS`.
 - Orientation: the EXIF (or TIFF) orientation is applied; XMP is ignored.
 - Transparency: composited on `BACKGROUND`, so colours hidden under alpha 0 never reach the network.
 - Palette, 1-bit and greyscale images get three channels. CMYK and YCCK: ``(1 - C)(1 - K)`` and so on. ICC
   profiles and gamma chunks are not applied, as in timm and torchvision.
-- 9 to 16 bits per sample are scaled so that white is 255, and rounded (Pillow's ``convert`` clips them).
+- 9 to 16 bits per sample are scaled so that white is 255, and rounded (Pillow's ``convert`` clips them). Cameras and
+  scanners of 10, 12 or 14 bits save their values in 16: there white is the largest value of 8, 10, 12, 14 or 16 bits,
+  the fewest that hold all values of the image. Files with transparency use 16. What a file says about this is not
+  used: PNG requires samples that sBIT describes to be scaled to 16 bits already, and TIFF's tag is rarely right.
 - Floating point TIFF: values must be finite and within [0, 1], and are scaled by 255; any other rule would be a
   guess. 32-bit integers are refused: there is no common value for white.
 - Animations and multi-page files: the first frame.
@@ -37,6 +41,8 @@ from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
 from rexnet_lit.data.image_header import (
+    MAX_PIXELS,
+    MAX_PIXELS_IN_SCANS,
     DecodeError,
     ImageInfo,
     check_size,
@@ -46,7 +52,7 @@ from rexnet_lit.data.image_header import (
     webp_size,
 )
 
-RULES = f"2 {cv2.__version__} {PIL.__version__}"
+RULES = f"3 {cv2.__version__} {PIL.__version__}"
 """Part of the key of everything cached: other versions may decode other pixels, or accept other files."""
 
 MAX_BYTES = 256 * 1024 * 1024
@@ -57,6 +63,7 @@ Pixels = NDArray[Any]  # OpenCV's stubs do not name the type of the elements
 
 _MAX_SCANS = 500  # of a progressive JPEG, which usually has ten: each decodes the whole image again
 _WHITE_IS_ZERO = 0
+_USED_BITS = "rexnet_lit_used_bits"  # in the facts that Pillow keeps of an image
 
 # The DataLoader has its own workers; each would otherwise start OpenCV's threads.
 cv2.setNumThreads(0)
@@ -139,7 +146,7 @@ def decode_with_info(
         raise
     except Exception as error:  # decoders raise anything on damaged files, MemoryError included
         raise DecodeError(failure_reason(data, error)) from None
-    return upright, ImageInfo(str(image.format), width, height)
+    return upright, ImageInfo(str(image.format), width, height, used_bits=image.info.get(_USED_BITS, 0))
 
 
 def count_frames(data: bytes) -> int:
@@ -184,7 +191,7 @@ def from_array(image: NDArray[Any]) -> NDArray[np.uint8]:
     if image.dtype.kind in "bf":
         image = _from_unit(image)
     elif image.dtype.itemsize == 2:
-        image = _to_8_bits(65535)[image]
+        image = _to_8_bits(16 if image.shape[-1] == 4 and image.ndim == 3 else _used_bits(image))[image]
     return from_pil(Image.fromarray(image))
 
 
@@ -213,11 +220,17 @@ def _decode_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes, min_size: in
     if data.rfind(b"\xff\xd9", start) < 0:
         raise DecodeError("truncated JPEG")
     end = data.find(b"\xff\xd9", start)
-    progressive = "progressive" in image.info
+    (width, height), progressive = image.size, "progressive" in image.info
     if progressive and data.count(b"\xff\xda", start, end) > _MAX_SCANS:
         raise DecodeError(f"JPEG of more than {_MAX_SCANS} scans")
-    short = min(image.size)
-    scale = next((n for n in (8, 4, 2) if min_size is not None and -(-short // n) >= min_size), 1)
+    if width * height > MAX_PIXELS_IN_SCANS and (progressive or data.find(b"\xff\xda", start, end) >= 0):
+        check_size(width, height, "JPEG", MAX_PIXELS_IN_SCANS)
+    scale = 1
+    if min_size is None:
+        check_size(width, height, "JPEG")
+    else:
+        wanted = next((n for n in (8, 4, 2) if -(-min(width, height) // n) >= min_size), 1)
+        scale = next(n for n in (wanted, 2, 4, 8) if n >= wanted and width * height <= MAX_PIXELS * n**2)
     if not thorough and image.mode in ("L", "RGB"):
         pixels = _imdecode(data, scale)
         if pixels is not None:
@@ -230,7 +243,7 @@ def _decode_jpeg(image: JpegImagePlugin.JpegImageFile, data: bytes, min_size: in
 
 def _decode_other(image: ImageFile.ImageFile, data: bytes) -> Pixels:
     if _has_deep_colours(image):
-        return _decode_deep(data)
+        return _decode_deep(image, data)
     if image.format == "PNG" and image.mode in ("1", "L", "P", "RGB") and not image.has_transparency_data:
         pixels = _imdecode(data)
         if pixels is not None:
@@ -268,6 +281,8 @@ def _load(image: ImageFile.ImageFile, scale: int = 1) -> Pixels:
     if scale > 1:
         image.draft(None, (max(image.width // scale, 1), max(image.height // scale, 1)))
     image.load()
+    if image.mode.startswith("I;16") and _declared_bits(image) == 16:
+        image.info[_USED_BITS] = _used_bits(np.asarray(image))
     return _pillow_to_rgb(image)
 
 
@@ -279,12 +294,15 @@ def _has_deep_colours(image: ImageFile.ImageFile) -> bool:
     return image.format == "PNG" and str(image.tile[0].args) in ("RGB;16B", "LA;16B", "RGBA;16B")
 
 
-def _decode_deep(data: bytes) -> Pixels:
+def _decode_deep(image: ImageFile.ImageFile, data: bytes) -> Pixels:
     """Decode 16-bit colours with OpenCV, which applies the orientation of TIFFs itself."""
     deep = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if deep is None:
         raise DecodeError("damaged image of 16 bits per sample")
-    pixels: Pixels = _to_8_bits(65535)[deep]
+    opaque = deep.ndim == 3 and deep.shape[2] == 3
+    if opaque:
+        image.info[_USED_BITS] = _used_bits(deep)
+    pixels: Pixels = _to_8_bits(image.info.get(_USED_BITS, 16))[deep]
     if pixels.ndim == 2:
         return cv2.cvtColor(pixels, cv2.COLOR_GRAY2RGB)
     if pixels.shape[2] == 4:
@@ -310,17 +328,29 @@ def _pillow_to_rgb(image: Image.Image) -> Pixels:
 
 def _from_deep_grey(image: Image.Image) -> Pixels:
     """Scale grey of 9 to 16 bits. A transparent value becomes the background."""
-    tags, samples = getattr(image, "tag_v2", {}), np.asarray(image)
-    grey: Pixels = _to_8_bits(2 ** int(tags.get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0]) - 1)[samples]
+    samples, bits = np.asarray(image), _declared_bits(image)
+    grey: Pixels = _to_8_bits(_used_bits(samples) if bits == 16 else bits)[samples]
     if "transparency" in image.info:
         grey[samples == image.info["transparency"]] = BACKGROUND[0]
+    tags = getattr(image, "tag_v2", {})
     return 255 - grey if tags.get(TiffImagePlugin.PHOTOMETRIC_INTERPRETATION) == _WHITE_IS_ZERO else grey
 
 
-@functools.lru_cache(maxsize=8)
-def _to_8_bits(white: int) -> Pixels:
-    """Return the table that maps ``0 .. white`` to ``0 .. 255``."""
-    return np.minimum(np.round(np.arange(65536) * (255 / white)), 255).astype(np.uint8)
+def _declared_bits(image: Image.Image) -> int:
+    """Return the bits per sample of a deep image, as a TIFF declares them; 16 for others."""
+    return int(getattr(image, "tag_v2", {}).get(TiffImagePlugin.BITSPERSAMPLE, (16,))[0])
+
+
+def _used_bits(samples: NDArray[Any]) -> int:
+    """Return how many bits the values of 16-bit samples use, by the rule of the module's docstring."""
+    return next(bits for bits in (8, 10, 12, 14, 16) if int(samples.max()) < 2**bits)
+
+
+@functools.lru_cache(maxsize=16)
+def _to_8_bits(bits: int) -> Pixels:
+    """Return the table that maps values of so many bits to ``0 .. 255``."""
+    levels: Pixels = np.minimum(np.round(np.arange(65536) * (255 / (2**bits - 1))), 255).astype(np.uint8)
+    return levels
 
 
 def _from_unit(values: NDArray[Any]) -> Pixels:

@@ -25,6 +25,12 @@ from PIL import (
 MAX_PIXELS = 80_000_000
 """More than ordinary cameras have (full frame: 61 megapixels), little enough for 16 workers to hold at once."""
 
+MAX_JPEG_PIXELS = 240_000_000
+"""Of a JPEG that is decoded at a fraction of its size, as telephones of 108 and 200 megapixels make them."""
+
+MAX_PIXELS_IN_SCANS = 120_000_000
+"""Of such a JPEG of several scans, as progressive ones are: libjpeg keeps up to 6 bytes of each pixel, at any scale."""
+
 _MAX_READS = 100_000  # while a header is parsed: crafted files of empty segments would take minutes
 _MAX_CHUNKS = 100_000  # of a PNG; 80 megapixels in the 8 KiB chunks of libpng have fewer
 
@@ -72,12 +78,14 @@ class ImageInfo:
         width: In pixels, after the orientation is applied.
         height: In pixels, after the orientation is applied.
         frames: Frames of an animation or pages of a TIFF; 1 for other images.
+        used_bits: Of 16-bit samples without transparency, how many the values are taken to use; 0 for other images.
     """
 
     format: str
     width: int
     height: int
     frames: int = 1
+    used_bits: int = 0
 
 
 class _HeaderStream(io.BytesIO):
@@ -109,7 +117,7 @@ def open_header(data: bytes) -> ImageFile.ImageFile:
         stream = _HeaderStream(data)
         image = plugin(stream)
         stream.reads_left = float("inf")
-    check_size(*image.size, str(image.format))
+    check_size(*image.size, str(image.format), MAX_JPEG_PIXELS if image.format == "JPEG" else None)
     return image
 
 
@@ -134,13 +142,14 @@ def _describe(data: bytes) -> str:
     return next(matching, "not an image of a known format")
 
 
-def check_size(width: int, height: int, name: str) -> None:
-    """Raise `DecodeError` for an empty image, or one above `MAX_PIXELS`."""
+def check_size(width: int, height: int, name: str, limit: int | None = None) -> None:
+    """Raise `DecodeError` for an empty image, or one above ``limit`` (`MAX_PIXELS` by default)."""
+    limit = MAX_PIXELS if limit is None else limit
     if width < 1 or height < 1:
         raise DecodeError(f"damaged {name} (its size is {width} x {height})")
-    if width * height > MAX_PIXELS:
+    if width * height > limit:
         megapixels = f"{width * height / 1e6:,.0f} megapixels"
-        raise DecodeError(f"{width} x {height} is {megapixels}; the limit is {MAX_PIXELS / 1e6:.0f}")
+        raise DecodeError(f"{width} x {height} is {megapixels}; the limit is {limit / 1e6:.0f}")
 
 
 def failure_reason(data: bytes, error: Exception) -> str:

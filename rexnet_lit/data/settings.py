@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.settings import check_choice, check_range
@@ -19,6 +19,9 @@ MAX_BAD_FRACTION = 0.05
 
 INTERPOLATIONS = {"bicubic": "bicubic", "bilinear": "bilinear", "nearest": "nearest-exact"}
 """Ways to resize, and torch's names for them."""
+
+CropMode = Literal["center", "border", "squash"]
+"""timm's names for how an image becomes a square: see `EvalRecipe`."""
 
 if not TYPE_CHECKING:
     Interpolation = Literal[tuple(INTERPOLATIONS)]
@@ -52,8 +55,10 @@ def check_size_schedule(schedule: list[tuple[int, int]] | None) -> None:
 class EvalRecipe:
     """How an image becomes the network's input outside training.
 
-    The shorter side is resized to ``round(image_size / crop_pct)`` pixels, the centre ``image_size`` square is
-    cropped, and ``(x / 255 - mean) / std`` is applied per channel (RGB).
+    The image is resized to ``floor(image_size / crop_pct)`` pixels: its shorter side (``crop_mode`` ``center``), its
+    longer side (``border``), or both sides, which distorts it (``squash``). The centre ``image_size`` square is
+    cropped, for ``border`` padded with ``mean`` where the image is narrower, and ``(x / 255 - mean) / std`` is applied
+    per channel (RGB).
     """
 
     image_size: int = 224
@@ -61,18 +66,36 @@ class EvalRecipe:
     interpolation: Interpolation = "bicubic"
     mean: tuple[float, float, float] = (0.485, 0.456, 0.406)
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
+    crop_mode: CropMode = "center"
 
     def __post_init__(self) -> None:
         check_range("data.image_size", self.image_size, f"[32, {MAX_IMAGE_SIZE}]", "in pixels")
         check_range("crop_pct", self.crop_pct, "(0, 1]")
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
+        check_choice("data.crop_mode", self.crop_mode, get_args(CropMode))
         if not all(len(t) == 3 and all(map(math.isfinite, t)) for t in (self.mean, self.std)) or not min(self.std) > 0:
             raise UserError(f"mean is {self.mean} and std {self.std}; expected three numbers each, std above 0")
 
     @property
     def resize_size(self) -> int:
-        """Length in pixels of the shorter side before the centre crop."""
+        """Length in pixels of the side that ``crop_mode`` names, before the centre crop."""
         return math.floor(self.image_size / self.crop_pct)  # as timm rounds
+
+    def with_crop_mode(self, mode: CropMode | None) -> EvalRecipe:
+        """Return the recipe with another crop mode, if given; ``border`` and ``squash`` then show all of the image."""
+        if mode in (None, self.crop_mode):
+            return self
+        return dataclasses.replace(self, crop_mode=mode, crop_pct=self.crop_pct if mode == "center" else 1.0)
+
+    def visible(self, width: int, height: int) -> float:
+        """Return the share of an image's area that the network is given."""
+        kept = self.image_size / self.resize_size
+        shape = min(width, height) / max(width, height)
+        if self.crop_mode == "squash":
+            return kept * kept
+        if self.crop_mode == "border":
+            return kept * min(1.0, kept / shape)
+        return kept * kept * shape
 
 
 @dataclasses.dataclass(frozen=True)

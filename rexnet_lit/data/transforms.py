@@ -23,9 +23,9 @@ from torch.nn import functional
 
 from rexnet_lit.data import decode
 from rexnet_lit.data.augmentation import RECIPES, AugmentSettings, build_pipeline, check_pipeline
-from rexnet_lit.data.settings import INTERPOLATIONS, EvalRecipe
+from rexnet_lit.data.settings import INTERPOLATIONS, CropMode, EvalRecipe
 
-_LONGEST = 3  # times the shorter side; the crop removes what lies further out, so it is not resized
+_LONGEST = 3  # times the shorter side; of a longer image, only what the crop shows is resized
 
 
 @functools.cache
@@ -53,11 +53,7 @@ def _resize(image: NDArray[np.uint8], height: int, width: int, interpolation: st
 
 @dataclasses.dataclass(frozen=True)
 class EvalTransform:
-    """The eval recipe, timm's: resized until the shorter side fits, the centre square cut out, normalised.
-
-    Of an image more than three times as long as wide only the middle is resized: a strip of 1,000,000 x 10 pixels
-    needs no memory.
-    """
+    """The eval recipe, timm's: resized as its ``crop_mode`` says, the centre square cut out or padded, normalised."""
 
     recipe: EvalRecipe
 
@@ -68,10 +64,18 @@ class EvalTransform:
 
     def crop(self, image: NDArray[np.uint8]) -> NDArray[np.uint8]:
         """Return the network's view of ``image`` (H, W, 3) as uint8 (S, S, 3), before normalisation."""
-        size, shorter = self.recipe.resize_size, min(image.shape[:2])
-        image = _centre(image, _LONGEST * shorter)
+        recipe, size = self.recipe, self.recipe.resize_size
+        if recipe.crop_mode == "squash":
+            return _centre(_resize(image, size, size, recipe.interpolation), recipe.image_size)
+        if recipe.crop_mode == "border":
+            ratio = max(image.shape[:2]) / size
+            height, width = (max(1, round(side / ratio)) for side in image.shape[:2])
+            return _pad(_centre(_resize(image, height, width, recipe.interpolation), recipe.image_size), recipe)
+        shorter = min(image.shape[:2])
         height, width = (size * side // shorter for side in image.shape[:2])
-        return _centre(_resize(image, height, width, self.recipe.interpolation), self.recipe.image_size)
+        if max(height, width) > _LONGEST * size:
+            return _resize_centre(image, height, width, recipe)
+        return _centre(_resize(image, height, width, recipe.interpolation), recipe.image_size)
 
     def __call__(self, image: NDArray[np.uint8] | Image.Image) -> Tensor:
         """Map a PIL image, or uint8 (H, W, 3), to float32 (3, S, S)."""
@@ -88,17 +92,70 @@ def _centre(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
     return image[top : top + size, left : left + size]
 
 
-class _RandomResizedCrop(A.RandomResizedCrop):  # type: ignore[misc]
-    """A random crop that is resized as the eval recipe resizes."""
+def _pad(image: NDArray[np.uint8], recipe: EvalRecipe) -> NDArray[np.uint8]:
+    """Return ``image`` (H, W, 3) in the middle of a square (S, S, 3) of the mean colour, as timm does."""
+    square = np.empty((recipe.image_size, recipe.image_size, 3), np.uint8)
+    square[:] = np.clip(np.round(255 * np.array(recipe.mean)), 0, 255)
+    top, left = ((recipe.image_size - side) // 2 for side in image.shape[:2])
+    square[top : top + image.shape[0], left : left + image.shape[1]] = image
+    return square
 
-    def __init__(self, size: int, min_scale: float, interpolation: str) -> None:
+
+def _resize_centre(image: NDArray[np.uint8], height: int, width: int, recipe: EvalRecipe) -> NDArray[np.uint8]:
+    """Return the centre square of ``image`` resized to ``(height, width)``, without resizing the rest.
+
+    Pillow can do that: a strip of 1,000,000 x 10 pixels needs no memory.
+    """
+    size = recipe.image_size
+    scales = (image.shape[1] / width, image.shape[0] / height)
+    starts = (max(0, round((side - size) / 2)) for side in (width, height))
+    box = [scale * start for scale, start in zip(scales, starts, strict=True)]
+    box += [min(box[i] + scales[i] * size, image.shape[1 - i]) for i in (0, 1)]
+    filter_ = Image.Resampling[recipe.interpolation.upper()]
+    return np.array(Image.fromarray(image).resize((size, size), filter_, box=tuple(box)))
+
+
+class _RandomResizedCrop(A.RandomResizedCrop):  # type: ignore[misc]
+    """A random crop that is resized as the eval recipe resizes.
+
+    With ``border`` and ``squash`` it is drawn as from a square, so that it has about the proportions of the image, and
+    then becomes a square as the image does in evaluation: every part of a long image is seen.
+    """
+
+    def __init__(self, size: int, min_scale: float, recipe: EvalRecipe) -> None:
         super().__init__(size=(size, size), scale=(min_scale, 1.0))
-        self._mode = interpolation
+        mode: CropMode = "border" if recipe.crop_mode == "border" else "squash"
+        self._of_any_shape = recipe.crop_mode != "center"
+        self._fit = EvalTransform(dataclasses.replace(recipe, image_size=size, crop_pct=1.0, crop_mode=mode))
+
+    def get_params_dependent_on_data(self, params: dict[str, Any], data: dict[str, Any]) -> dict[str, Any]:
+        """Draw the crop."""
+        height, width = params["shape"][:2]
+        if self._of_any_shape:
+            side = max(height, width)
+            ends = super().get_params_dependent_on_data({**params, "shape": (side, side)}, data)["crop_coords"]
+            left, right = _scaled(ends[::2], width, side)
+            top, bottom = _scaled(ends[1::2], height, side)
+            return {"crop_coords": (left, top, right, bottom)}
+        drawn: dict[str, Any] = super().get_params_dependent_on_data(params, data)
+        if max(height, width) * self.scale[0] <= min(height, width) * self.ratio[1]:
+            return drawn
+        # No crop of this shape is as large as `min_scale` asks for. albumentations, like torchvision and timm, then
+        # always takes the middle; the network would never see the ends.
+        left, top, right, bottom = drawn["crop_coords"]
+        x, y = (self.py_random.randint(0, room) for room in (width - (right - left), height - (bottom - top)))
+        return {"crop_coords": (x, y, x + right - left, y + bottom - top)}
 
     def apply(self, img: NDArray[np.uint8], crop_coords: tuple[int, int, int, int], **params: Any) -> Any:
         """Crop and resize."""
         left, top, right, bottom = crop_coords
-        return _resize(img[top:bottom, left:right], self.size[0], self.size[1], self._mode)
+        return self._fit.crop(img[top:bottom, left:right])
+
+
+def _scaled(ends: Sequence[int], side: int, of: int) -> tuple[int, int]:
+    """Return a range of pixels of a side, drawn as a range of one of length ``of``; at least one pixel."""
+    start = min(round(ends[0] * side / of), side - 1)
+    return start, max(round(ends[1] * side / of), start + 1)
 
 
 class TrainTransform:
@@ -122,7 +179,7 @@ class TrainTransform:
         self.min_size = self._view.min_size if self._view else math.ceil(image_size / scale)
         steps: list[Any] = []
         if self._view is None:
-            steps.append(_RandomResizedCrop(image_size, augment.min_scale, recipe.interpolation))
+            steps.append(_RandomResizedCrop(image_size, augment.min_scale, recipe))
             if augment.hflip:
                 steps.append(A.HorizontalFlip(p=augment.hflip))
         if augment.transforms is not None:

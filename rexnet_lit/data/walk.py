@@ -16,7 +16,9 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-IMAGE_SUFFIXES = frozenset(b"jpg jpeg jpe jfif png webp bmp dib tif tiff gif".split())
+IMAGE_SUFFIXES = frozenset(
+    b"jpg jpeg jpe jif jfi jfif jfif-tbnl pjp pjpeg mpo jps png apng webp bmp dib tif tiff btf tf8 gif".split()
+)
 _COMMON_ENDS = frozenset((b".jpg", b".JPG", b".png", b".PNG"))
 _DOT = ord(".")
 _OTHER_IMAGE_SUFFIXES = frozenset(

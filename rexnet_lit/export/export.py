@@ -138,10 +138,12 @@ class Deployed(nn.Module):
 
 def metadata(classifier: Classifier) -> dict[str, str]:
     """Return what a graph carries about itself."""
+    squares = {"center": "centre square", "border": "padded to a square", "squash": "squashed to a square"}
+    square = squares[classifier.spec.eval_recipe.crop_mode]
     return {
         "rexnet_lit": classifier.spec.to_json(),
         "class_names": json.dumps(classifier.class_names),
-        "input": "float32 RGB (B, 3, S, S) from 0 to 1, centre square; output: probabilities (B, K)",
+        "input": f"float32 RGB (B, 3, S, S) from 0 to 1, {square}; output: probabilities (B, K)",
     }
 
 

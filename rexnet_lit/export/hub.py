@@ -39,7 +39,7 @@ def write(classifier: Classifier, model: Path, example: Tensor, target: Path) ->
         "fixed_input_size": False,
         "interpolation": recipe.interpolation,
         "crop_pct": recipe.crop_pct,
-        "crop_mode": "center",
+        "crop_mode": recipe.crop_mode,
         "mean": recipe.mean,
         "std": recipe.std,
         "first_conv": "stem.conv",

@@ -9,7 +9,7 @@ from typing import Any
 import timm
 import torch
 
-from rexnet_lit.data.settings import EvalRecipe
+from rexnet_lit.data.settings import CropMode, EvalRecipe
 from rexnet_lit.utils.errors import UserError, did_you_mean
 
 _FAMILIES = ["rexnet_*", "rexnetr_*"]
@@ -41,18 +41,19 @@ def published_config(backbone: str) -> Any:
     return timm.get_pretrained_cfg(backbone)
 
 
-def eval_recipe(backbone: str, image_size: int | None = None) -> EvalRecipe:
+def eval_recipe(backbone: str, image_size: int | None = None, crop_mode: CropMode | None = None) -> EvalRecipe:
     """Return the preprocessing that ``backbone``'s weights were tested with.
 
     Args:
         backbone: timm's name; its ``pretrained_cfg`` decides.
         image_size: Height and width in pixels; by default the test size of the weights.
+        crop_mode: How an image becomes a square; by default as the weights were tested.
     """
-    return recipe_of(published_config(backbone), image_size)
+    return recipe_of(published_config(backbone), image_size, crop_mode)
 
 
-def recipe_of(cfg: Any, image_size: int | None = None) -> EvalRecipe:
-    """Return the preprocessing of timm's ``pretrained_cfg``, at another image size in pixels if given."""
+def recipe_of(cfg: Any, image_size: int | None = None, crop_mode: CropMode | None = None) -> EvalRecipe:
+    """Return the preprocessing of timm's ``pretrained_cfg``, with another image size or crop mode if given."""
     test_size = (cfg.test_input_size or cfg.input_size)[-1]
     return EvalRecipe(
         image_size=test_size if image_size is None else image_size,
@@ -60,7 +61,8 @@ def recipe_of(cfg: Any, image_size: int | None = None) -> EvalRecipe:
         interpolation=cfg.interpolation,
         mean=tuple(cfg.mean),
         std=tuple(cfg.std),
-    )
+        crop_mode=cfg.crop_mode or "center",
+    ).with_crop_mode(crop_mode)
 
 
 def train_size(backbone: str) -> int:

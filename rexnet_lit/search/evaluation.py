@@ -43,7 +43,8 @@ def evaluate(run: Path, config: Mapping[str, Any], split_file: Path | None) -> T
     model = checkpoint.load_model(run / "model.safetensors")
     module = RexNetModule.from_model(model)
     data = ImageFolderDataModule(
-        root=config["root"], split_file=None if split_file is None else str(split_file), class_names=module.spec.class_names,
+        root=config["root"], class_names=module.spec.class_names,
+        split_file=None if split_file is None else str(split_file),
         batch_size=config["batch_size"], num_workers=config["num_workers"],
         max_bad_fraction=config["max_bad_fraction"], follow_outside_links=config["follow_outside_links"],
     )  # fmt: skip

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
 from rexnet_lit.data.datamodule import any_datamodule, run_seed
-from rexnet_lit.data.settings import DataRecord
+from rexnet_lit.data.settings import CropMode, DataRecord
 from rexnet_lit.data.transforms import EvalTransform
 from rexnet_lit.models import checkpoint, rexnet, variants
 from rexnet_lit.models.heads import HeadSpec
@@ -77,6 +77,7 @@ class RexNetModule(pl.LightningModule):
         num_classes: K; from the data.
         class_names: One per logit; from the data.
         image_size: Height and width in pixels; from the data, the backbone's own by default.
+        crop_mode: How an image becomes a square; likewise.
 
     Raises:
         UserError: A setting is wrong, or the weights are missing or do not fit.
@@ -103,6 +104,7 @@ class RexNetModule(pl.LightningModule):
         num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         image_size: int | None = None,
+        crop_mode: CropMode | None = None,
     ) -> None:
         super().__init__()
         check_range("model.ema", ema, "[0, 1)", "0 for none, or a decay such as 0.999")
@@ -121,9 +123,9 @@ class RexNetModule(pl.LightningModule):
         names = start.initial_names(num_classes, class_names)
         self._numbered = class_names is None
         """Whether the classes have only numbers so far."""
-        self.spec = ModelSpec(backbone, names, head, variants.eval_recipe(backbone, image_size))
+        self.spec = ModelSpec(backbone, names, head, variants.eval_recipe(backbone, image_size, crop_mode))
         self.network = self.configure_network()
-        self.spec = parts.describe_network(self.spec, self.network, image_size)
+        self.spec = parts.describe_network(self.spec, self.network, image_size, crop_mode)
         size = variants.train_size(backbone) if self.spec.network is None else self.spec.eval_recipe.image_size
         self.train_size = image_size or size
         if grad_checkpointing:
@@ -222,7 +224,8 @@ class RexNetModule(pl.LightningModule):
         if stage != "fit":
             return
         self.started = False
-        self.spec = parts.describe_network(self.spec, self.network, self.spec.eval_recipe.image_size)
+        recipe = self.spec.eval_recipe
+        self.spec = parts.describe_network(self.spec, self.network, recipe.image_size, recipe.crop_mode)
         self.spec = parts.describe_preprocessing(self.spec, self.trainer)
         parts.check_network(self)
         if self.loss is self._default_loss[0]:  # not one that the user has set

@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 from torchmetrics import Metric
 
 from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.data.settings import CropMode
 from rexnet_lit.models import variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
@@ -74,7 +75,9 @@ def is_rexnet(network: nn.Module) -> bool:
     return isinstance(network, timm.models.rexnet.RexNet)
 
 
-def describe_network(spec: ModelSpec, network: nn.Module, image_size: int | None) -> ModelSpec:
+def describe_network(
+    spec: ModelSpec, network: nn.Module, image_size: int | None, crop_mode: CropMode | None
+) -> ModelSpec:
     """Return ``spec`` with the class of a user's own network, and its preprocessing if timm knows it.
 
     Raises:
@@ -86,7 +89,7 @@ def describe_network(spec: ModelSpec, network: nn.Module, image_size: int | None
     if lacks:
         raise UserError(f"model.network: {class_path_of(network)} has no {', '.join(lacks)}, as timm's models have")
     cfg = getattr(network, "pretrained_cfg", None)
-    recipe = variants.recipe_of(PretrainedCfg(**cfg), image_size) if cfg else spec.eval_recipe
+    recipe = variants.recipe_of(PretrainedCfg(**cfg), image_size, crop_mode) if cfg else spec.eval_recipe
     return dataclasses.replace(spec, network=class_path_of(network), eval_recipe=recipe)
 
 

@@ -18,7 +18,7 @@ from rexnet_lit.checks import findings
 from rexnet_lit.checks.check import check
 from rexnet_lit.checks.findings import print_result
 from rexnet_lit.data import duplicates
-from rexnet_lit.data.settings import DataRecord
+from rexnet_lit.data.settings import DataRecord, EvalRecipe
 
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL")
 
@@ -231,6 +231,40 @@ def test_sizes_and_animations(healthy):
     assert codes["animated"].paths == ("train/cat/moving.gif",)
     assert result.animated == 1
     assert result.formats == {"PNG": 34, "JPEG": 1, "GIF": 1}
+
+
+def test_what_the_centre_crop_leaves_out_is_said(tmp_path):
+    """Of 320 x 96 pixels it shows 0.875 x 0.875 x 96 / 320 = 0.23, of 3:2 photographs 0.51."""
+    for name in ("cat", "dog"):
+        for i in range(10):
+            save(tmp_path / name / f"{i}.png", picture(i + (100 if name == "dog" else 0), 320, 96))
+    result = check(tmp_path)
+    crop = found(result)["crop"]
+    assert crop.severity == "warning"
+    assert "77% of the images' area" in crop.message
+    assert "data.crop_mode" in crop.advice
+    assert "use 23% of their area" in shown(result)
+    for mode in ("border", "squash"):
+        result = check(tmp_path, recipe=EvalRecipe(96).with_crop_mode(mode))
+        assert "crop" not in found(result)
+        assert result.visible == 1.0
+    assert EvalRecipe().visible(300, 200) == pytest.approx(0.875**2 * 2 / 3)
+    assert EvalRecipe(crop_mode="border").visible(300, 200) == 0.875  # 224 of 256 columns, all 171 rows
+    assert EvalRecipe(crop_mode="squash").visible(300, 200) == 0.875**2
+
+
+def test_16_bit_images_of_fewer_bits_are_named(healthy):
+    grey = picture(7)[..., 0].astype(np.uint16)
+    save(healthy / "train/cat/a.png", grey * 16)
+    finding = found(check(healthy))["bit-depth"]
+    assert finding.severity == "info"
+    assert finding.message == "1 16-bit image uses only part of the 16 bits: 1 scaled as 12 bits"
+    save(healthy / "train/cat/b.png", grey[::-1] * 257)
+    save(healthy / "train/dog/c.png", grey[:, ::-1] * 4)
+    finding = found(check(healthy))["bit-depth"]
+    assert finding.severity == "warning"
+    assert finding.message.endswith("1 scaled as 10 bits, 1 scaled as 12 bits, 1 scaled as 16 bits")
+    assert finding.paths == ("train/cat/a.png", "train/dog/c.png")
 
 
 def test_flat_folder_is_checked_as_it_will_be_split(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import itertools
 import json
@@ -17,10 +18,11 @@ import urllib.request
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
-from cli_tools import NAMES, fails, lively_model, rows_of, run_rexnet, write_dataset, write_pictures
+from cli_tools import NAMES, fails, lively_model, picture, rows_of, run_rexnet, write_dataset, write_pictures
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -29,7 +31,7 @@ from rexnet_lit.cli import main
 from rexnet_lit.cli.commands import COMMANDS
 from rexnet_lit.export import export
 from rexnet_lit.models import checkpoint
-from rexnet_lit.models.predictor import load
+from rexnet_lit.models.predictor import Classifier, load
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils import process
 
@@ -260,6 +262,26 @@ def test_wrong_model_files(command, capsys, monkeypatch):
     assert not Path("exploded").exists()
     if command != "export":
         assert "needs a model (--ckpt_path)" in fails(capsys, command)
+
+
+def test_the_crop_mode_of_the_model_file_is_used(tmp_path, capsys):
+    """And that of the settings, if they name one, as with the image size."""
+    model = lively_model(tmp_path / "model.safetensors", size=32, crop_mode="squash")
+    wide = tmp_path / "wide.png"
+    Image.fromarray(np.hstack([picture(name, 1, 48) for name in NAMES])).save(wide)
+    argv = ["predict", str(model), str(wide), "--data.num_workers", "0", "--data.predict_output"]
+    assert main.main([*argv, "own.csv"]) == 0
+    assert main.main([*argv, "other.csv", "--data.crop_mode", "center", "--trainer.accelerator", "cpu"]) == 0
+    capsys.readouterr()
+    squash = load(model, device="cpu")
+    pillow = np.asarray(Image.open(wide).resize((32, 32), Image.Resampling.BICUBIC)).astype(int)
+    assert np.abs(squash.view(wide) - pillow).max() <= 2
+    recipe = squash.spec.eval_recipe.with_crop_mode("center")
+    centre = Classifier(dataclasses.replace(squash.spec, eval_recipe=recipe), squash.network, "cpu")
+    for classifier, file in ((squash, "own.csv"), (centre, "other.csv")):
+        assert float(rows_of(file)[0]["prob_1"]) == pytest.approx(classifier.predict(wide)[0][0].prob, abs=1e-5)
+    assert squash.predict(wide)[0][0].prob != pytest.approx(centre.predict(wide)[0][0].prob, abs=1e-3)
+    assert "data.crop_mode: expected" in fails(capsys, *argv, "no.csv", "--data.crop_mode", "pad")
 
 
 def test_a_wrong_command(capsys):

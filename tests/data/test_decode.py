@@ -22,7 +22,16 @@ from PIL import Image, ImageOps
 
 from rexnet_lit.data import decode as module
 from rexnet_lit.data import image_header
-from rexnet_lit.data.decode import BACKGROUND, MAX_BYTES, count_frames, decode, decode_with_info, from_pil, read
+from rexnet_lit.data.decode import (
+    BACKGROUND,
+    MAX_BYTES,
+    count_frames,
+    decode,
+    decode_with_info,
+    from_array,
+    from_pil,
+    read,
+)  # fmt: skip
 from rexnet_lit.data.image_header import MAX_PIXELS, DecodeError
 
 # The module ignores Pillow's remarks for its callers; pytest's own filters would bring them back.
@@ -249,6 +258,28 @@ def test_a7_16_bit_tiff(tmp_path, compression):
         assert np.array_equal(read(path), expected)
 
 
+@pytest.mark.parametrize("bits", [8, 10, 12, 14, 16])
+def test_16_bit_samples_that_use_fewer_bits(bits):
+    """White is the largest value of as many bits as a device has; 0.4 of it is enough to tell them apart."""
+    white = 2**bits - 1
+    values = np.linspace(0, 0.4 * white, 120).astype(np.uint16).reshape(10, 12)
+    expected = np.repeat(np.round(values * (255 / white))[..., None], 3, axis=2)
+    colour = np.stack([values, values // 2, values // 3], axis=2)
+    for data in (png(values, 0), encode(Image.fromarray(values), "TIFF")):
+        pixels, info = decode_with_info(data)
+        assert np.array_equal(pixels, expected)
+        assert info.used_bits == bits
+    pixels, info = decode_with_info(png(colour, 2))
+    assert np.array_equal(pixels, np.round(colour * (255 / white)))
+    assert info.used_bits == bits
+    assert np.array_equal(from_array(values), expected)
+    assert np.array_equal(from_array(colour), pixels)
+    assert np.array_equal(from_pil(Image.fromarray(values)), expected)
+    white_is_zero = encode(Image.fromarray(values), "TIFF", tiffinfo={262: 0})
+    assert np.array_equal(decode(white_is_zero), 255 - expected)
+    assert decode_with_info(SAMPLES["png"])[1].used_bits == 0
+
+
 def test_white_is_zero_16_bit_tiff():
     grey = deep_values(10, 12)
     data = encode(Image.fromarray(grey), "TIFF", tiffinfo={262: 0})
@@ -458,6 +489,31 @@ def test_a6_limit_lies_between_48_and_90_megapixels():
     assert 8000 * 6000 <= MAX_PIXELS < 90_000_000
     big = encode(np.zeros((6000, 8000), np.uint8), "JPEG", quality=10)
     assert decode(big, 200).shape == (750, 1000, 3)
+
+
+def test_the_limit_of_a_jpeg_is_on_what_is_decoded():
+    """Telephones make 108 megapixels. Of 80 decoded ones, the most that fit are those of half the size."""
+    photo = encode(np.zeros((9000, 12000), np.uint8), "JPEG", quality=10)
+    assert decode(photo, 256).shape == (1125, 1500, 3)
+    assert decode(photo, 8000, thorough=True).shape == (4500, 6000, 3)
+    with pytest.raises(DecodeError, match="12000 x 9000 is 108 megapixels; the limit is 80"):
+        decode(photo)
+    for name, marker, limit in (("jpeg", b"\xff\xc0", 240), ("jpeg-progressive", b"\xff\xc2", 120)):
+        data = bytearray(SAMPLES[name])
+        at = data.index(marker)
+        data[at + 5 : at + 9] = struct.pack(">HH", 10_000, 100 * limit + 100)
+        with pytest.raises(DecodeError, match=f"megapixels; the limit is {limit}"):
+            decode(bytes(data), 1)
+
+
+def test_a_large_jpeg_of_separate_scans_is_limited_as_a_progressive_one(monkeypatch):
+    """libjpeg keeps all of both. Such a file has a scan for each colour, here a second one of the first."""
+    monkeypatch.setattr(module, "MAX_PIXELS_IN_SCANS", 64 * 48 - 1)
+    data = SAMPLES["jpeg"]
+    assert decode(data, 1).shape == (6, 8, 3)
+    scan = data[data.index(b"\xff\xda") : -2]
+    with pytest.raises(DecodeError, match="64 x 48 is"):
+        decode(data[:-2] + scan + data[-2:], 1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from rexnet_lit.data import folder as scanner
 from rexnet_lit.data import walk as walk_module
@@ -94,6 +95,17 @@ def test_split_layout(tmp_path):
     assert folder.splits["test"].targets.tolist() == [0, 1]
     assert folder.splits["test"].path(0) == str(tmp_path / "test/cat/6.bmp")
     assert folder.notes == ()
+    assert folder.clutter == 0
+
+
+def test_every_usual_ending_of_the_formats_is_an_image(tmp_path):
+    """Pillow's endings of them, and those of Chrome, Windows and stereo cameras."""
+    Image.init()
+    formats = ("JPEG", "MPO", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF")
+    known = {ending[1:] for ending, name in Image.registered_extensions().items() if name in formats}
+    known |= {"jif", "jfi", "jfif-tbnl", "pjp", "pjpeg", "jps", "btf", "tf8"}
+    folder = scan(make(tmp_path, *(f"{c}/{e}.{e.upper()}" for c in "ab" for e in known)))
+    assert sum(len(samples) for samples in folder.splits.values()) == 2 * len(known)
     assert folder.clutter == 0
 
 

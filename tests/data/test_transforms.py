@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 
+import albumentations as A  # noqa: N812
 import cv2
 import numpy as np
 import pytest
@@ -34,9 +35,11 @@ def noise(height: int, width: int, seed: int = 0) -> np.ndarray:
 # --- the eval recipe ------------------------------------------------------------------------------
 
 
-def timm_s(image: np.ndarray, size: int, crop_pct: float, interpolation: str) -> np.ndarray:
+def timm_s(image: np.ndarray, size: int, crop_pct: float, interpolation: str, crop_mode="center") -> np.ndarray:
     """Return timm's view of an image, (S, S, 3)."""
-    theirs = timm.data.create_transform(size, crop_pct=crop_pct, interpolation=interpolation, normalize=False)
+    theirs = timm.data.create_transform(
+        size, crop_pct=crop_pct, interpolation=interpolation, normalize=False, crop_mode=crop_mode
+    )
     return np.asarray(theirs(Image.fromarray(image))).transpose(1, 2, 0).astype(int)
 
 
@@ -53,13 +56,15 @@ def test_the_pixels_are_timm_s(height, width, crop_pct, interpolation):
         assert np.abs(got - timm_s(image, size, crop_pct, interpolation)).max() <= 2
 
 
-@pytest.mark.parametrize(("height", "width"), [(150, 1000), (1000, 150), (40, 400)])
-def test_the_geometry_of_long_images_is_timm_s(height, width):
-    """On ramps a shift shows as a difference in brightness; where the middle is cut, half a pixel is allowed."""
-    image = ramps(height, width)
-    got = EvalTransform(EvalRecipe(96)).crop(image)
-    slope = 255 / np.array([width - 1, height - 1, np.inf])
-    assert (np.abs(got - timm_s(image, 96, 0.875, "bicubic")) <= 0.5 * slope + 2).all()
+@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
+def test_every_crop_mode_of_images_of_all_shapes_is_timm_s(crop_mode):
+    """200 pictures, up to forty times as long as wide."""
+    rng = np.random.default_rng(1)
+    for number, (height, width) in enumerate(np.exp(rng.uniform(np.log(10), np.log(400), (200, 2))).astype(int)):
+        image = cv2.blur(noise(height, width, number), (3, 3))
+        crop_pct, interpolation = (0.875, 0.95, 1.0)[number % 3], ("bicubic", "bilinear")[number % 2]
+        got = EvalTransform(EvalRecipe(48, crop_pct, interpolation, crop_mode=crop_mode)).crop(image).astype(int)
+        assert np.abs(got - timm_s(image, 48, crop_pct, interpolation, crop_mode)).max() <= 2, (height, width)
 
 
 def test_shrinking_averages_what_it_leaves_out():
@@ -87,8 +92,8 @@ def test_the_centre_is_cut_out():
 )
 def test_small_images_and_strips(height, width):
     image = noise(height, width)
-    for size in (32, 224):
-        got = EvalTransform(EvalRecipe(size))(image)
+    for size, crop_mode in ((32, "center"), (224, "center"), (96, "border"), (96, "squash")):
+        got = EvalTransform(EvalRecipe(size, crop_mode=crop_mode))(image)
         assert got.shape == (3, size, size)
         assert torch.isfinite(got).all()
 
@@ -173,6 +178,35 @@ def test_none_is_the_eval_recipe_at_the_training_size():
     recipe = EvalRecipe(64, 0.9)
     got = TrainTransform(AugmentSettings(name="none"), recipe, 48)(image, 5)
     assert torch.equal(got, EvalTransform(EvalRecipe(48, 0.9))(image))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "border", "squash"])
+@pytest.mark.parametrize(("height", "width"), [(96, 320), (320, 96)])
+def test_training_sees_all_of_a_long_image(height, width, crop_mode):
+    """Red says which columns, green which rows. No crop of 0.6 of the area and at most 4:3 fits into these."""
+    seen = np.zeros((256, 2), int)
+    transform = TrainTransform(AugmentSettings("light", hflip=0.0), EvalRecipe(64, crop_mode=crop_mode), 64)
+    for seed in range(60):
+        view = transform.augment(ramps(height, width), seed)
+        inside = view[np.abs(view[..., 2].astype(int) - 128) <= 2]  # not the border, whose blue is 104
+        for channel in (0, 1):
+            seen[inside[:, channel].min() : inside[:, channel].max() + 1, channel] += 1
+    assert seen[8:-8].min() > 0
+    if crop_mode != "center":  # a crop has the image's shape, and keeps most of its length
+        assert seen[[64, 192]].min() >= 45
+
+
+def test_a_crop_of_a_photograph_is_drawn_as_albumentations_draws_it():
+    """The middle crop of those that do not fit is only moved where none can fit: 4:3 of 0.6 of the area."""
+    draw = A.Compose([A.RandomResizedCrop((64, 64), scale=(0.6, 1.0))])
+    for height, width in ((200, 300), (440, 200)):
+        for seed in range(60):
+            draw.set_random_seed(seed)
+            theirs = draw(image=ramps(height, width))["image"].astype(int)
+            ours = train("light", 64, hflip=0.0).augment(ramps(height, width), seed).astype(int)
+            assert np.abs(ours - theirs).max() <= 5  # OpenCV's filter against torch's
+    moved = {train("light", 64, hflip=0.0).augment(ramps(460, 200), seed)[0, 0, 1] for seed in range(5)}
+    assert len(moved) == 5
 
 
 def test_the_crop_keeps_the_least_area():

@@ -178,7 +178,7 @@ def test_timm_loads_a_hub_folder(tmp_path, capsys, expected):
     import timm
 
     names = ("a|b", "`c`", "<b>d</b>")
-    model = lively_model(_run(tmp_path), names=names, size=32)
+    model = lively_model(_run(tmp_path), names=names, size=32, crop_mode="border")
     command = ["export", str(model), "--format", "hub", "--output"]
     assert main.main([*command, str(tmp_path / "hub")]) == 0
     assert "compared with the model" in capsys.readouterr().out
@@ -191,6 +191,7 @@ def test_timm_loads_a_hub_folder(tmp_path, capsys, expected):
     assert (tuple(recipe["mean"]), tuple(recipe["std"]), recipe["crop_pct"], recipe["interpolation"]) == (
         own.spec.eval_recipe.mean, own.spec.eval_recipe.std, own.spec.eval_recipe.crop_pct, "bicubic",
     )  # fmt: skip
+    assert recipe["crop_mode"] == "border"
     images, probs = expected  # of a model with other names, and the same weights
     mean, std = (torch.tensor(recipe[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():

@@ -33,6 +33,15 @@ def test_json_round_trip_is_exact():
     assert SPEC.num_classes == 3
 
 
+def test_the_crop_mode_is_kept_and_older_files_crop_the_centre():
+    squash = dataclasses.replace(SPEC, eval_recipe=SPEC.eval_recipe.with_crop_mode("squash"))
+    again = ModelSpec.from_json(squash.to_json(), "x").eval_recipe
+    assert (again.crop_mode, again.crop_pct) == ("squash", 1.0)
+    older = json.loads(squash.to_json())
+    del older["eval_recipe"]["crop_mode"]
+    assert ModelSpec.from_json(json.dumps(older), "x").eval_recipe.crop_mode == "center"
+
+
 def test_a_description_holds_plain_values_only():
     def plain(value):
         if isinstance(value, dict):
@@ -90,8 +99,9 @@ def changed(**values) -> str:
         changed(head={**dataclasses.asdict(SPEC.head), "temperature": "0.05"}),
         changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "crop_pct": None}),
         changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "interpolation": None}),
+        changed(eval_recipe={**dataclasses.asdict(SPEC.eval_recipe), "crop_mode": None}),
     ],
-    ids=range(39),
+    ids=range(40),
 )
 def test_what_is_no_description_is_one_line(text):
     with pytest.raises(UserError) as error:
@@ -110,6 +120,7 @@ def test_a_newer_format_says_so():
     [
         (lambda: EvalRecipe(image_size=31), "data.image_size is 31"),
         (lambda: EvalRecipe(crop_pct=0), "crop_pct is 0"),
+        (lambda: EvalRecipe(crop_mode="pad"), "data.crop_mode is 'pad'; expected one of center, border, squash"),
         (lambda: EvalRecipe(crop_pct=1.01), "crop_pct is 1.01"),
         (lambda: EvalRecipe(interpolation="lanczos"), "interpolation is 'lanczos'"),
         (lambda: HeadSpec(dropout=1.0), "model.head.dropout is 1"),

@@ -506,6 +506,8 @@ def test_data_of_other_classes_is_one_line(tmp_path, shapes, make_shapes):
 def test_sizes_that_differ_are_one_line(tmp_path, shapes):
     with pytest.raises(UserError, match="ImageFolderDataModule has image_size 48, and the model 32"):
         trainer_of(tmp_path).fit(model_of(), data_of(shapes, image_size=48))
+    with pytest.raises(UserError, match="ImageFolderDataModule has crop_mode squash, and the model center"):
+        trainer_of(tmp_path).fit(model_of(), data_of(shapes, crop_mode="squash"))
     trainer_of(tmp_path).validate(model_of(), data_of(shapes, image_size=None), verbose=False)
 
 

@@ -43,7 +43,8 @@ def refuse_changes(trainer: Trainer, module: LightningModule, data: Any, content
     """
     then = json.loads(content.get(_CONDITIONS, "{}"))
     now = json.loads(json.dumps(_conditions(trainer, module, data), default=str))
-    changed = [name for name in now if then.get(name, _ABSENT) != now[name]]
+    # A setting that there was not yet then, and that is not used now, is no change.
+    changed = [name for name in now if then.get(name, now[name] and _ABSENT) != now[name]]
     fixed = [name for name in changed if name.startswith(_FIXED) and name in then]
     refused = fixed + [name for name in changed if name not in fixed and not accept]
     if not refused:
