@@ -2,7 +2,7 @@
 
     python tests/benchmarks/bench_crop.py --weights FILE.safetensors [--size 96] [--seeds 0 1 2]
 
-Draws two classes of 320 x 96 pixels, 40 images each for training, 20 for validation and 50 for the test: a red or a blue
+Draws two classes of 320 x 96 pixels, 40 images each for training, 20 for validation and 50 for the test: a red or blue
 disc on a background of smooth noise, within 80 pixels of the left end. The centre crop shows the columns 118 to 202.
 Solves the head on the features of the weights (configs/linear_probe.yaml with the logistic solver).
 """
