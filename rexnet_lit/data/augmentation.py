@@ -83,6 +83,8 @@ class AugmentSettings:
             et al. 2020).
         min_scale: Smallest share of the image's area that a random crop keeps.
         hflip: Probability of a horizontal flip. 0 where left and right matter: digits, letters, signs.
+        vflip: Probability of a vertical flip, for images without an upper side: from above, through a microscope.
+        quarter_turns: Probability of a turn by 0, 90, 180 or 270 degrees at random, for images without a direction.
         num_ops: Operations per image of ``randaugment``.
         magnitude: Strength of each, 0 to 10.
         erasing: Probability that a rectangle is replaced by noise (Zhong et al. 2020).
@@ -96,6 +98,8 @@ class AugmentSettings:
     name: RecipeName = "light"
     min_scale: float = 0.6
     hflip: float = 0.5
+    vflip: float = 0.0
+    quarter_turns: float = 0.0
     num_ops: int = 2
     magnitude: float = 9.0
     erasing: float = 0.0
@@ -106,7 +110,10 @@ class AugmentSettings:
     def __post_init__(self) -> None:
         check_choice("data.augment.name", self.name, RECIPES)
         check_range("data.augment.min_scale", self.min_scale, "(0, 1]")
-        check_range("data.augment.hflip", self.hflip, "[0, 1]")
+        for name in ("hflip", "vflip", "quarter_turns"):
+            check_range(f"data.augment.{name}", getattr(self, name), "[0, 1]")
+        if self.name == "none" and (self.vflip or self.quarter_turns):
+            raise UserError("data.augment: vflip and quarter_turns have no effect with the name none; use light")
         check_range("data.augment.erasing", self.erasing, "[0, 1]")
         check_range("data.augment.magnitude", self.magnitude, "[0, 10]")
         check_range("data.augment.num_ops", self.num_ops, "[0, inf)")

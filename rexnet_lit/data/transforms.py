@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import random
 from collections.abc import Sequence
 from typing import Any
 
@@ -182,6 +183,10 @@ class TrainTransform:
             steps.append(_RandomResizedCrop(image_size, augment.min_scale, recipe))
             if augment.hflip:
                 steps.append(A.HorizontalFlip(p=augment.hflip))
+            if augment.vflip:
+                steps.append(A.VerticalFlip(p=augment.vflip))
+            if augment.quarter_turns:
+                steps.append(A.RandomRotate90(p=augment.quarter_turns))
         if augment.transforms is not None:
             own = build_pipeline(augment.transforms)
             check_pipeline(own, image_size)
@@ -200,7 +205,9 @@ class TrainTransform:
         """Return the augmented view of ``image`` (H, W, 3) as uint8 (S, S, 3), before normalisation."""
         if self._view is not None:
             image = self._view.crop(image)
-        self._compose.set_random_seed(seed)
+        # One stream for all steps: `set_random_seed` gives each the same, and an image would be rotated exactly when it
+        # is flipped.
+        self._compose.set_random_state(np.random.default_rng(seed), random.Random(seed))
         augmented: NDArray[np.uint8] = self._compose(image=image)["image"]
         return augmented
 

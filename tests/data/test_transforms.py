@@ -233,6 +233,21 @@ def test_the_flip_is_a_mirror_image_with_its_probability():
         assert all(v[0, 0, 1] < v[-1, 0, 1] for v in views)  # never upside down
 
 
+def test_symmetries():
+    """All eight views of a square appear, about equally often, and no other; the defaults are without them."""
+    corners = np.zeros((32, 32, 3), np.uint8)
+    corners[:16, :16], corners[:16, 16:], corners[16:, :16] = 255, 160, 80
+    square = [np.rot90(flipped, k) for flipped in (corners, corners[:, ::-1]) for k in range(4)]
+    recipe = train("light", 32, min_scale=1.0, hflip=0.5, vflip=0.5, quarter_turns=1.0)
+    counts = [0] * 8
+    for seed in range(200):
+        view = recipe.augment(corners, seed)[4::23, 4::23]
+        counts[[np.abs(view.astype(int) - other[4::23, 4::23]).max() < 9 for other in square].index(True)] += 1
+    assert min(counts) > 8  # 25 are expected
+    with pytest.raises(UserError, match="vflip"):
+        AugmentSettings("none", vflip=0.5)
+
+
 @pytest.mark.parametrize("name", ["light", "medium", "heavy", "randaugment"])
 def test_decoded_images_need_not_be_larger_than_min_size(name):
     """A crop of the least area out of a square of min_size has at least the input's area."""
