@@ -70,7 +70,7 @@ class RunFiles(Callback):
         data = find_datamodule(trainer)
         if data is None or data.folder is None or self.folder is None or not trainer.is_global_zero:
             return
-        if data.folder.pooled:
+        if data.folder.pooled or data.record.fixes:
             write_split(data.folder, self.folder / "split.csv")
         if data.bad_files:
             target = self.folder / "quarantine.csv"

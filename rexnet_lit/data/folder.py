@@ -23,6 +23,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rexnet_lit.data.fixes import AppliedFixes, apply_fixes
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import (
     SPLIT_OF_NAME,
@@ -85,6 +86,7 @@ class ImageFolder:
         clutter: Number of files and folders that were left out.
         layout: ``split`` (DIR/train/CLASS), ``flat`` (DIR/CLASS) or ``file`` (a CSV).
         drawn: Whether val or test was drawn from train.
+        fixes: What ``settings.fixes`` has changed.
     """
 
     root: Path
@@ -94,6 +96,7 @@ class ImageFolder:
     clutter: int = 0
     layout: Layout = "flat"
     drawn: bool = False
+    fixes: AppliedFixes = AppliedFixes()
 
     @property
     def pooled(self) -> bool:
@@ -154,9 +157,12 @@ def try_scan(
     if class_names is None and "val" not in found and settings.val_fraction == 0 and not settings.num_folds:
         walk.problems.append("there is no val split and data.val_fraction is 0; training needs one to choose weights")
     drawn = draw_missing(walk, found, settings, groups)
+    fixes = AppliedFixes()
+    if settings.fixes:
+        fixes = apply_fixes(walk, found, names, settings.fixes, of_file=layout == "file")
     samples = {split: _samples(where, by_class, names) for split, by_class in found.items()}
     splits = {split: samples[split] for split in SPLITS if len(samples.get(split, ()))}
-    return ImageFolder(where, names, splits, tuple(walk.notes), walk.clutter, layout, drawn), walk.problems
+    return ImageFolder(where, names, splits, tuple(walk.notes), walk.clutter, layout, drawn, fixes), walk.problems
 
 
 def _read_folders(walk: Walk, class_names: Sequence[str] | None) -> tuple[Layout, Found]:

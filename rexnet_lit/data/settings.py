@@ -87,6 +87,8 @@ class SplitSettings:
     split_file: str | None = None
     class_order: str = "sorted"
     follow_outside_links: bool = False
+    fixes: str | None = dataclasses.field(default=None, compare=False)
+    """Not compared: it changes no image's split."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fractions and folds."""
@@ -110,10 +112,11 @@ class DataRecord(SplitSettings):
 
     root: str | None = None
     max_bad_fraction: float = dataclasses.field(default=MAX_BAD_FRACTION, compare=False)
-    """Not compared: it does not change which image is in which split."""
+    """Not compared, as `fixes`."""
 
     def __post_init__(self) -> None:
-        texts = [self.class_order, *(t for t in (self.root, self.split_file, self.group_pattern) if t is not None)]
+        optional = (self.root, self.split_file, self.group_pattern, self.fixes)
+        texts = [self.class_order, *(text for text in optional if text is not None)]
         numbers = (self.val_fraction, self.test_fraction, self.num_folds, self.fold, self.max_bad_fraction)
         if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):
             raise TypeError(f"not the record of a dataset: {self}")
