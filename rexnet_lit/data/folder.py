@@ -96,7 +96,7 @@ class ImageFolder:
     clutter: int = 0
     layout: Layout = "flat"
     drawn: bool = False
-    fixes: AppliedFixes = AppliedFixes()
+    fixes: AppliedFixes = dataclasses.field(default_factory=AppliedFixes)
 
     @property
     def pooled(self) -> bool:

@@ -85,7 +85,7 @@ def test_a_split_file_with_the_fixes_can_be_fixed_again(root, tmp_path):
     ],
 )
 def test_wrong_fixes_are_refused(root, rows, named):
-    with pytest.raises(UserError, match="data.fixes") as caught:
+    with pytest.raises(UserError, match=r"data\.fixes") as caught:
         apply(root, f"path,action,label,sha256\n{rows}\n")
     assert named in str(caught.value)
 
