@@ -97,7 +97,8 @@ def apply_fixes(walk: Walk, found: Found, names: Sequence[str], file: str, *, of
     _move(found, {place: label for place, label in new_labels.items() if label != place.label})
     emptied = [name for name, count in before.items() if count and not len(found["train"][name])]
     if emptied:
-        walk.problems.append(f"{where}: no training image is left of {first_few(emptied)}; keep some, or remove all")
+        hint = "keep one, or take the folder of the class away"
+        walk.problems.append(f"{where}: no training image is left of {first_few(emptied)}: {hint}")
     kept = frozenset(os.fsdecode(place.path) for fix, place in changes if place and fix.action == "keep")
     summary = _summary(new_labels, len(kept), sum(place is None for _, place in changes))
     walk.notes.append(f"{where}: {summary}")

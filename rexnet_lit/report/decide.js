@@ -108,7 +108,6 @@
     list.onclick = take;
     list.onkeydown = (event) => { if (event.key === "Enter") take(); };
     chooser.querySelector("form").onsubmit = (event) => { event.preventDefault(); take(); };
-    chooser.onclose = () => focus(item);
     chooser.showModal();
     filter.focus();
   };

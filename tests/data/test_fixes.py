@@ -11,6 +11,7 @@ from cli_tools import fails
 
 from rexnet_lit.cli import main
 from rexnet_lit.data import fixes
+from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.folder import scan, write_split
 from rexnet_lit.data.settings import DataRecord, SplitSettings
 from rexnet_lit.utils.errors import UserError
@@ -60,6 +61,21 @@ def test_labels_change_and_splits_do_not(root):
     for samples in folder.splits.values():  # in order within each class, as without fixes
         rows = list(zip(samples.targets.tolist(), samples.paths.raws(), strict=True))
         assert rows == sorted(rows)
+
+
+def test_fixes_are_a_condition_of_an_exact_resume(root, tmp_path):
+    def fingerprints(text):
+        (tmp_path / "fixes.csv").write_text("path,action,label\n" + text)
+        return ImageFolderDataModule(str(root), fixes=str(tmp_path / "fixes.csv")).fingerprints()
+
+    before = ImageFolderDataModule(str(root)).fingerprints()
+    split_of = {path: split for path, (split, _) in labels(scan(root)).items()}
+    train, val = (next(path for path, split in split_of.items() if split == name) for name in ("train", "val"))
+    changed = fingerprints(f"{train},relabel,dog\n")
+    assert [name for name in before if changed[name] != before[name]] == ["train images"]
+    changed = fingerprints(f"{val},remove,\n")
+    assert [name for name in before if changed[name] != before[name]] == ["val images"]
+    assert fingerprints(f"{train},keep,\n") == before
 
 
 def test_a_split_file_with_the_fixes_can_be_fixed_again(root, tmp_path):
