@@ -432,7 +432,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):
         raise RuntimeError("in the middle")
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_cell", broken)
+        patch.setattr(files, "csv_cell", broken)
         with pytest.raises(RuntimeError, match="middle"):
             write_predictions(p, path)
     assert [f.name for f in tmp_path.iterdir()] == ["p.csv"]
