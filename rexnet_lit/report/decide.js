@@ -166,7 +166,7 @@
     item.tabIndex = 0;
     (item.querySelector(".here") ?? item).append(choices);
   }
-  bar.hidden = false;
+  for (const hidden of [bar, ...document.querySelectorAll(".how")]) hidden.hidden = false;
   button("undo").onclick = undo;
   button("save").onclick = save;
   button("clear").onclick = clear;
