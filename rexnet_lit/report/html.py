@@ -43,7 +43,7 @@ def render_page(template: str, view: Mapping[str, Any]) -> str:
     script = Path(__file__).with_name("decide.js").read_text("utf-8")
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     shared = {"script": markupsafe.Markup(script), "script_hash": digest}  # noqa: S704 (our own file)
-    return environment.get_template(template).render({**view, **shared})
+    return environment.get_template(template).render({"decide": None, **view, **shared})
 
 
 def decidable(path: str, label: str, reason: str, sha256: str, suggested: str = "") -> dict[str, str]:
