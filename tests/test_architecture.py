@@ -32,7 +32,7 @@ LAZY = {"training/module.py": {"training/callbacks"}}
 DATA_WITH_LIGHTNING = ("data/datamodule.py",)
 DATA_WITHOUT_TORCH = (
     "settings", "image_header", "decode", "duplicates", "walk", "folder", "splits", "table", "verify", "cache",
-    "sample",
+    "sample", "fixes", "fixed_copy",
 )  # fmt: skip
 NO_TORCH = ("utils", "checks", "report")
 NO_LIGHTNING = ("models", "export")

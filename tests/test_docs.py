@@ -31,6 +31,7 @@ NOT_RUN = {
     "hardware/gpu_amp": "needs a GPU",
     "hardware/ddp": "needs a GPU, or starts a second process; tests/cli does that",
     "hardware/multinode": "needs several machines",
+    "--data.fixes": "tests/cli does that",
     "--find_lr true": "trains a hundred steps; tests/cli does that",
     "--model.backbone rexnet_1": "larger networks take longer; tests/models builds them all",
     "fit DIR --data.labels": "tests/cli trains with a table",
@@ -100,6 +101,7 @@ def surroundings(tmp_path, monkeypatch):
         Image.fromarray(draw_shape(0, np.random.default_rng(0), 80)).save(name)
     spec = ModelSpec("rexnet_100", ("cat", "horse"))
     checkpoint.save_model(tmp_path / "FILE.safetensors", spec, rexnet.build_network("rexnet_100", 2).state_dict())
+    (tmp_path / "fixes.csv").write_text("path,action,label\ncat/patient0_0.png,relabel,dog\n")
     for page in PAGES:
         for text in blocks(page, "yaml"):
             (tmp_path / "medical.yaml").write_text(text)

@@ -57,7 +57,8 @@ def check(
 
     Args:
         root: Its folder, as `folder.scan` takes it.
-        settings: How to split it, and how many unreadable images a training run accepts.
+        settings: How to split it, how many unreadable images a training run accepts, and its fixes: images that they
+            keep are not reported again.
         recipe: How images will be cropped.
         progress: Called with the number of images read and their total.
 
@@ -67,6 +68,8 @@ def check(
     folder, problems = try_scan(root, settings)
     images, equal = _read_all(folder, progress)
     alike = _near_duplicates(images, equal)
+    kept = folder.fixes.kept
+    equal, alike = ([g for g in groups if not kept.issuperset(images[i].path for i in g)] for groups in (equal, alike))
     infos = [image.details.info for image in images if image.details]
     findings = [
         *(Finding("error", "folder", problem) for problem in problems),
@@ -79,7 +82,7 @@ def check(
         *_check_copies("near-duplicate", "look the same", images, alike),
         *_check_crop(infos, recipe),
         *_check_depth(images),
-        *_check_sizes(images, recipe),
+        *_check_sizes(images, recipe, kept),
     ]
 
     def paths(groups: list[list[int]]) -> tuple[tuple[str, ...], ...]:
@@ -152,7 +155,7 @@ def _check_layout(folder: ImageFolder) -> list[Finding]:
     for note in folder.notes:
         if " have no images in " in note:
             continue  # see _check_missing
-        expected = "taken as" in note or "drawn from" in note
+        expected = any(words in note for words in ("taken as", "drawn from", "data.fixes"))
         found.append(Finding("info" if expected else "warning", "layout", note))
     if folder.clutter:
         many = plural(folder.clutter, "file or folder is no image", "files and folders are no images")
@@ -277,7 +280,7 @@ def _check_depth(images: Sequence[_Image]) -> list[Finding]:
     return [Finding("warning", "bit-depth", message, advice, paths)]
 
 
-def _check_sizes(images: Sequence[_Image], recipe: EvalRecipe) -> list[Finding]:
+def _check_sizes(images: Sequence[_Image], recipe: EvalRecipe, kept: frozenset[str]) -> list[Finding]:
     infos = [(image.path, image.details.info) for image in images if image.details]
     if not infos:
         return []
@@ -307,7 +310,7 @@ def _check_sizes(images: Sequence[_Image], recipe: EvalRecipe) -> list[Finding]:
     )
     found = []
     for severity, code, applies, what, advice in cases:
-        paths = tuple(path for path, info in infos if applies(info))
+        paths = tuple(path for path, info in infos if applies(info) and path not in kept)
         if paths:
             found.append(Finding(severity, code, f"{plural(len(paths), 'image', 'images')} {what}", advice, paths))
     return found

@@ -18,7 +18,7 @@ from rexnet_lit.cli import shipped_configs
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
-from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.errors import UserError, printable
 from rexnet_lit.utils.files import check_output, expand_home
 
 if TYPE_CHECKING:
@@ -87,15 +87,29 @@ def _check(args: argparse.Namespace) -> int:
 def _write_page(
     args: argparse.Namespace, result: CheckResult, augment: AugmentSettings | None, recipe: EvalRecipe
 ) -> None:
-    from rexnet_lit.data import decode
+    from rexnet_lit.data import decode, fixes
     from rexnet_lit.report import dataset_page
 
     def read(path: str) -> NDArray[np.uint8]:
-        return decode.read(Path(args.dir) / path, 160)
+        return decode.read(Path(args.dir) / path, dataset_page.LARGE)
+
+    def sha256(path: str) -> str:
+        return fixes.sha256_of(Path(args.dir) / path)
 
     samples = _augmented_samples(result, read, augment, recipe) if augment else []
     config = Path(args.config).name if args.config else ""
-    dataset_page.write_dataset_page(args.report, result, read_image=read, augmented=samples, config=config)
+    dataset_page.write_dataset_page(
+        args.report, result, read_image=read, sha256=sha256, augmented=samples, config=config
+    )
+
+
+def _fix(args: argparse.Namespace) -> int:
+    from rexnet_lit.data.fixed_copy import write_fixed_copy
+
+    folder = write_fixed_copy(args.dir, args.fixes, args.output, link=args.link)
+    count = sum(map(len, folder.splits.values()))
+    print(f"{args.output}: {count} images; {printable(folder.fixes.summary)}")  # noqa: T201
+    return 0
 
 
 def _augmented_samples(
@@ -210,7 +224,7 @@ COMMANDS = {
             "--report": {
                 "type": expand_home,
                 "metavar": "FILE.html",
-                "help": "write a page with images of every class and all duplicates",
+                "help": "write a page with images of every class, on which wrong labels and duplicates are decided",
             },
             "--config": {
                 "type": expand_home,
@@ -239,6 +253,16 @@ COMMANDS = {
             },
             "--json": {"action": "store_true", "help": "print the comparison as JSON"},
             "--report": {"type": expand_home, "metavar": "FILE.html", "help": "write it as a page"},
+        },
+    ),
+    "fix": Command(
+        "copy a folder of images with corrected labels",
+        _fix,
+        {
+            "dir": {"type": expand_home, "metavar": "DIR", "help": "the folder, which is not changed"},
+            "fixes": {"type": expand_home, "metavar": "FIXES.csv", "help": "saved from the page of check --report"},
+            "--output": {"required": True, "type": expand_home, "metavar": "NEW", "help": "a new folder"},
+            "--link": {"action": "store_true", "help": "make hard links instead of copies; on the same disk only"},
         },
     ),
     "configs": Command(

@@ -129,7 +129,7 @@ class RexNetCLI(LightningCLI):
         self.file = checkpoint.load_model(path)
         if command == "predict":
             return
-        defaults = {f"data.{key}": value for key, value in dataclasses.asdict(self.file.data).items()}
+        defaults = {f"data.{key}": value for key, value in dataclasses.asdict(self.file.data).items() if key != "fixes"}
         home = run_folder.run_folder_of(self.file.path)
         if home is not None:
             defaults["trainer.default_root_dir"] = str(home.parent.parent)
@@ -138,6 +138,9 @@ class RexNetCLI(LightningCLI):
         data = self.config[command]["data"]
         for key, value in previous_run.recorded_splits(data, self.file.data, home).items():
             data[key] = value
+        if self.file.data.fixes and not data["fixes"] and not data["split_file"]:
+            note = f"the fixes of the model's run, {self.file.data.fixes}, are not applied to {data['root']}"
+            rank_zero_only(print)(f"note: {note}; --data.fixes FILE does that", flush=True)
 
     def _read_resumed(self, config: Namespace) -> None:
         """Find and read the checkpoint to resume."""
@@ -172,7 +175,7 @@ class RexNetCLI(LightningCLI):
         except UserError as error:
             raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
         # The run folder's config.yaml must work from any folder.
-        paths = [("data", key) for key in ("root", "split_file", "labels", "class_order")]
+        paths = [("data", key) for key in ("root", "split_file", "labels", "fixes", "class_order")]
         for group, key in (*paths, ("model", "weights")):
             path = config[group][key]
             if path not in ("sorted", "natural"):

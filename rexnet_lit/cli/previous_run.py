@@ -15,7 +15,7 @@ from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import absolute_path, expand_home
 
-_OTHER_KEYS = {"class_order", "follow_outside_links", "max_bad_fraction"}
+_OTHER_KEYS = {"class_order", "follow_outside_links", "max_bad_fraction", "fixes"}
 _SPLIT_KEYS = {field.name for field in dataclasses.fields(SplitSettings)} - _OTHER_KEYS
 _NOT_DRAWN: dict[str, Any] = {"num_folds": 0, "fold": 0}  # the splits are read from a file
 
@@ -48,7 +48,8 @@ def read_checkpoint(path: str, root: str | None) -> tuple[str, dict[str, Any], l
 def recorded_splits(data: Mapping[str, Any], record: DataRecord, folder: Path | None) -> dict[str, Any]:
     """Return the data settings that reproduce the splits of the model's run, without those that the user has changed.
 
-    ``data`` holds this run's settings, with the model's ``record`` as defaults; ``folder`` is the model's run folder.
+    ``data`` holds this run's settings, with the model's ``record`` as defaults of all but its fixes; ``folder`` is the
+    model's run folder.
     """
     recorded = dataclasses.asdict(record)
     changed = {key for key in _SPLIT_KEYS if data[key] != recorded[key]}
@@ -70,8 +71,11 @@ def recorded_splits(data: Mapping[str, Any], record: DataRecord, folder: Path | 
         settings |= {"labels": None} if "split_file" in changed else {}
     elif written:
         settings = {"split_file": written, "labels": None, **_NOT_DRAWN}
+    if record.fixes and data["fixes"] is None and _same_folder(data["root"] or record.root, record.root):
+        # The run's split.csv is of the corrected dataset.
+        settings["fixes"] = None if written and settings["split_file"] == written else record.fixes
     return {key: value for key, value in settings.items() if key not in changed}
 
 
-def _same_folder(path: str, other: str | None) -> bool:
-    return other is not None and os.path.realpath(expand_home(path)) == os.path.realpath(other)
+def _same_folder(path: str | None, other: str | None) -> bool:
+    return path is not None and other is not None and os.path.realpath(expand_home(path)) == os.path.realpath(other)

@@ -61,6 +61,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         labels: Table (CSV, Parquet) with the label of each image below ``root``, such as Kaggle's ``train.csv``.
         class_order: ``sorted`` (by name), ``natural`` (2 before 10, as timm sorts), or a file with a name per line.
         follow_outside_links: Whether symbolic links may lead out of ``root``.
+        fixes: CSV with the columns path, action, label: images to relabel or remove, as the page of `check --report`
+            saves it. The folder is not changed.
         size_schedule: Progressive resizing: pairs of an epoch, counted from 0, and the training images' height and
             width in pixels from then on, such as ``[[0, 128], [10, 224]]``. Validation keeps ``image_size``.
         augment: The training recipe.
@@ -94,6 +96,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         labels: str | None = None,
         class_order: str = "sorted",
         follow_outside_links: bool = False,
+        fixes: str | None = None,
         size_schedule: list[tuple[int, int]] | None = None,
         augment: AugmentSettings = AugmentSettings(),  # noqa: B008 (frozen)
         sampler: SamplerName = "shuffle",
@@ -131,6 +134,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             labels=absolute_path(labels),
             class_order=os.fspath(class_order),
             follow_outside_links=follow_outside_links,
+            fixes=absolute_path(fixes),
             max_bad_fraction=max_bad_fraction,
         )
         self.image_size, self.crop_mode = image_size, crop_mode

@@ -10,10 +10,8 @@ the others, as it does where each split numbers its own folders.
 from __future__ import annotations
 
 import collections
-import csv
 import dataclasses
 import hashlib
-import io
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -23,6 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rexnet_lit.data.fixes import AppliedFixes, apply_fixes
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import (
     SPLIT_OF_NAME,
@@ -41,7 +40,7 @@ from rexnet_lit.data.splits import (
 from rexnet_lit.data.table import read_table
 from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.errors import UserError, plural
-from rexnet_lit.utils.files import expand_home, write_file
+from rexnet_lit.utils.files import expand_home
 
 _LAYOUT = "expected DIR/train/CLASS/*.jpg and DIR/val/CLASS/*.jpg, or DIR/CLASS/*.jpg, or a table of data.labels"
 
@@ -87,6 +86,7 @@ class ImageFolder:
         layout: ``split`` (DIR/train/CLASS), ``flat`` (DIR/CLASS) or ``file`` (a table).
         drawn: Whether val or test was drawn from train.
         groups: The groups of the images that have one, by path.
+        fixes: What ``settings.fixes`` has changed.
     """
 
     root: Path
@@ -97,6 +97,7 @@ class ImageFolder:
     layout: Layout = "flat"
     drawn: bool = False
     groups: Mapping[bytes, str] = dataclasses.field(default_factory=dict)
+    fixes: AppliedFixes = dataclasses.field(default_factory=AppliedFixes)
 
     @property
     def pooled(self) -> bool:
@@ -159,10 +160,13 @@ def try_scan(
     if class_names is None and "val" not in found and settings.val_fraction == 0 and not settings.num_folds:
         walk.problems.append("there is no val split and data.val_fraction is 0; training needs one to choose weights")
     drawn = draw_missing(walk, found, settings, groups)
+    fixes = AppliedFixes()
+    if settings.fixes:
+        fixes = apply_fixes(walk, found, names, settings.fixes, of_file=layout == "file")
     samples = {split: _samples(where, by_class, names) for split, by_class in found.items()}
     splits = {split: samples[split] for split in SPLITS if len(samples.get(split, ()))}
     notes = tuple(walk.notes)
-    return ImageFolder(where, names, splits, notes, walk.clutter, layout, drawn, groups), walk.problems
+    return ImageFolder(where, names, splits, notes, walk.clutter, layout, drawn, groups, fixes), walk.problems
 
 
 def _read_folders(walk: Walk, class_names: Sequence[str] | None) -> tuple[Layout, Found]:
@@ -369,20 +373,6 @@ def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList, tuple[str
         known = "; ".join(["expected JPEG, PNG, WebP, BMP, TIFF or GIF files", *notes])
         raise UserError(f"{quoted(os.fspath(path))}: no images here; {known}")
     return where, paths, notes
-
-
-def write_split(folder: ImageFolder, path: str | os.PathLike[str]) -> None:
-    """Write ``path,label,split``, which `scan` reads back as ``split_file``.
-
-    UTF-8; undecodable bytes of names are written unchanged. As it is read back, nothing is escaped for spreadsheets.
-    """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text)
-    writer.writerow(("path", "label", "split"))
-    for split, samples in folder.splits.items():
-        for name, target in zip(samples.paths, samples.targets.tolist(), strict=True):
-            writer.writerow((name, folder.class_names[target], split))
-    write_file(Path(path), text.getvalue())
 
 
 def fingerprint(samples: Samples) -> str:

@@ -113,6 +113,8 @@ class SplitSettings:
     follow_outside_links: bool = False
     max_bad_fraction: float = dataclasses.field(default=MAX_BAD_FRACTION, compare=False)
     """Not compared: it does not change which image is in which split."""
+    fixes: str | None = dataclasses.field(default=None, compare=False)
+    """Not compared: it changes no image's split."""
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fractions, folds and tables."""
@@ -139,7 +141,7 @@ class DataRecord(SplitSettings):
     root: str | None = None
 
     def __post_init__(self) -> None:
-        optional = (self.root, self.split_file, self.labels, self.group_pattern)
+        optional = (self.root, self.split_file, self.labels, self.group_pattern, self.fixes)
         texts = [self.class_order, *(t for t in optional if t is not None)]
         numbers = (self.val_fraction, self.test_fraction, self.num_folds, self.fold, self.max_bad_fraction)
         if not all(isinstance(t, str) for t in texts) or not all(isinstance(n, int | float) for n in numbers):

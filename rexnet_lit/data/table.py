@@ -1,5 +1,5 @@
 # ruff: noqa: PTH113, PTH114, PTH117, PTH118, PTH120 - bytes, and a million of them
-"""Reading the table of ``data.labels`` or ``data.split_file``: which image has which label, split and group.
+"""The table of ``data.labels`` or ``data.split_file``: which image has which label, split and group.
 
 A CSV file (with commas, semicolons or tabs) or, where pandas is installed, a Parquet file. Tables come from elsewhere:
 columns are recognised by their usual names, and images by their path, or by their file name, with or without the
@@ -12,15 +12,20 @@ import collections
 import csv
 import dataclasses
 import functools
+import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import SPLIT_OF_NAME, Found, Split, first_few, listed, nfc, quoted
 from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import expand_home
+from rexnet_lit.utils.files import expand_home, write_file
+
+if TYPE_CHECKING:
+    from rexnet_lit.data.folder import ImageFolder
 
 _COLUMNS = {
     "image": (
@@ -266,3 +271,17 @@ def _first_class_folder(relative: str) -> str:
     if len(folders) > 1 and folders[0].lower() in SPLIT_OF_NAME:
         folders = folders[1:]
     return nfc(folders[0]) if folders else ""
+
+
+def write_split(folder: ImageFolder, path: str | os.PathLike[str]) -> None:
+    """Write ``path,label,split``, which `scan` reads back as ``split_file``.
+
+    UTF-8; undecodable bytes of names are written unchanged. As it is read back, nothing is escaped for spreadsheets.
+    """
+    text = io.StringIO(newline="")
+    writer = csv.writer(text)
+    writer.writerow(("path", "label", "split"))
+    for split, samples in folder.splits.items():
+        for name, target in zip(samples.paths, samples.targets.tolist(), strict=True):
+            writer.writerow((name, folder.class_names[target], split))
+    write_file(Path(path), text.getvalue())

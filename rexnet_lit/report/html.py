@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
-from collections.abc import Callable, Mapping
+import json
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -12,6 +15,7 @@ import PIL.Image
 
 from rexnet_lit.report.tables import percent
 from rexnet_lit.utils.errors import printable
+from rexnet_lit.utils.files import csv_cell
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -23,8 +27,12 @@ SMALL = 64  # up to this size an image is enlarged without smoothing, and stored
 
 
 def render_page(template: str, view: Mapping[str, Any]) -> str:
-    """Fill one of this folder's templates; every string in ``view`` is made printable and escaped."""
+    """Fill one of this folder's templates; every string in ``view`` is made printable and escaped.
+
+    The browser runs no script but decide.js, whose digest is in the page, and only if ``view["decide"]`` asks for it.
+    """
     import jinja2
+    import markupsafe
 
     # StrictUndefined: a misspelt name in a template fails a test instead of leaving a gap in the page.
     environment = jinja2.Environment(
@@ -32,16 +40,40 @@ def render_page(template: str, view: Mapping[str, Any]) -> str:
         finalize=lambda value: printable(value) if type(value) is str else value, trim_blocks=True, lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["percent"] = percent
-    return environment.get_template(template).render(view)
+    script = Path(__file__).with_name("decide.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    shared = {"script": markupsafe.Markup(script), "script_hash": digest}  # noqa: S704 (our own file)
+    return environment.get_template(template).render({"decide": None, **view, **shared})
 
 
-def thumbnail(read_image: Callable[[str], Image], path: str) -> Image:
-    """Read an image and shrink it to at most 160 pixels a side; an unreadable one becomes a grey square."""
+def decidable(path: str, label: str, reason: str, sha256: str, suggested: str = "") -> dict[str, str]:
+    """Return the attributes of an image that decide.js offers to keep, relabel or remove.
+
+    Args:
+        path: The image, relative to the dataset's folder.
+        label: Its class now.
+        reason: Why it is shown.
+        sha256: Of its file; what is decided holds only for this content.
+        suggested: The class that it may belong to.
+    """
+    texts = {"path": path, "label": label, "suggested": suggested, "reason": reason, "sha256": sha256}
+    return {"class": "item", **{f"data-{name}": csv_cell(text) for name, text in texts.items()}}
+
+
+def decisions(title: str, classes: Sequence[str], items: Iterable[Mapping[str, str]]) -> dict[str, Any] | None:
+    """Return what the pages need for deciding: the classes, and a key for the browser's storage; None without items."""
+    rows, names = [dict(item) for item in items], [csv_cell(name) for name in classes]
+    key = hashlib.sha256(json.dumps([title, names, rows]).encode()).hexdigest()[:16]
+    return {"key": key, "classes": names} if rows else None
+
+
+def thumbnail(read_image: Callable[[str], Image], path: str, size: int = THUMBNAIL) -> Image:
+    """Read an image and shrink it to at most ``size`` pixels a side; an unreadable one becomes a grey square."""
     try:
         small = PIL.Image.fromarray(read_image(path))
     except Exception:  # whatever a reader raises, the rest of the report is still worth having
-        return np.full((THUMBNAIL, THUMBNAIL, 3), 160, np.uint8)
-    small.thumbnail((THUMBNAIL, THUMBNAIL))
+        return np.full((size, size, 3), 160, np.uint8)
+    small.thumbnail((size, size))
     return np.asarray(small)
 
 

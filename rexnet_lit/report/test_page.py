@@ -12,7 +12,7 @@ import numpy as np
 
 from rexnet_lit.report import figures
 from rexnet_lit.report.figures import DARK, LIGHT, figure_name, short_name
-from rexnet_lit.report.html import data_uri, gallery_entry, render_page, thumbnail
+from rexnet_lit.report.html import data_uri, decidable, decisions, gallery_entry, render_page, thumbnail
 from rexnet_lit.report.predictions import Predictions, write_predictions
 from rexnet_lit.report.tables import confused_pairs, confusion_matrix, percent, wilson_interval
 from rexnet_lit.utils.errors import UserError
@@ -45,13 +45,14 @@ def write_report(
     facts: Mapping[str, str],
     history: Sequence[Mapping[str, float]] = (),
     weights: str = "",
+    sha256: Callable[[str], str] = lambda path: "",
 ) -> dict[str, Any]:
     """Write the report of a test run.
 
     The folder gets ``metrics.json``, ``per_class.csv``, ``predictions.csv``, ``confusion.png``,
     ``mistakes.png``, ``calibration.png``, ``history.png`` (if `history` has something to draw) and
-    ``report.html``: one page without scripts or links that can be sent by mail. Only images that the page shows
-    are read.
+    ``report.html``: one page without links that can be sent by mail, on which wrong labels are corrected. Only images
+    that the page shows are read.
 
     Args:
         folder: Where to write; made if missing.
@@ -65,6 +66,7 @@ def write_report(
         history: One row per epoch: ``train/...`` and ``val/...`` to a number, and ``epoch``, from 0, if it is not the
             index.
         weights: A digest of the tested weights, for ``weights.sha256``.
+        sha256: Returns the SHA-256 of an image's file, for the fixes that the page saves.
 
     Returns:
         The content of ``metrics.json``: `results`, with ``per_class`` (name to its figures) in place of the lists, and
@@ -95,13 +97,15 @@ def write_report(
     worst = wrong[np.argsort(-p.confidence[wrong], kind="stable")][:WORST].tolist()
     unsure = np.argsort(p.confidence, kind="stable")[:UNSURE].tolist()
     thumbnails = {i: thumbnail(read_image, p.paths[i]) for i in {*worst, *unsure}}
+    items = {i: _mistake(p, i, sha256(p.paths[i])) for i in worst}
     pairs = confused_pairs(p.truth, p.predicted)
     matrix = confusion_matrix(p.truth, p.predicted, len(p.names), pairs)
     page = {
         "title": title,
         "facts": facts,
-        "worst": [_gallery_entry(p, i, thumbnails[i]) for i in worst],
-        "unsure": [_gallery_entry(p, i, thumbnails[i]) for i in unsure],
+        "worst": [_gallery_entry(p, i, thumbnails[i]) | {"item": items[i]} for i in worst],
+        "unsure": [_gallery_entry(p, i, thumbnails[i]) | {"item": {}} for i in unsure],
+        "decide": decisions(title, p.class_names, items.values()),
         **_view(p, metrics, pairs, matrix),
         **_write_figures(folder, p, metrics["ece"], matrix, {i: thumbnails[i] for i in worst}, history),
     }
@@ -117,6 +121,12 @@ def _gallery_entry(p: Predictions, index: int, image: Image) -> Row:
         "right": true == predicted,
         "confidence": float(p.confidence[index]),
     }
+
+
+def _mistake(p: Predictions, index: int, sha256: str) -> dict[str, str]:
+    label, guess = (p.class_names[classes[index]] for classes in (p.truth, p.predicted))
+    reason = f"predicted {guess}, {100 * p.confidence[index]:.0f} %"
+    return decidable(p.paths[index], label, reason, sha256, guess)
 
 
 def _view(p: Predictions, metrics: Mapping[str, Any], pairs: Sequence[Pair], matrix: Matrix) -> dict[str, Any]:

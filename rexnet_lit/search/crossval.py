@@ -15,9 +15,10 @@ from typing import Any
 import numpy as np
 
 from rexnet_lit.data import decode
-from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan, write_split
+from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import Split, draw, draw_groups, first_few
+from rexnet_lit.data.table import write_split
 from rexnet_lit.data.walk import PathList
 from rexnet_lit.report.predictions import Predictions
 from rexnet_lit.report.test_page import write_report

@@ -106,11 +106,12 @@ def write_csv(path: Path, header: Sequence[str], rows: Iterable[Sequence[str | f
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([_cell(v) if isinstance(v, str) else v for v in row] for row in rows)
+    writer.writerows([csv_cell(v) if isinstance(v, str) else v for v in row] for row in rows)
     write_file(path, text.getvalue())
 
 
-def _cell(text: str) -> str:
+def csv_cell(text: str) -> str:
+    """Return a text as `write_csv` writes it."""
     shown = printable(text)
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
 

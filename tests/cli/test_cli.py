@@ -27,8 +27,9 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rexnet_lit.cli import main
+from rexnet_lit.cli import main, previous_run
 from rexnet_lit.cli.commands import COMMANDS
+from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.export import export
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.predictor import Classifier, load
@@ -651,6 +652,42 @@ def _quick(root, *argv):
     """Fit for an epoch, in the current folder's ``runs``; return the exit code."""
     settings = ("--data.batch_size", 8, "--trainer.max_epochs", 1, "--data.num_workers", 0)
     return main.main([str(a) for a in (*QUICK, "--data.root", root, *settings, *argv)])
+
+
+@quick
+def test_fixes_of_a_run(tmp_path, capsys):
+    """They change the labels of all splits, hold for `test` without their file, and for no other dataset."""
+    root = write_dataset(tmp_path / "data", train=6, val=2, test=2)
+    bars, disc, ring = (f"test/{name}/{name} 2000.png" for name in NAMES)
+    train = "train/bars/bars 003.png"
+    Path("fixes.csv").write_text(f"path,action,label\n{bars},relabel,disc\n{ring},remove,\n{train},relabel,ring\n")
+    assert _quick("data", "--data.fixes", "fixes.csv") == 0
+    assert "2 relabelled ('bars' to 'disc': 1, 'bars' to 'ring': 1), 1 removed, 0 kept" in capsys.readouterr().out
+    run, gone = Path("runs/lightning_logs/version_0"), tmp_path / "fixes.csv"
+    assert yaml.safe_load((run / "config.yaml").read_text())["data"]["fixes"] == str(gone)
+    gone.unlink()
+    root.rename(tmp_path / "moved")
+    Path("more.csv").write_text(f"path,action\n{disc},remove\n{ring},remove\n")
+    test = ["test", "--ckpt_path", str(run / "model.safetensors"), "--data.num_workers", "0"]
+    assert main.main([*test, "--data.root", "moved", "--data.fixes", "more.csv"]) == 0
+    targets = {row["path"]: row["target"] for row in rows_of(run / "report" / "predictions.csv")}
+    assert (len(targets), targets[bars], {disc, ring} & {*targets}) == (4, "disc", set())
+    capsys.readouterr()
+    write_dataset(tmp_path / "other", val=2)
+    assert main.main([*test, "--data.root", "other"]) == 2
+    assert "fixes.csv, are not applied to other" in capsys.readouterr().out
+
+
+def test_where_the_fixes_of_a_test_come_from(tmp_path):
+    (tmp_path / "split.csv").write_text("path,label,split\n")
+    record = DataRecord(root=str(tmp_path), fixes="/fixes.csv")
+    data = {**dataclasses.asdict(record), "fixes": None}
+    assert previous_run.recorded_splits(data, record, tmp_path)["fixes"] is None  # split.csv has the new labels
+    assert previous_run.recorded_splits(data, record, None)["fixes"] == "/fixes.csv"
+    changed = {**data, "val_fraction": 0.5}
+    assert previous_run.recorded_splits(changed, record, tmp_path)["fixes"] == "/fixes.csv"
+    assert "fixes" not in previous_run.recorded_splits({**data, "fixes": "mine.csv"}, record, tmp_path)
+    assert "fixes" not in previous_run.recorded_splits({**data, "root": "elsewhere"}, record, None)
 
 
 @quick

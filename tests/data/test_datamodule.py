@@ -18,9 +18,10 @@ from rexnet_lit.data import loader as loader_module
 from rexnet_lit.data.augmentation import AugmentSettings
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.dataset import ImageDataset
-from rexnet_lit.data.folder import Samples, write_split
+from rexnet_lit.data.folder import Samples
 from rexnet_lit.data.sampler import BatchKey, BatchSampler, training_order
 from rexnet_lit.data.settings import EvalRecipe
+from rexnet_lit.data.table import write_split
 from rexnet_lit.data.transforms import EvalTransform, TrainTransform
 from rexnet_lit.data.walk import PathList
 from rexnet_lit.utils import process

@@ -16,8 +16,9 @@ from PIL import Image
 
 from rexnet_lit.data import folder as scanner
 from rexnet_lit.data import walk as walk_module
-from rexnet_lit.data.folder import Samples, fingerprint, list_images, try_scan, write_split
+from rexnet_lit.data.folder import Samples, fingerprint, list_images, try_scan
 from rexnet_lit.data.settings import SplitSettings
+from rexnet_lit.data.table import write_split
 from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.errors import UserError
 

@@ -10,6 +10,7 @@ from lightning.pytorch import LightningModule, Trainer
 
 from rexnet_lit.data import decode, verify
 from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.data.fixes import sha256_of
 from rexnet_lit.data.splits import Split
 from rexnet_lit.models import checkpoint
 from rexnet_lit.report.predictions import Predictions
@@ -69,6 +70,7 @@ class EvaluationReport(PredictionCollector):
             title=f"{name} report: {Path(root).name}",
             facts=facts,
             history=_history(self.folder / "metrics.csv"),
+            sha256=lambda path: sha256_of(root / path),
             weights=checkpoint.digest(pl_module.network.state_dict()),
         )
         if data.bad_files:

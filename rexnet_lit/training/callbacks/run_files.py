@@ -12,7 +12,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit.data import verify
 from rexnet_lit.data.datamodule import find_datamodule
-from rexnet_lit.data.folder import write_split
+from rexnet_lit.data.table import write_split
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.module import RexNetModule
@@ -70,7 +70,7 @@ class RunFiles(Callback):
         data = find_datamodule(trainer)
         if data is None or data.folder is None or self.folder is None or not trainer.is_global_zero:
             return
-        if data.folder.pooled:
+        if data.folder.pooled or data.record.fixes:
             write_split(data.folder, self.folder / "split.csv")
         if data.bad_files:
             target = self.folder / "quarantine.csv"

@@ -1,0 +1,77 @@
+"""A copy of a dataset with its fixes applied, for `rexnet-lit fix`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from pathlib import Path, PurePosixPath
+
+from rexnet_lit.data.folder import ImageFolder, scan
+from rexnet_lit.data.settings import SplitSettings
+from rexnet_lit.data.splits import quoted
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.progress import progress
+
+
+def write_fixed_copy(root: str, fixes: str, output: str, *, link: bool = False) -> ImageFolder:
+    """Copy the images of a dataset into a new folder of the same layout, each below its corrected class.
+
+    An image whose name is taken in its new class gets a number: ``name-1.jpg``. Files that are no images are left out.
+
+    Args:
+        root: The dataset's folder, which is not changed.
+        fixes: The CSV file, as ``data.fixes`` takes it.
+        output: The new folder; it may exist if it is empty.
+        link: Make hard links instead of copies: both folders then share the content of their files.
+
+    Returns:
+        The dataset with its fixes, as it was read from ``root``.
+
+    Raises:
+        UserError: The dataset, the fixes or ``output`` cannot be used.
+    """
+    target = Path(output).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"fix: --output {output!r} exists and is not empty; name a new folder")
+    if Path(os.path.realpath(root)) in (real := Path(os.path.realpath(target)), *real.parents):
+        raise UserError(f"fix: --output {output!r} is inside the dataset; name a folder outside {root!r}")
+    folder = scan(root, SplitSettings(fixes=fixes))
+    names = _new_names(folder)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+            with progress("Copying the images", len(names)) as show:
+                for done, (old, new) in enumerate(names.items(), start=1):
+                    file = Path(temporary) / new
+                    file.parent.mkdir(parents=True, exist_ok=True)
+                    source = os.path.realpath(folder.root / old)
+                    os.link(source, file) if link else shutil.copy2(source, file)
+                    show(done)
+            target.mkdir(exist_ok=True)
+            for part in Path(temporary).iterdir():  # a folder appears only when it is complete
+                part.replace(target / part.name)
+    except OSError as error:
+        hint = "leave --link out" if link else "free or choose another place"
+        raise UserError(f"fix: cannot write {quoted(output)}: {error.strerror or error}; {hint}") from error
+    return folder
+
+
+def _new_names(folder: ImageFolder) -> dict[str, str]:
+    """Return the new path of each image that stays: with its class's folder in place of the old one."""
+    at = 1 if folder.layout == "split" else 0  # DIR/train/CLASS or DIR/CLASS
+    names: dict[str, str] = {}
+    moved: dict[str, str] = {}
+    for samples in folder.splits.values():
+        for path, target in zip(samples.paths, samples.targets.tolist(), strict=True):
+            parts, name = path.split("/"), folder.class_names[target]
+            (names if parts[at] == name else moved)[path] = "/".join([*parts[:at], name, *parts[at + 1 :]])
+    taken = {name.casefold() for name in names.values()}  # not all disks distinguish A.jpg from a.jpg
+    for path, wanted in moved.items():
+        number, name, pure = 0, wanted, PurePosixPath(wanted)
+        while name.casefold() in taken:
+            number += 1
+            name = str(pure.with_name(f"{pure.stem}-{number}{pure.suffix}"))
+        taken.add(name.casefold())
+        names[path] = name
+    return names
