@@ -190,7 +190,8 @@ def test_training_sees_all_of_a_long_image(height, width, crop_mode):
         view = transform.augment(ramps(height, width), seed)
         inside = view[np.abs(view[..., 2].astype(int) - 128) <= 2]  # not the border, whose blue is 104
         for channel in (0, 1):
-            seen[inside[:, channel].min() : inside[:, channel].max() + 1, channel] += 1
+            low, high = int(inside[:, channel].min()), int(inside[:, channel].max())
+            seen[low : high + 1, channel] += 1
     assert seen[8:-8].min() > 0
     if crop_mode != "center":  # a crop has the image's shape, and keeps most of its length
         assert seen[[64, 192]].min() >= 45
