@@ -11,7 +11,7 @@ from rexnet_lit.cli import main
 from rexnet_lit.models import variants
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-WHOLE = sorted(CONFIGS.glob("*.yaml"))
+WHOLE = sorted(set(CONFIGS.glob("*.yaml")) - {CONFIGS / "tune.yaml"})  # which is the search space of tune
 OVERLAYS = sorted(CONFIGS.glob("*/*.yaml"))
 
 # Lightning 2.6.6 calls functions that jsonargparse 4.49 deprecates.
