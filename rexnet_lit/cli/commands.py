@@ -136,6 +136,13 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
+def _tune(args: argparse.Namespace) -> int:
+    with process.gc_paused():
+        from rexnet_lit.cli import several_runs
+
+    return several_runs.run_tune(args.argv)
+
+
 def _crossval(args: argparse.Namespace) -> int:
     with process.gc_paused():
         from rexnet_lit.cli import several_runs
@@ -240,6 +247,7 @@ COMMANDS = {
             "--strict": {"action": "store_true", "help": "exit with code 1 for warnings too, not only for errors"},
         },
     ),
+    "tune": Command("search for the best settings within some minutes", _tune),
     "crossval": Command("train and test a model for each of several folds", _crossval),
     "compare": Command(
         "compare runs that were tested on the same images",

@@ -69,7 +69,7 @@ class EvaluationReport(PredictionCollector):
             read_image=lambda path: decode.read(root / path, 160),
             title=f"{name} report: {Path(root).name}",
             facts=facts,
-            history=_history(self.folder / "metrics.csv"),
+            history=history_of(self.folder / "metrics.csv"),
             sha256=lambda path: sha256_of(root / path),
             weights=checkpoint.digest(pl_module.network.state_dict()),
         )
@@ -77,8 +77,8 @@ class EvaluationReport(PredictionCollector):
             verify.write_quarantine(data.bad_files, target / "quarantine.csv")
 
 
-def _history(path: Path) -> list[dict[str, float]]:
-    """Return the metrics of each epoch from a run's ``metrics.csv``, if it has one."""
+def history_of(path: Path) -> list[dict[str, float]]:
+    """Return the metrics of each epoch from a run's ``metrics.csv``, if it has one, and ``epoch``, from 0."""
     if not path.is_file():
         return []
     epochs: dict[int, dict[str, float]] = {}

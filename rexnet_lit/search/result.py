@@ -1,0 +1,109 @@
+"""What a search gives back: the run folder with the best weights, best.yaml and report.html."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from rexnet_lit.report.comparison import TestedRun, compare_runs
+from rexnet_lit.report.tuning_page import write_tuning_page
+from rexnet_lit.search.evaluation import evaluate, metrics_of
+from rexnet_lit.search.space import importance
+from rexnet_lit.search.tune import Search, Trial
+from rexnet_lit.training.callbacks import run_folder
+from rexnet_lit.training.callbacks.evaluation_report import history_of
+from rexnet_lit.utils.files import write_file
+
+
+def ship(search: Search, root: Path) -> Path:
+    """Copy the best run into a run folder below ``root``, and write ``best.yaml``; return the folder.
+
+    A search that goes on after its end makes a new folder only if it has found something better.
+    """
+    record, best = search.folder / "result.json", search.best
+    if record.is_file():
+        known = json.loads(record.read_text("utf-8"))
+        if known["trial"] == best.name and (Path(known["run"]) / "model.safetensors").is_file():
+            return Path(known["run"])
+    target = run_folder.claim(root)
+    shutil.copytree(search.run_of(best), target, dirs_exist_ok=True)
+    write_file(record, json.dumps({"trial": best.name, "run": str(target.absolute())}, indent=2) + "\n")
+    _write_best(search, best)
+    return target
+
+
+def _write_best(search: Search, best: Trial) -> None:
+    """Write the settings of the best run as an overlay."""
+    tree: dict[str, Any] = {}
+    for key, value in {**best.values, "trainer.max_epochs": best.epochs, "seed_everything": best.seed}.items():
+        *groups, name = key.split(".")
+        place = tree
+        for group in groups:
+            place = place.setdefault(group, {})
+        place[name] = value
+    top1, default = best.metrics["val/top1"], search.done[0].metrics["val/top1"]
+    header = (
+        f"# The best settings that a search has found: val top-1 {top1:.3f}, {default:.3f} with those of the config.\n"
+        "#\n#   python -m rexnet_lit fit DIR --config finetune --config best.yaml\n"
+    )
+    write_file(search.folder / "best.yaml", header + yaml.safe_dump(tree, sort_keys=False))
+
+
+def describe_test(search: Search, config: Mapping[str, Any]) -> str:
+    """Return in words how the best run does on the test images, which decided nothing; empty without such images."""
+    runs = []
+    for name, trial in (("the config's settings", search.done[0]), ("the best settings", search.best)):
+        run = search.run_of(trial)
+        split_file = run / "split.csv"
+        tested = evaluate(run, config, split_file if split_file.is_file() else None)
+        if not len(tested.samples):
+            return ""
+        metrics = metrics_of(tested, tested.probs.shape[1])
+        labels = tested.probs.argmax(1)
+        rows = zip(tested.samples.paths, tested.samples.targets.tolist(), labels.tolist(), strict=True)
+        answers = {path: (str(truth), str(label)) for path, truth, label in rows}
+        runs.append(TestedRun(name, metrics, answers))
+    found = compare_runs(runs)
+    before, after = (run.metrics for run in runs)
+    if search.best is search.done[0]:
+        return f"On {found.images} test images, which decided nothing: top-1 {after['top1']:.3f}"
+    return (
+        f"On {found.images} test images, which decided nothing: top-1 {after['top1']:.3f}, {before['top1']:.3f} with "
+        f"the config's settings; {found.differences[0].sentence}"
+    )
+
+
+def write_report(search: Search, title: str, verdict: str) -> None:
+    """Write ``report.html``."""
+    best, default = search.best, search.done[0]
+    short = [({**_defaults(search), **trial.values}, trial.loss) for trial in search.done if trial.stage == "short"]
+    seen = [(values, loss) for values, loss in short if np.isfinite(loss)]
+    names = {"The config's settings": default} | ({} if best is default else {"The best settings": best})
+    write_tuning_page(
+        search.folder / "report.html",
+        [_row(trial) for trial in search.done],
+        title=title,
+        best=_row(best),
+        default=_row(default),
+        changes={key: (search.base.get(key), value) for key, value in best.values.items()},
+        importance=importance(search.space, seen),
+        verdict=verdict,
+        histories={name: history_of(search.run_of(trial) / "metrics.csv") for name, trial in names.items()},
+    )
+
+
+def _defaults(search: Search) -> dict[str, Any]:
+    return {key: search.base[key] for key in search.space}
+
+
+def _row(trial: Trial) -> dict[str, Any]:
+    return {
+        "name": trial.name, "stage": trial.stage, "epochs": trial.epochs, "seconds": trial.seconds,
+        "reason": trial.reason, "values": trial.values, "metrics": trial.metrics,
+    }  # fmt: skip

@@ -1,0 +1,327 @@
+"""Searching for better settings within a number of minutes.
+
+The first run has the settings of the config, in full, so the result is never worse on the validation images than a fit.
+Then short runs try other settings, which Optuna proposes; the best of them are trained in full (successive halving;
+Jamieson and Talwalkar 2016). The rest of the time trains the best settings again with another seed, and the weights
+with the best validation loss ship.
+
+Every decision is a function of what is recorded, so that a search that was killed goes on as it would have.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from rexnet_lit.search.space import Setting, Values, propose
+from rexnet_lit.search.state import Fit, finished_run, read_result
+from rexnet_lit.utils.errors import Stopped, UserError
+from rexnet_lit.utils.files import write_csv, write_file
+
+SHORT = 4
+"""A short run has this fraction of the epochs of a full one."""
+_SHORT_SHARE, _FULL_SHARE = 0.35, 0.7
+"""When the short and the full runs end, as shares of the time after the first run; the rest trains the best again."""
+_COLUMNS = (
+    "trial", "stage", "status", "reason", "epochs", "seed", "val_top1", "val_macro_f1", "val_loss", "seconds",
+)  # fmt: skip
+_METRICS = {"loss": 1, "top1": -1, "macro_f1": -1}
+
+
+@dataclasses.dataclass(frozen=True)
+class Trial:
+    """One run of a search.
+
+    Args:
+        number: From 0.
+        stage: ``default`` (the config's settings), ``short``, ``full`` or ``again`` (with another seed).
+        values: The searched settings that differ from the config's, by key.
+        epochs: Its length.
+        seed: Of the run.
+        seconds: How long it took.
+        status: ``finished`` or ``failed``.
+        reason: Why it failed.
+        metrics: Of its weights on the validation images.
+    """
+
+    number: int
+    stage: str
+    values: Values
+    epochs: int
+    seed: int
+    seconds: float = 0.0
+    status: str = "finished"
+    reason: str = ""
+    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+
+    @property
+    def loss(self) -> float:
+        """The validation loss; infinite for a failed run."""
+        return self.metrics.get("val/loss", math.inf) if self.status == "finished" else math.inf
+
+    @property
+    def name(self) -> str:
+        """Its folder below ``trials/``."""
+        return f"trial_{self.number:03d}"
+
+
+class Search:
+    """A search, and what it has recorded.
+
+    Args:
+        fit: Trains a run.
+        folder: ``tuning/``.
+        space: The settings to search.
+        base: The settings of the config, by key.
+        budget: Seconds, or None.
+        trials: Short runs, or None for as many as the budget allows.
+        select: What makes weights the best, as ``model.select``.
+    """
+
+    def __init__(
+        self,
+        fit: Fit,
+        folder: Path,
+        space: Mapping[str, Setting],
+        base: Mapping[str, Any],
+        budget: float | None,
+        trials: int | None,
+        select: str,
+    ) -> None:
+        self.fit, self.folder, self.space, self.base = fit, folder, space, base
+        self.budget, self.count, self.select = budget, trials, select
+        self.epochs, self.seed = int(base["trainer.max_epochs"]), int(base["seed_everything"])
+        self.done: list[Trial] = []
+        self._earlier = 0.0
+        self._start = time.monotonic()
+        record = self._record()
+        if record.is_file():
+            rows = json.loads(record.read_text("utf-8"))
+            self.done = [Trial(**row) for row in rows]
+            self._earlier = sum(trial.seconds for trial in self.done)
+
+    def _record(self) -> Path:
+        return self.folder / "trials.json"
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that the search has taken, without those when it was not running."""
+        return self._earlier + time.monotonic() - self._start
+
+    def run(self) -> None:
+        """Run what is left of the search.
+
+        Raises:
+            Stopped: A signal has stopped it.
+            UserError: The first run failed.
+        """
+        for trial in self._plan():
+            finished = self._train(trial)
+            self.done.append(finished)
+            rows = [dataclasses.asdict(each) for each in self.done]
+            write_file(self._record(), json.dumps(rows, indent=1) + "\n")
+            self._write_leaderboard()
+            self._print(finished)
+            if finished.stage == "default" and finished.status == "failed":
+                raise UserError(f"the settings of the config fail: {finished.reason}")
+            self._remove_checkpoints()
+
+    def _plan(self) -> Iterator[Trial]:
+        """Yield the trials that are not recorded, one after the other."""
+        if not self.done:
+            yield Trial(0, "default", {}, self.epochs, self.seed)
+        yield from self._short_trials()
+        yield from self._full_trials()
+        while self._fits(self._seconds_of(self.best.epochs)):
+            again = sum(trial.stage == "again" for trial in self.done)
+            if again and self.budget is None:
+                return
+            yield Trial(len(self.done), "again", self.best.values, self.best.epochs, self.seed + 1 + again)
+
+    def _short_trials(self) -> Iterator[Trial]:
+        """Yield short runs: first the config's settings, then what may matter most, then Optuna's proposals."""
+        share = max(1, round(self.epochs / SHORT))
+        while True:
+            short = [trial for trial in self.done if trial.stage == "short"]
+            if any(trial.stage in ("full", "again") for trial in self.done):
+                return
+            enough = len(short) > self.count if self.count is not None else False
+            if enough or not self._fits(self._seconds_of(share), _SHORT_SHARE):
+                return
+            values: Values = {}
+            if short:
+                seen = [(trial.values, trial.loss) for trial in short if math.isfinite(trial.loss)]
+                complete = [({**self._defaults(), **values}, loss) for values, loss in seen]
+                values = self._next(len(short) - 1, complete)
+            epochs = max(1, round(int(values.get("trainer.max_epochs", self.epochs)) / SHORT))
+            yield Trial(len(self.done), "short", values, epochs, self.seed)
+
+    def _defaults(self) -> Values:
+        return {key: self.base[key] for key in self.space}
+
+    def _next(self, number: int, seen: list[tuple[Values, float]]) -> Values:
+        """Return the values to try: one change at a time of what matters most, then what Optuna proposes."""
+        first = [change for change in self._single_changes() if all(change != values for values, _ in seen)]
+        single = len(self._single_changes())
+        if number < single and first:
+            changed = self._single_changes()[number]
+        else:
+            changed = propose(self.space, seen, number, self.seed)
+        return {key: value for key, value in changed.items() if value != self.base[key]}
+
+    def _single_changes(self) -> list[Values]:
+        """Return the config's settings with one symmetry changed, or the learning rate by one step."""
+        defaults, found = self._defaults(), list[Values]()
+        symmetries = [key for key in ("data.augment.hflip", "data.augment.vflip") if key in self.space]
+        for key in symmetries:
+            other = [value for value in self.space[key].choices if value != defaults[key]]
+            turns = {"data.augment.quarter_turns": self.space["data.augment.quarter_turns"].choices[-1]} if (
+                key.endswith("vflip") and "data.augment.quarter_turns" in self.space
+            ) else {}  # fmt: skip
+            found += [{**defaults, key: value, **turns} for value in other[:1]]
+        rates = self.space.get("model.optimizer.lr")
+        if rates is not None and defaults["model.optimizer.lr"] in rates.choices:
+            place = rates.choices.index(defaults["model.optimizer.lr"])
+            near = [rates.choices[i] for i in (place + 1, place - 1) if 0 <= i < len(rates.choices)]
+            found += [{**defaults, "model.optimizer.lr": value} for value in near]
+        return found
+
+    def _full_trials(self) -> Iterator[Trial]:
+        """Yield full runs of the settings whose short runs are better than that of the config's settings."""
+        short = [trial for trial in self.done if trial.stage == "short"]
+        if not short:
+            return
+        reference = short[0]
+        better = sorted((trial for trial in short[1:] if trial.loss < reference.loss), key=lambda trial: trial.loss)
+        most = max(1, (len(short) + 2) // 3)
+        for candidate in better[:most]:
+            full = [trial.values for trial in self.done if trial.stage == "full"]
+            if candidate.values in full:
+                continue
+            if any(trial.stage == "again" for trial in self.done):
+                return
+            epochs = int(candidate.values.get("trainer.max_epochs", self.epochs))
+            if not self._fits(self._seconds_of(epochs), _FULL_SHARE if full else 1.0):
+                continue
+            yield Trial(len(self.done), "full", candidate.values, epochs, self.seed)
+
+    def _seconds_of(self, epochs: int) -> float:
+        """Return how long a run may take, by the runs so far."""
+        rates = [trial.seconds / trial.epochs for trial in self.done if trial.status == "finished"]
+        return epochs * max(rates[-3:], default=0.0) if len(rates) != 1 else epochs * rates[0]
+
+    def _fits(self, seconds: float, share: float = 1.0) -> bool:
+        """Return whether a run ends within a share of the time after the first run."""
+        if self.budget is None:
+            return True
+        first = self.done[0].seconds
+        return self.elapsed + seconds <= first + share * (self.budget - first)
+
+    def _train(self, trial: Trial) -> Trial:
+        """Run a trial; a failed one is recorded with its reason."""
+        root, start = self.folder / "trials" / trial.name, time.monotonic()
+        changes = {**trial.values, "trainer.max_epochs": trial.epochs, "seed_everything": trial.seed}
+        changes["trainer.default_root_dir"] = str(root)
+        if self.budget is not None:
+            left = max(5.0, 1.05 * self.budget - self.elapsed)
+            changes["trainer.max_time"] = {"seconds": math.ceil(left)}
+        try:
+            run = finished_run(root)
+            if run is None:
+                with _screen_in(root / "screen.txt"):
+                    run = self.fit(changes)
+        except (Stopped, KeyboardInterrupt):
+            raise
+        except Exception as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            return dataclasses.replace(
+                trial, seconds=time.monotonic() - start, status="failed", reason=f"{type(error).__name__}: {reason}"
+            )
+        metrics = read_result(run)["metrics"]
+        return dataclasses.replace(trial, seconds=round(time.monotonic() - start, 2), metrics=metrics)
+
+    @property
+    def full(self) -> list[Trial]:
+        """The finished full runs: the config's settings come first."""
+        return [trial for trial in self.done if trial.stage != "short" and trial.status == "finished"]
+
+    @property
+    def best(self) -> Trial:
+        """The full run with the best weights; of equals the first."""
+        sign = _METRICS[self.select]
+        return min(self.full, key=lambda trial: (sign * trial.metrics[f"val/{self.select}"], trial.loss))
+
+    def run_of(self, trial: Trial) -> Path:
+        """Return the run folder of a finished trial."""
+        run = finished_run(self.folder / "trials" / trial.name)
+        if run is None:
+            raise UserError(
+                f"{self.folder / 'trials' / trial.name}: its files are gone; start the search anew elsewhere"
+            )
+        return run
+
+    def _remove_checkpoints(self) -> None:
+        """Keep the weights of the best run and of the config's settings only."""
+        kept = {self.best.name, self.done[0].name}
+        for trial in self.done:
+            if trial.name not in kept:
+                for folder in (self.folder / "trials" / trial.name).glob("lightning_logs/*/checkpoints"):
+                    shutil.rmtree(folder, ignore_errors=True)
+                for model in (self.folder / "trials" / trial.name).glob("lightning_logs/*/model.safetensors"):
+                    model.unlink(missing_ok=True)
+
+    def _write_leaderboard(self) -> None:
+        keys = list(self.space)
+        sign, metric = _METRICS[self.select], f"val/{self.select}"
+        order = sorted(
+            self.done,
+            key=lambda t: (t.stage == "short", t.status == "failed", sign * t.metrics.get(metric, math.inf), t.loss),
+        )
+        rows = [
+            [
+                trial.name, trial.stage, trial.status, trial.reason, str(trial.epochs), str(trial.seed),
+                *(trial.metrics.get(name, "") for name in ("val/top1", "val/macro_f1", "val/loss")),
+                round(trial.seconds, 1), *(str(trial.values.get(key, self.base[key])) for key in keys),
+            ]
+            for trial in order
+        ]  # fmt: skip
+        header = (
+            "trial",
+            "stage",
+            "status",
+            "reason",
+            "epochs",
+            "seed",
+            "val_top1",
+            "val_macro_f1",
+            "val_loss",
+            "seconds",
+        )
+        write_csv(self.folder / "leaderboard.csv", (*header, *keys), rows)
+
+    def _print(self, trial: Trial) -> None:
+        shown = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in trial.values.items()) or "the config's"
+        result = f"val top-1 {trial.metrics['val/top1']:.3f}, loss {trial.loss:.3f}" if trial.metrics else "failed"
+        reason = f" ({trial.reason})" if trial.reason else ""
+        left = f"; {max(0, self.budget - self.elapsed):.0f} s left" if self.budget is not None else ""
+        best = f"; best so far {self.best.metrics['val/top1']:.3f}" if self.full else ""
+        print(f"{trial.name} ({trial.stage}, {trial.seconds:.0f} s): {shown}: {result}{reason}{best}{left}", flush=True)  # noqa: T201
+
+
+@contextlib.contextmanager
+def _screen_in(file: Path) -> Iterator[None]:
+    """Write what is printed into a file."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with (
+        file.open("a", encoding="utf-8") as stream,
+        contextlib.redirect_stdout(stream),
+        contextlib.redirect_stderr(stream),
+    ):
+        yield

@@ -1,0 +1,186 @@
+"""The search: its order, its budget, going on after a stop, and failures. The runs are played, but for one test."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import yaml
+from cli_tools import rows_of, write_dataset
+
+from rexnet_lit.cli import main, several_runs
+from rexnet_lit.search import tune
+from rexnet_lit.search.space import Setting, importance, propose, read_space
+from rexnet_lit.search.tune import Search
+from rexnet_lit.utils.errors import UserError
+
+BASE = {
+    "trainer.max_epochs": 8, "seed_everything": 0, "model.optimizer.lr": 0.001, "data.augment.hflip": 0.5,
+    "data.augment.vflip": 0, "data.augment.quarter_turns": 0, "model.backbone": "rexnet_100",
+}  # fmt: skip
+SPACE = {
+    "model.optimizer.lr": {"times": [0.5, 1, 2]},
+    "data.augment.hflip": [0, 0.5],
+    "data.augment.vflip": [0, 0.5],
+    "data.augment.quarter_turns": [0, 0.75],
+}
+
+
+class Played:
+    """Plays fits: an epoch takes a second, and without flips the loss is lower. ``stop_at`` ends one by Ctrl-C."""
+
+    def __init__(self, monkeypatch, stop_at=None, fails=()):
+        self.now, self.started, self.stop_at, self.fails = 0.0, [], stop_at, fails
+        monkeypatch.setattr(tune.time, "monotonic", lambda: self.now)
+
+    def __call__(self, changes):
+        self.started.append(changes)
+        if len(self.started) == self.stop_at:
+            raise KeyboardInterrupt
+        if changes.get("data.augment.vflip") in self.fails:
+            raise RuntimeError("out of memory\nand more")
+        epochs = changes["trainer.max_epochs"]
+        self.now += epochs
+        loss = 1 / epochs + changes.get("data.augment.hflip", 0.5) + changes.get("data.augment.vflip", 0)
+        loss += abs(math.log(changes.get("model.optimizer.lr", 0.001) / 0.001)) / 10 + changes["seed_everything"] / 100
+        run = Path(changes["trainer.default_root_dir"]) / "lightning_logs/version_0"
+        (run / "checkpoints").mkdir(parents=True)
+        (run / "model.safetensors").write_bytes(b"")
+        metrics = {"val/loss": loss, "val/top1": 1 - loss / 9, "val/macro_f1": 0.5}
+        (run / "result.json").write_text(json.dumps({"status": "finished", "metrics": metrics}))
+        return run
+
+
+def search_in(folder, fit, budget=None, trials=None, select="loss"):
+    return Search(fit, folder, read_space(SPACE, "space", BASE), BASE, budget, trials, select)
+
+
+def test_the_first_run_is_the_configs_and_the_best_is_never_worse(tmp_path, monkeypatch):
+    search = search_in(tmp_path, Played(monkeypatch), trials=5)
+    search.run()
+    stages = [trial.stage for trial in search.done]
+    assert stages == ["default", *["short"] * 6, *["full"] * (len(stages) - 8), "again"]
+    assert "full" in stages
+    assert search.done[0].values == search.done[1].values == {}
+    assert [trial.epochs for trial in search.done[:7]] == [8, *[2] * 6]
+    assert {trial.epochs for trial in search.done[7:]} == {8}
+    assert search.best.values == {"data.augment.hflip": 0}
+    assert search.best.loss <= search.done[0].loss
+    # Only the weights of the best and of the config's settings are kept.
+    assert {path.parts[-4] for path in tmp_path.rglob("model.safetensors")} == {"trial_000", search.best.name}
+    rows = rows_of(tmp_path / "leaderboard.csv")
+    assert rows[0]["trial"] == search.best.name
+    assert rows[0]["data.augment.hflip"] == "0"
+    assert len(rows) == len(search.done)
+
+
+@pytest.mark.parametrize("stop_at", range(1, 10))
+def test_a_search_that_was_stopped_ends_as_if_it_had_not(tmp_path, monkeypatch, stop_at):
+    undisturbed = search_in(tmp_path / "a", Played(monkeypatch), trials=5)
+    undisturbed.run()
+    first = Played(monkeypatch, stop_at=stop_at)
+    with pytest.raises(KeyboardInterrupt):
+        search_in(tmp_path / "b", first, trials=5).run()
+    second = Played(monkeypatch)
+    again = search_in(tmp_path / "b", second, trials=5)
+    again.run()
+    assert again.done == undisturbed.done
+    finished = [changes["trainer.default_root_dir"] for changes in (*first.started[:-1], *second.started)]
+    assert len(finished) == len(set(finished))  # none ran twice
+
+
+@pytest.mark.parametrize("budget", [20, 40, 100])
+def test_budget(tmp_path, monkeypatch, budget):
+    fit = Played(monkeypatch)
+    search = search_in(tmp_path, fit, budget=budget)
+    search.run()
+    assert 0.8 * budget <= search.elapsed <= budget
+    assert fit.started[0]["trainer.max_time"] == {"seconds": math.ceil(1.05 * budget)}
+    stages = {trial.stage for trial in search.done}
+    assert stages == {"default", "short", "full", *(["again"] if budget > 20 else [])}
+
+
+def test_a_failed_run_is_a_row_and_the_search_goes_on(tmp_path, monkeypatch):
+    search = search_in(tmp_path, Played(monkeypatch, fails=(0.5,)), trials=5)
+    search.run()
+    failed = [trial for trial in search.done if trial.status == "failed"]
+    assert failed[0].reason == "RuntimeError: out of memory"
+    assert search.best.stage != "default"
+    with pytest.raises(UserError, match="out of memory"):
+        search_in(tmp_path / "b", Played(monkeypatch, fails=(None,)), trials=1).run()
+
+
+def test_proposals_are_repeatable_and_learn():
+    space = {"lr": Setting(low=1e-4, high=1e-1, log=True), "flip": Setting(choices=(0, 0.5))}
+
+    def loss(values):
+        return abs(math.log10(values["lr"]) + 2) + values["flip"]
+
+    seen = []
+    for number in range(30):
+        values = propose(space, seen, number, seed=0)
+        assert values == propose(space, seen, number, seed=0)
+        seen.append((values, loss(values)))
+    assert min(value for _, value in seen) < 0.2
+    assert sum(value for _, value in seen[20:]) < sum(value for _, value in seen[:10])
+    shares = importance(space, seen)
+    assert set(shares) == {"lr", "flip"}
+    assert sum(shares.values()) == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    ("content", "problem"),
+    [
+        (["hflip"], "expected settings"),
+        ({"data.augment.hflp": [0, 1]}, "did you mean 'data.augment.hflip'"),
+        ({"data.augment.hflip": 0}, "expected a list"),
+        ({"data.augment.hflip": {"low": 1, "high": 0}}, "expected a list"),
+        ({"model.optimizer.lr": {"low": 0, "high": 1, "log": True}}, "expected a list"),
+        ({"model.backbone": {"times": [1, 2]}}, "cannot be multiplied"),
+    ],
+)
+def test_wrong_spaces(content, problem):
+    with pytest.raises(UserError, match=problem):
+        read_space(content, "mine.yaml", BASE)
+
+
+@pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("5", 300), ("0.5h", 1800)])
+def test_times(text, seconds):
+    assert several_runs._seconds(text) == seconds
+
+
+@pytest.mark.parametrize("text", ["", "soon", "0s", "5x", "-3m"])
+def test_wrong_times(text):
+    with pytest.raises(UserError, match="--budget"):
+        several_runs._seconds(text)
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_command(tmp_path, monkeypatch, capsys):
+    data = write_dataset(tmp_path / "data", train=8) / "train"
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("model.optimizer.lr: {times: [1, 2]}\n")
+    command = [
+        "tune", str(data), "--config", "quickstart", "--trials", "1", "--space", "mine.yaml", "--data.batch_size", "8",
+        "--trainer.max_epochs", "2", "--data.num_workers", "0",
+    ]  # fmt: skip
+    assert main.main(command) == 0
+    screen = capsys.readouterr().out
+    assert "There is no test split: 3 images are set aside" in screen
+    assert "On 3 test images, which decided nothing" in screen
+    run = tmp_path / "lightning_logs/version_0"
+    assert (run / "model.safetensors").is_file()
+    best = yaml.safe_load((tmp_path / "tuning/best.yaml").read_text())
+    assert best["trainer"]["max_epochs"] == 2
+    page = (tmp_path / "tuning/report.html").read_text()
+    assert "trial_000" in page
+    trials = (tmp_path / "tuning/trials.json").read_text()
+    assert main.main(command) == 0  # nothing is left to run
+    assert (tmp_path / "tuning/trials.json").read_text() == trials
+    assert not (tmp_path / "lightning_logs/version_1").exists()
+    assert main.main([*command, "--model.loss.label_smoothing", "0"]) == 2
+    assert "model.loss.label_smoothing" in capsys.readouterr().err
+    fit = ["fit", str(data), "--config", "quickstart", "--config", "tuning/best.yaml", "--print_config"]
+    assert main.main(fit) == 0
