@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rexnet_lit.checks.findings import CheckResult, Finding, Severity
+from rexnet_lit.checks import suspects as labels
+from rexnet_lit.checks.findings import CheckResult, Finding, Severity, Suspect
 from rexnet_lit.data.duplicates import equal_groups, groups_across, near_groups
 from rexnet_lit.data.folder import ImageFolder, try_scan
 from rexnet_lit.data.image_header import ImageInfo
@@ -35,6 +37,8 @@ _COPIES: tuple[tuple[Severity, str, str, str], ...] = (
     ("info", "within-class", "in one class and split", "they only weigh more; delete them if unwanted"),
 )
 
+Embed = Callable[[list[str], int], NDArray[np.float32]]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Image:
@@ -50,6 +54,8 @@ def check(
     settings: DataRecord = DataRecord(),  # noqa: B008 (frozen)
     *,
     progress: Callable[[int, int], None] | None = None,
+    embed: Embed | None = None,
+    predictions: str | None = None,
 ) -> CheckResult:
     """Check a dataset.
 
@@ -57,6 +63,9 @@ def check(
         root: Its folder, as `folder.scan` takes it.
         settings: How to split it, and how many unreadable images a training run accepts.
         progress: Called with the number of images read and their total.
+        embed: Checks the labels too, by the features (N, C) that it returns for the absolute paths of N images; its
+            second argument is the median length of their shorter side in pixels.
+        predictions: Checks the labels by this ``predictions.csv`` instead.
 
     Returns:
         The findings. A dataset that cannot be used is an error among them, not an exception.
@@ -65,6 +74,7 @@ def check(
     images, equal = _read_all(folder, progress)
     alike = _near_duplicates(images, equal)
     infos = [image.details.info for image in images if image.details]
+    suspects, share = _check_labels(folder, images, [*equal, *alike], embed, predictions)
     findings = [
         *(Finding("error", "folder", problem) for problem in problems),
         *_check_splits(folder, problems),
@@ -74,6 +84,7 @@ def check(
         *_check_copies("duplicate", "have the same content", images, equal),
         *_check_copies("near-duplicate", "look the same", images, alike),
         *_check_sizes(images),
+        *_report_suspects(suspects, share),
     ]
 
     def paths(groups: list[list[int]]) -> tuple[tuple[str, ...], ...]:
@@ -92,6 +103,7 @@ def check(
         duplicates=paths(equal),
         near_duplicates=paths(alike),
         findings=tuple(sorted(findings, key=lambda finding: _SEVERITIES.index(finding.severity))),
+        suspects=suspects,
         examples=tuple((image.split, folder.class_names[image.target], image.path) for image in images),
     )
 
@@ -125,6 +137,42 @@ def _near_duplicates(images: Sequence[_Image], equal: list[list[int]]) -> list[l
     hashes = np.array([details.phash for _, details in found], np.uint64)
     thumbnails = np.array([details.thumbnail for _, details in found], np.uint8).reshape(-1, 16, 16, 3)
     return [[found[k][0] for k in group] for group in near_groups(hashes, thumbnails)]
+
+
+def _check_labels(
+    folder: ImageFolder,
+    images: Sequence[_Image],
+    copies: Sequence[Sequence[int]],
+    embed: Embed | None,
+    predictions: str | None,
+) -> tuple[tuple[Suspect, ...], float]:
+    """Return the readable images of all splits whose labels are probably wrong, and the estimated share of these."""
+    good = [i for i, image in enumerate(images) if image.details]
+    if len(folder.class_names) < 2 or not good or (embed is None and predictions is None):
+        return (), 0.0
+    targets, paths = np.array([images[i].target for i in good]), [images[i].path for i in good]
+    if predictions is not None:
+        judgement = labels.judge_logits(labels.read_logits(predictions, folder.class_names, paths), targets)
+        return labels.describe(judgement, targets, paths, folder.class_names), judgement.share
+    assert embed is not None  # noqa: S101 (for the type checker)
+    sides = [min(image.details.info.width, image.details.info.height) for image in images if image.details]
+    features = embed([os.path.join(folder.root, path) for path in paths], int(np.median(sides)))  # noqa: PTH118
+    by_name: dict[str, list[int]] = {}
+    for i, image in enumerate(images if folder.groups else ()):
+        if (group := folder.groups.get(os.fsencode(image.path))) is not None:
+            by_name.setdefault(group, []).append(i)
+    units = labels.join_units(len(images), [*copies, *by_name.values()])[good]
+    judgement = labels.judge_features(features, targets, len(folder.class_names), units)
+    same = labels.join_units(len(images), copies)[good]
+    return labels.describe(judgement, targets, paths, folder.class_names, features, same), judgement.share
+
+
+def _report_suspects(suspects: Sequence[Suspect], share: float) -> list[Finding]:
+    if not suspects:
+        return []
+    message = f"{plural(len(suspects), 'label is', 'labels are')} probably wrong (estimated share of all: {share:.1%})"
+    advice = "look at them, worst first; they are wrong more often than right, but not all of them are"
+    return [Finding("warning", "suspect-label", message, advice, tuple(suspect.path for suspect in suspects))]
 
 
 def _counts(folder: ImageFolder) -> dict[Split, dict[str, int]]:

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonargparse
 import yaml
@@ -14,7 +14,7 @@ import yaml
 from rexnet_lit.cli import shipped_configs
 from rexnet_lit.cli.messages import Parser
 from rexnet_lit.data.augmentation import AugmentSettings
-from rexnet_lit.data.settings import DataRecord, EvalRecipe
+from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.utils.errors import UserError
 
 _yaml_load = jsonargparse.get_loader("yaml")  # before `load_yaml` replaces it
@@ -172,19 +172,31 @@ def read_configs(paths: Iterable[str], command: str) -> dict[str, Any]:
     return found
 
 
-def read_data(path: str) -> tuple[DataRecord, AugmentSettings, int]:
-    """Return a config's settings for reading a folder, its training recipe, and the image size in pixels.
+class CheckSettings(NamedTuple):
+    """What `check` takes from a config: reading a folder, training images, image size (0: not set) and backbone."""
+
+    record: DataRecord = DataRecord()
+    augment: AugmentSettings | None = None
+    image_size: int = 0
+    backbone: str = "rexnet_100"
+    weights: str | None = None
+
+
+def read_for_check(path: str) -> CheckSettings:
+    """Return what `check` takes from a config.
 
     Raises:
         UserError: The file cannot be read, or a setting is wrong.
     """
     path = shipped_configs.find(path)
     try:
-        data = (load_yaml(_read(path), "fit") or {}).get("data") or {}
+        config = load_yaml(_read(path), "fit") or {}
+        data, model = config.get("data") or {}, config.get("model") or {}
         names = {field.name for field in dataclasses.fields(DataRecord)} - {"root"}
         record = DataRecord(**{name: value for name, value in data.items() if name in names})
-        size = data.get("image_size") or EvalRecipe().image_size
-        return record, AugmentSettings(**(data.get("augment") or {})), int(size)
+        size, backbone, weights = int(data.get("image_size") or 0), model.get("backbone"), model.get("weights")
+        augment = AugmentSettings(**(data.get("augment") or {}))
+        return CheckSettings(record, augment, size, backbone or CheckSettings().backbone, weights)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or error  # without the file name, which is in the message
         raise UserError(f"--config {path}: {reason}") from None

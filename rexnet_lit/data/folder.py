@@ -16,7 +16,7 @@ import hashlib
 import io
 import itertools
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -85,6 +85,7 @@ class ImageFolder:
         clutter: Number of files and folders that were left out.
         layout: ``split`` (DIR/train/CLASS), ``flat`` (DIR/CLASS) or ``file`` (a CSV).
         drawn: Whether val or test was drawn from train.
+        groups: The group of each image that has one, by its path in bytes.
     """
 
     root: Path
@@ -94,6 +95,7 @@ class ImageFolder:
     clutter: int = 0
     layout: Layout = "flat"
     drawn: bool = False
+    groups: Mapping[bytes, str] = dataclasses.field(default_factory=dict)
 
     @property
     def pooled(self) -> bool:
@@ -156,7 +158,7 @@ def try_scan(
     drawn = draw_missing(walk, found, settings, groups)
     samples = {split: _samples(where, by_class, names) for split, by_class in found.items()}
     splits = {split: samples[split] for split in SPLITS if len(samples.get(split, ()))}
-    return ImageFolder(where, names, splits, tuple(walk.notes), walk.clutter, layout, drawn), walk.problems
+    return ImageFolder(where, names, splits, tuple(walk.notes), walk.clutter, layout, drawn, groups), walk.problems
 
 
 def _read_folders(walk: Walk, class_names: Sequence[str] | None) -> tuple[Layout, Found]:
