@@ -29,7 +29,7 @@ Floats = NDArray[np.float32]
 Classes = NDArray[np.int64]
 
 FOLDS = 5
-_SHRINKAGES = (0.01, 0.1, 1.0)  # added to the covariance's diagonal, times its mean; the likelihood chooses
+_SHRINKAGES = (0.01, 0.03, 0.1, 1.0)  # added to the covariance's diagonal, times its mean; the likelihood chooses
 _TEMPERATURES = np.geomspace(0.01, 10, 60)
 _MOST_FITTED = 20_000  # images that the temperature and the share are estimated from
 _MOST_WRONG = 0.5  # a larger share of wrong labels is not believed

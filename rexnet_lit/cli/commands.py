@@ -224,7 +224,7 @@ COMMANDS = {
             "--predictions": {
                 "type": expand_home,
                 "metavar": "FILE.csv",
-                "help": "for --labels: instead of features, predictions of a model that was not trained on these images",
+                "help": "for --labels: predictions of a model not trained on these images, instead of features",
             },
         },
     ),
