@@ -61,10 +61,8 @@ def judge_features(features: Floats, targets: Classes, num_classes: int, units: 
         units: (N,): images with the same number stay in one fold.
     """
     folds = assign_folds(targets, units)
-    found = []
-    for logits in _held_out_logits(features - features.mean(0), targets, num_classes, folds):
-        found.append(_judge(logits, targets))
-    return max(found, key=lambda pair: pair[0])[1]
+    candidates = _held_out_logits(features - features.mean(0), targets, num_classes, folds)
+    return max((_judge(logits, targets) for logits in candidates), key=lambda pair: pair[0])[1]
 
 
 def judge_logits(logits: Floats, targets: Classes) -> Judgement:
@@ -84,6 +82,9 @@ def assign_folds(targets: Classes, units: NDArray[np.intp]) -> NDArray[np.intp]:
 
 def _held_out_logits(x: Floats, targets: Classes, num_classes: int, folds: NDArray[np.intp]) -> Iterator[Floats]:
     """Yield the logits (N, K) for each shrinkage; -inf for a class without images in the other folds."""
+    width = x.shape[1]
+    if len(x) < width:
+        x = np.linalg.qr(x.T, "r").T  # the same images, turned into fewer dimensions
     members = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
     counts = np.stack([np.bincount(targets[m], minlength=num_classes) for m in members]).astype(np.float64)
     sums = np.zeros((FOLDS, num_classes, x.shape[1]))
@@ -100,7 +101,7 @@ def _held_out_logits(x: Floats, targets: Classes, num_classes: int, folds: NDArr
                 continue
             means = (sums.sum(0) - sums[fold])[known] / count[known, None]
             covariance = (total - products[fold] - (means.T * count[known]) @ means) / count.sum()
-            covariance.flat[:: len(covariance) + 1] += shrinkage * np.trace(covariance) / len(covariance) + 1e-9
+            covariance.flat[:: len(covariance) + 1] += shrinkage * np.trace(covariance) / width + 1e-9
             weight = np.linalg.solve(covariance, means.T)
             bias = np.log(count[known] / count.sum()) - (means.T * weight).sum(0) / 2
             logits[m[:, None], known] = x[m] @ weight.astype(np.float32) + bias.astype(np.float32)
@@ -136,12 +137,13 @@ def _likelihoods(probs: Floats, targets: Classes) -> tuple[NDArray[np.float64], 
 
 
 def _share(right: NDArray[np.float64], wrong: NDArray[np.float64]) -> float:
-    """Return the most likely share of wrong labels, by expectation maximisation."""
-    share = 0.05
-    for _ in range(100):
-        mixed = share * wrong
-        share = min(float((mixed / ((1 - share) * right + mixed + 1e-30)).mean()), _MOST_WRONG)
-    return share
+    """Return the most likely share of wrong labels, by bisection: the log-likelihood is concave in it."""
+    low, high = 0.0, _MOST_WRONG
+    for _ in range(30):
+        share = (low + high) / 2
+        rising = ((wrong - right) / ((1 - share) * right + share * wrong + 1e-30)).mean() > 0
+        low, high = (share, high) if rising else (low, share)
+    return low
 
 
 def _softmax(logits: Floats) -> Floats:
