@@ -30,8 +30,8 @@ Classes = NDArray[np.int64]
 
 FOLDS = 5
 _SHRINKAGES = (0.01, 0.03, 0.1, 1.0)  # added to the covariance's diagonal, times its mean; the likelihood chooses
-_TEMPERATURES = np.geomspace(0.01, 10, 60)
-_MOST_FITTED = 20_000  # images that the temperature and the share are estimated from
+_TEMPERATURES = np.geomspace(0.01, 10, 13)  # tried first, as factors of the logits
+_MOST_FITTED = 4_000_000  # logits that the temperature and the share are estimated from
 _MOST_WRONG = 0.5  # a larger share of wrong labels is not believed
 _NEIGHBOURS = 3
 _BLOCK = 512  # suspects whose neighbours are searched at once
@@ -89,21 +89,26 @@ def _held_out_logits(x: Floats, targets: Classes, num_classes: int, folds: NDArr
     counts = np.stack([np.bincount(targets[m], minlength=num_classes) for m in members]).astype(np.float64)
     sums = np.zeros((FOLDS, num_classes, x.shape[1]))
     for fold, m in enumerate(members):
-        np.add.at(sums[fold], targets[m], x[m])
+        ordered = m[np.argsort(targets[m], kind="stable")]
+        present, starts = np.unique(targets[ordered], return_index=True)
+        if len(m):
+            sums[fold, present] = np.add.reduceat(x[ordered], starts, axis=0, dtype=np.float64)
     products = [(x[m].T @ x[m]).astype(np.float64) for m in members]
-    total = np.sum(products, axis=0)
+    heads = []
+    for fold, m in enumerate(members):
+        count = counts.sum(0) - counts[fold]
+        known = np.flatnonzero(count)
+        if len(m) and len(known):
+            means = (sums.sum(0) - sums[fold])[known] / count[known, None]
+            scatter = np.sum(products, axis=0) - products[fold] - (means.T * count[known]) @ means
+            heads.append((m, known, count[known] / count.sum(), means, scatter / count.sum()))
     for shrinkage in _SHRINKAGES:
         logits = np.full((len(x), num_classes), -np.inf, np.float32)
-        for fold, m in enumerate(members):
-            count = counts.sum(0) - counts[fold]
-            known = np.flatnonzero(count)
-            if not len(m) or not len(known):
-                continue
-            means = (sums.sum(0) - sums[fold])[known] / count[known, None]
-            covariance = (total - products[fold] - (means.T * count[known]) @ means) / count.sum()
-            covariance.flat[:: len(covariance) + 1] += shrinkage * np.trace(covariance) / width + 1e-9
-            weight = np.linalg.solve(covariance, means.T)
-            bias = np.log(count[known] / count.sum()) - (means.T * weight).sum(0) / 2
+        for m, known, prior, means, covariance in heads:
+            shrunken = covariance.copy()
+            shrunken.flat[:: len(covariance) + 1] += shrinkage * np.trace(covariance) / width + 1e-9
+            weight = np.linalg.solve(shrunken, means.T)
+            bias = np.log(prior) - (means.T * weight).sum(0) / 2
             logits[m[:, None], known] = x[m] @ weight.astype(np.float32) + bias.astype(np.float32)
         yield logits
 
@@ -114,14 +119,20 @@ def _judge(logits: Floats, targets: Classes) -> tuple[float, Judgement]:
     A label whose class has a logit of -inf cannot be judged: it is no suspect.
     """
     rows = np.flatnonzero(np.isfinite(logits[np.arange(len(targets)), targets]))
-    fitted = rows
-    if len(rows) > _MOST_FITTED:
-        fitted = np.random.default_rng(0).permutation(rows)[:_MOST_FITTED]
-    best = (-np.inf, 1.0, 0.0)
-    for temperature in _TEMPERATURES if len(rows) else ():
-        right, wrong = _likelihoods(_softmax(logits[fitted] * temperature), targets[fitted])
+    if not len(rows):
+        return -np.inf, Judgement(np.zeros_like(logits), rows, 0.0)
+    fitted = np.random.default_rng(0).permutation(rows)[: max(_MOST_FITTED // logits.shape[1], 1000)]
+
+    def fit(temperature: float) -> tuple[float, float, float]:
+        right, wrong = _likelihoods(_softmax(logits[fitted] * np.float32(temperature)), targets[fitted])
         share = _share(right, wrong)
-        best = max(best, (float(np.log((1 - share) * right + share * wrong + 1e-30).mean()), temperature, share))
+        return float(np.log((1 - share) * right + share * wrong + 1e-30).mean()), temperature, share
+
+    best = max(map(fit, _TEMPERATURES))
+    step = float(_TEMPERATURES[1] / _TEMPERATURES[0])
+    for _ in range(4):
+        step = step**0.5
+        best = max(best, fit(best[1] * step), fit(best[1] / step))
     likelihood, temperature, share = best
     probs = _softmax(logits * np.float32(temperature))
     right, wrong = _likelihoods(probs[rows], targets[rows])
