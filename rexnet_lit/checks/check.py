@@ -145,11 +145,14 @@ def _check_labels(
     copies: Sequence[Sequence[int]],
     embed: Embed | None,
     predictions: str | None,
-) -> tuple[tuple[Suspect, ...], float]:
-    """Return the readable images of all splits whose labels are probably wrong, and the estimated share of these."""
+) -> tuple[tuple[Suspect, ...], float | None]:
+    """Return the images of all splits whose labels are probably wrong, and the estimated share of these.
+
+    Unreadable images are left out. The share is None if there is nothing to check the labels by.
+    """
     good = [i for i, image in enumerate(images) if image.details]
     if len(folder.class_names) < 2 or not good or (embed is None and predictions is None):
-        return (), 0.0
+        return (), None
     targets, paths = np.array([images[i].target for i in good]), [images[i].path for i in good]
     if predictions is not None:
         judgement = labels.judge_logits(labels.read_logits(predictions, folder.class_names, paths), targets)
@@ -167,9 +170,11 @@ def _check_labels(
     return labels.describe(judgement, targets, paths, folder.class_names, features, same), judgement.share
 
 
-def _report_suspects(suspects: Sequence[Suspect], share: float) -> list[Finding]:
-    if not suspects:
+def _report_suspects(suspects: Sequence[Suspect], share: float | None) -> list[Finding]:
+    if share is None:
         return []
+    if not suspects:
+        return [Finding("info", "labels", "no label is more likely wrong than right")]
     message = f"{plural(len(suspects), 'label is', 'labels are')} probably wrong (estimated share of all: {share:.1%})"
     advice = "look at them, worst first; they are wrong more often than right, but not all of them are"
     return [Finding("warning", "suspect-label", message, advice, tuple(suspect.path for suspect in suspects))]

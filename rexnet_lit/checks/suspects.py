@@ -84,7 +84,7 @@ def _held_out_logits(x: Floats, targets: Classes, num_classes: int, folds: NDArr
     """Yield the logits (N, K) for each shrinkage; -inf for a class without images in the other folds."""
     width = x.shape[1]
     if len(x) < width:
-        x = np.linalg.qr(x.T, "r").T  # the same images, turned into fewer dimensions
+        x = np.asarray(np.linalg.qr(x.T, mode="r")).T  # the same images, turned into fewer dimensions
     members = [np.flatnonzero(folds == fold) for fold in range(FOLDS)]
     counts = np.stack([np.bincount(targets[m], minlength=num_classes) for m in members]).astype(np.float64)
     sums = np.zeros((FOLDS, num_classes, x.shape[1]))

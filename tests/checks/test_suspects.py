@@ -127,6 +127,11 @@ def test_suspects_of_a_folder(planted):
     assert finding.severity == "warning"
     assert finding.paths == tuple(row.path for row in result.suspects)
     assert check(planted).suspects == ()
+    for path in rows:
+        (planted / path).unlink()
+    result = check(planted, DataRecord(max_bad_fraction=0.2), embed=mean_colour)
+    assert result.suspects == ()
+    assert "labels" in {finding.code for finding in result.findings}
 
 
 def test_the_command(planted, tmp_path, capsys):
