@@ -18,6 +18,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import subprocess
 import sys
 import tempfile
@@ -131,12 +132,12 @@ def fit(root: Path, out: Path, o: argparse.Namespace, seed: int) -> float:
     """Train and return the test accuracy."""
     settings = [
         f"--data.image_size={o.size}", f"--trainer.max_epochs={o.epochs}", f"--model.weights={o.weights}",
-        f"--seed_everything={seed}", "--trainer.accelerator=cpu", "--data.augment.hflip=0",
+        f"--seed_everything={seed}", "--trainer.accelerator=cpu", *shlex.split(o.fit),
         f"--trainer.default_root_dir={out}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "rexnet_lit"]
     run = out / "lightning_logs" / "version_0"
-    for arguments in (["fit", str(root), "--config", "finetune", *settings], ["test", str(run / "model.safetensors")]):
+    for arguments in (["fit", str(root), *settings], ["test", str(run / "model.safetensors")]):
         subprocess.run([*command, *arguments], check=True, capture_output=True)
     return float(json.loads((run / "report" / "metrics.json").read_text())["top1"])
 
@@ -192,7 +193,8 @@ def main() -> None:
     parser.add_argument("--retrain", type=Path, metavar="DIR")
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=5)
+    parser.add_argument("--fit", default="--config finetune", help="options of the fits")
     parser.add_argument("--per-class", type=int, default=100)
     o = parser.parse_args()
     quiet: Callable[[str], Callable[[int, int], None]] = lambda title: lambda done, total: None  # noqa: E731
