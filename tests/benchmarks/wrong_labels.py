@@ -132,7 +132,7 @@ def fit(root: Path, out: Path, o: argparse.Namespace, seed: int) -> float:
     """Train and return the test accuracy."""
     settings = [
         f"--data.image_size={o.size}", f"--trainer.max_epochs={o.epochs}", f"--model.weights={o.weights}",
-        f"--seed_everything={seed}", "--trainer.accelerator=cpu", *shlex.split(o.fit),
+        f"--seed_everything={seed}", "--trainer.accelerator=cpu", "--config", *shlex.split(o.fit),
         f"--trainer.default_root_dir={out}",
     ]  # fmt: skip
     command = [sys.executable, "-m", "rexnet_lit"]
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--epochs", type=int, default=5)
-    parser.add_argument("--fit", default="--config finetune", help="options of the fits")
+    parser.add_argument("--fit", default="finetune", help="the config of the fits, and options")
     parser.add_argument("--per-class", type=int, default=100)
     o = parser.parse_args()
     quiet: Callable[[str], Callable[[int, int], None]] = lambda title: lambda done, total: None  # noqa: E731
