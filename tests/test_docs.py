@@ -43,6 +43,7 @@ NOT_RUN = {
 }
 SKIPPED = {
     "pip install": "installs packages",
+    "--labels --report": "needs the published weights",
     "--format torch": "tests/export writes it; that the format exists is checked",
     "--format hub": "the same",
     "--format onnx-int8": "the same",

@@ -11,8 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 
 import numpy as np
+from numpy.typing import NDArray
 
-from rexnet_lit.checks.findings import SPOIL_SCORES, CheckResult, Finding, Severity
+from rexnet_lit.checks import suspects as labels
+from rexnet_lit.checks.findings import SPOIL_SCORES, CheckResult, Finding, Severity, Suspect
 from rexnet_lit.data.duplicates import equal_groups, groups_across, near_groups
 from rexnet_lit.data.folder import ImageFolder, try_scan
 from rexnet_lit.data.image_header import ImageInfo
@@ -36,6 +38,8 @@ _COPIES: tuple[tuple[Severity, str, str, str], ...] = (
     ("info", "within-class", "in one class and split", "they only weigh more; delete them if unwanted"),
 )
 
+Embed = Callable[[list[str], int], NDArray[np.float32]]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Image:
@@ -52,6 +56,8 @@ def check(
     recipe: EvalRecipe = EvalRecipe(),  # noqa: B008 (frozen)
     *,
     progress: Callable[[int, int], None] | None = None,
+    embed: Embed | None = None,
+    predictions: str | None = None,
 ) -> CheckResult:
     """Check a dataset.
 
@@ -61,6 +67,9 @@ def check(
             keep are not reported again.
         recipe: How images will be cropped.
         progress: Called with the number of images read and their total.
+        embed: Checks the labels too, by the features (N, C) that it returns for the absolute paths of N images; its
+            second argument is the median length of their shorter side in pixels.
+        predictions: Checks the labels by this ``predictions.csv`` instead.
 
     Returns:
         The findings. A dataset that cannot be used is an error among them, not an exception.
@@ -71,6 +80,8 @@ def check(
     kept = folder.fixes.kept
     equal, alike = ([g for g in groups if not kept.issuperset(images[i].path for i in g)] for groups in (equal, alike))
     infos = [image.details.info for image in images if image.details]
+    suspects, share = _check_labels(folder, images, [*equal, *alike], embed, predictions)
+    suspects = tuple(suspect for suspect in suspects if suspect.path not in kept)
     findings = [
         *(Finding("error", "folder", problem) for problem in problems),
         *_check_splits(folder, problems),
@@ -83,6 +94,7 @@ def check(
         *_check_crop(infos, recipe),
         *_check_depth(images),
         *_check_sizes(images, recipe, kept),
+        *_report_suspects(suspects, share),
     ]
 
     def paths(groups: list[list[int]]) -> tuple[tuple[str, ...], ...]:
@@ -102,6 +114,7 @@ def check(
         duplicates=paths(equal),
         near_duplicates=paths(alike),
         findings=tuple(sorted(findings, key=lambda f: (_SEVERITIES.index(f.severity), f.code not in SPOIL_SCORES))),
+        suspects=suspects,
         examples=tuple((image.split, folder.class_names[image.target], image.path) for image in images),
     )
 
@@ -135,6 +148,47 @@ def _near_duplicates(images: Sequence[_Image], equal: list[list[int]]) -> list[l
     hashes = np.array([details.phash for _, details in found], np.uint64)
     thumbnails = np.array([details.thumbnail for _, details in found], np.uint8).reshape(-1, 16, 16, 3)
     return [[found[k][0] for k in group] for group in near_groups(hashes, thumbnails)]
+
+
+def _check_labels(
+    folder: ImageFolder,
+    images: Sequence[_Image],
+    copies: Sequence[Sequence[int]],
+    embed: Embed | None,
+    predictions: str | None,
+) -> tuple[tuple[Suspect, ...], float | None]:
+    """Return the images of all splits whose labels are probably wrong, and the estimated share of these.
+
+    Unreadable images are left out. The share is None if there is nothing to check the labels by.
+    """
+    good = [i for i, image in enumerate(images) if image.details]
+    if len(folder.class_names) < 2 or not good or (embed is None and predictions is None):
+        return (), None
+    targets, paths = np.array([images[i].target for i in good]), [images[i].path for i in good]
+    if predictions is not None:
+        judgement = labels.judge_logits(labels.read_logits(predictions, folder.class_names, paths), targets)
+        return labels.describe(judgement, targets, paths, folder.class_names), judgement.share
+    assert embed is not None  # noqa: S101 (for the type checker)
+    sides = [min(image.details.info.width, image.details.info.height) for image in images if image.details]
+    features = embed([os.path.join(folder.root, path) for path in paths], int(np.median(sides)))  # noqa: PTH118
+    by_name: dict[str, list[int]] = {}
+    for i, image in enumerate(images if folder.groups else ()):
+        if (group := folder.groups.get(os.fsencode(image.path))) is not None:
+            by_name.setdefault(group, []).append(i)
+    units = labels.join_units(len(images), [*copies, *by_name.values()])[good]
+    judgement = labels.judge_features(features, targets, len(folder.class_names), units)
+    same = labels.join_units(len(images), copies)[good]
+    return labels.describe(judgement, targets, paths, folder.class_names, features, same), judgement.share
+
+
+def _report_suspects(suspects: Sequence[Suspect], share: float | None) -> list[Finding]:
+    if share is None:
+        return []
+    if not suspects:
+        return [Finding("info", "labels", "no label is more likely wrong than right")]
+    message = f"{plural(len(suspects), 'label is', 'labels are')} probably wrong (estimated share of all: {share:.1%})"
+    advice = "look at them, worst first; they are wrong more often than right, but not all of them are"
+    return [Finding("warning", "suspect-label", message, advice, tuple(suspect.path for suspect in suspects))]
 
 
 def _counts(folder: ImageFolder) -> dict[Split, dict[str, int]]:

@@ -20,6 +20,7 @@ SPOIL_SCORES = ("duplicate-across-splits", "near-duplicate-across-splits", "miss
 
 _MOST_ROWS = 24  # classes shown, so that the findings stay on the screen
 _MOST_PATHS = 3
+_MOST_SUSPECTS = 10
 _STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
@@ -52,7 +53,8 @@ class Suspect:
         suggested: The class that the model predicts.
         prob_label: Probability of ``label``, predicted by a model that was not trained on the image.
         prob_suggested: Probability of ``suggested``.
-        like_label: The most similar images of class ``label``, at most three, most similar first.
+        like_label: The most similar images of class ``label``, at most three, most similar first, without suspects and
+            copies of the image.
         like_suggested: The same of class ``suggested``.
     """
 
@@ -139,6 +141,8 @@ def print_result(result: CheckResult, console: Console) -> None:
     for finding in result.findings:
         if finding not in first:
             console.print(_finding(finding))
+    if result.suspects:
+        console.print(_suspect_table(result.suspects))
     console.print(Text(result.verdict, style="bold green" if result.ok else "bold red"))
 
 
@@ -170,11 +174,23 @@ def _class_table(result: CheckResult) -> Table:
     return table
 
 
+def _suspect_table(suspects: tuple[Suspect, ...]) -> Table:
+    table = Table("suspect", "label", "suggested", box=None, header_style="bold")
+    for row in suspects[:_MOST_SUSPECTS]:
+        label, suggested = f"{row.label} ({row.prob_label:.3f})", f"{row.suggested} ({row.prob_suggested:.3f})"
+        table.add_row(_plain(row.path), _plain(label), _plain(suggested))
+    if len(suspects) > _MOST_SUSPECTS:
+        table.add_row(Text(f"... {len(suspects) - _MOST_SUSPECTS} more (--json lists all)", style="dim"))
+    return table
+
+
 def _finding(finding: Finding) -> Text:
     """Show what, what to do, and the first few files."""
     lines = [Text.assemble((f"{finding.severity}: ", _STYLES[finding.severity]), _plain(finding.message))]
     if finding.advice:
         lines.append(_plain(f"    {finding.advice}"))
+    if finding.code == "suspect-label":  # a table follows
+        return Text("\n").join(lines)
     lines += [_plain(f"    {path}", "dim") for path in finding.paths[:_MOST_PATHS]]
     if len(finding.paths) > _MOST_PATHS:
         lines.append(_plain(f"    and {len(finding.paths) - _MOST_PATHS} more (--json lists all)", "dim"))

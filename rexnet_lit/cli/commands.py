@@ -60,18 +60,34 @@ def _check(args: argparse.Namespace) -> int:
         raise UserError(f"check: there is no folder {args.dir!r}")
     if args.report:
         check_output("--report", Path(args.report), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
+    sources = [name for name in ("model", "weights", "predictions") if getattr(args, name) is not None]
+    if sources and not args.labels:
+        raise UserError(f"check: --{sources[0]} is for --labels; add it")
+    if len(sources) > 1:
+        raise UserError(f"check: --{' and --'.join(sources)} exclude each other; give one")
     record, augment, recipe = DataRecord(), None, EvalRecipe()
+    settings = None
     if args.config:
-        from rexnet_lit.cli.config import read_data
+        from rexnet_lit.cli.config import read_for_check
 
-        record, augment, recipe = read_data(args.config)
+        settings = read_for_check(args.config)
+        record, augment, recipe = settings.record, settings.augment, settings.recipe
     if args.labels_table:
         record = dataclasses.replace(record, labels=args.labels_table)
     console = Console(stderr=True)  # stdout may be JSON
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("checking the images")
+
+        def show(title: str) -> Callable[[int, int], None]:
+            task = bar.add_task(title)
+            return lambda done, total: bar.update(task, completed=done, total=total)
+
+        embed = None
+        if args.labels and args.predictions is None:
+            from rexnet_lit.cli.label_features import build_embedder
+
+            embed = build_embedder(args.model, args.weights, settings, show)
         result = check.check(
-            args.dir, record, recipe, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            args.dir, record, recipe, progress=show("checking the images"), embed=embed, predictions=args.predictions
         )
     if args.json:
         print(json.dumps(result.to_dict(), indent=2))  # noqa: T201
@@ -237,6 +253,18 @@ COMMANDS = {
                 "type": expand_home,
                 "metavar": "FILE.yaml",
                 "help": "split the folder, and show augmented images, as this config",
+            },
+            "--labels": {"action": "store_true", "help": "find wrong labels, by the features of a pretrained network"},
+            "--model": {"type": expand_home, "metavar": "MODEL", "help": "for --labels: a model of a run; finds more"},
+            "--weights": {
+                "type": expand_home,
+                "metavar": "FILE",
+                "help": "for --labels: a timm state dict; default: timm's published weights",
+            },
+            "--predictions": {
+                "type": expand_home,
+                "metavar": "FILE.csv",
+                "help": "for --labels: predictions of a model not trained on these images, instead of features",
             },
             "--data.labels": {
                 "type": expand_home,

@@ -6,7 +6,7 @@ import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jsonargparse
 import yaml
@@ -172,20 +172,33 @@ def read_configs(paths: Iterable[str], command: str) -> dict[str, Any]:
     return found
 
 
-def read_data(path: str) -> tuple[DataRecord, AugmentSettings, EvalRecipe]:
-    """Return a config's settings for reading a folder, its training recipe, and the preprocessing.
+class CheckSettings(NamedTuple):
+    """What `check` takes from a config; ``image_size`` is 0 where it is not set."""
+
+    record: DataRecord = DataRecord()
+    augment: AugmentSettings | None = None
+    recipe: EvalRecipe = EvalRecipe()
+    image_size: int = 0
+    backbone: str = "rexnet_100"
+    weights: str | None = None
+
+
+def read_for_check(path: str) -> CheckSettings:
+    """Return what `check` takes from a config.
 
     Raises:
         UserError: The file cannot be read, or a setting is wrong.
     """
     path = shipped_configs.find(path)
     try:
-        data = (load_yaml(_read(path), "fit") or {}).get("data") or {}
+        config = load_yaml(_read(path), "fit") or {}
+        data, model = config.get("data") or {}, config.get("model") or {}
         names = {field.name for field in dataclasses.fields(DataRecord)} - {"root"}
         record = DataRecord(**{name: value for name, value in data.items() if name in names})
-        recipe = EvalRecipe(int(data.get("image_size") or EvalRecipe().image_size))
+        size, backbone, weights = int(data.get("image_size") or 0), model.get("backbone"), model.get("weights")
+        recipe = EvalRecipe(size or EvalRecipe().image_size).with_crop_mode(data.get("crop_mode"))
         augment = AugmentSettings(**(data.get("augment") or {}))
-        return record, augment, recipe.with_crop_mode(data.get("crop_mode"))
+        return CheckSettings(record, augment, recipe, size, backbone or CheckSettings().backbone, weights)
     except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
         reason = getattr(error, "strerror", None) or error  # without the file name, which is in the message
         raise UserError(f"--config {path}: {reason}") from None

@@ -244,11 +244,11 @@ def _run_data(file: Path) -> DataRecord:
     return DataRecord()
 
 
-def load_starting_weights(path: str) -> tuple[dict[str, Tensor], ModelSpec | None]:
-    """Return the weights in ``model.weights``, and their description unless the file is a timm state dict."""
-    file = _local_file(path, "model.weights")
+def load_starting_weights(path: str, key: str = "model.weights") -> tuple[dict[str, Tensor], ModelSpec | None]:
+    """Return the weights in a file that ``key`` names, and their description unless it is a timm state dict."""
+    file = _local_file(path, key)
     if file.suffix != ".safetensors":
-        model = load_model(file, "model.weights")
+        model = load_model(file, key)
         return model.state, model.spec
     state, description = _read_safetensors(file)
     return state, ModelSpec.from_json(description, path) if description is not None else None
