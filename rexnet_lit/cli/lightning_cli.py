@@ -62,6 +62,8 @@ class RexNetCLI(LightningCLI):
     Only ``fit`` has model settings; the other runs read the model file.
     """
 
+    command = ""
+    """The command that runs."""
     writer: Any = None
     """What writes the report or the predictions of this run."""
     folder: Path | None = None
@@ -70,6 +72,7 @@ class RexNetCLI(LightningCLI):
     @classmethod
     def run(cls, argv: list[str]) -> RexNetCLI:
         """Parse ``argv`` (the command first) and run it."""
+        cls.command = argv[0]
         output.silence_libraries()
         atexit.register(_leave_process_group)
         if argv[0] == "fit":  # a screen that has gone is no reason to lose a training
@@ -97,10 +100,11 @@ class RexNetCLI(LightningCLI):
 
     # Parsing
 
-    @staticmethod
-    def subcommands() -> dict[str, set[str]]:
-        """Return Lightning's, without the option to read pickles."""
-        return {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+    @classmethod
+    def subcommands(cls) -> dict[str, set[str]]:
+        """Return the one that runs, as each parser takes time to build; without the option to read pickles."""
+        found = {name: {*skipped, "weights_only"} for name, skipped in LightningCLI.subcommands().items()}
+        return {cls.command: found[cls.command]} if cls.command in found else found
 
     def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
         self._adding = subcommand
