@@ -45,6 +45,7 @@ SKIPPED = {
     "pip install": "installs packages",
     "--format torch": "tests/export writes it; that the format exists is checked",
     "--format hub": "the same",
+    "--format openvino": "the same",
     "--format onnx-int8": "the same",
     "rexnet_lit completion": "tests/cli runs it",
     "rexnet_lit models": "builds all networks; tests/cli runs it",

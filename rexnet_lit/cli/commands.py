@@ -200,11 +200,9 @@ def _export(args: argparse.Namespace) -> int:
         from rexnet_lit.export.export import export
 
     parity = export(args.model, args.format, args.output, args.images)
-    output = Path(args.output)
-    size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
     load = f"; load it with torch.export.load({args.output!r}).module()" if args.format == "torch" else ""
     print(  # noqa: T201
-        f"{args.output}: {size:.1f} MB; compared with the model on {parity.images} images: probabilities differ by "
+        f"{args.output}: {parity.size / 1e6:.1f} MB; compared with the model on {parity.images} images: probabilities differ by "
         f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class{load}"
     )
     return 0
@@ -295,7 +293,7 @@ COMMANDS = {
                 "required": True,
                 "type": expand_home,
                 "metavar": "FILE",
-                "help": "for hub, a new folder that timm can load",
+                "help": "for hub, a new folder that timm can load; for openvino, FILE.xml or a folder",
             },
             "--images": {
                 "type": expand_home,
