@@ -59,7 +59,7 @@ class Server(ThreadingHTTPServer):
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
         self.classifier, self.name, self.lock = classifier, name, threading.Lock()
-        self.is_local = ipaddress.ip_address(self.server_address[0]).is_loopback
+        self.is_local = _is_loopback(str(self.server_address[0]))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         """Print what went wrong, unless a browser has gone."""
