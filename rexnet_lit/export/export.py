@@ -187,7 +187,7 @@ def _preprocessing(recipe: EvalRecipe) -> dict[str, Any]:
         "filter": recipe.interpolation,
         "antialias": recipe.interpolation != "nearest",
         "resampling": "in bytes, first the rows, then the columns, with 16-bit weights, as torch's interpolate; "
-        "with crop_mode center, if the longer side becomes more than 3 * resize, as Pillow's resize",
+        "with crop_mode center, a side that becomes longer than 3 * resize: as Pillow's resize, the crop as its box",
         "crop": recipe.image_size,
         "crop_offset": "(side - crop) / 2, halves to even; 0 for a shorter side",
         "padding": list(recipe.padding) if recipe.crop_mode == "border" else None,
