@@ -223,13 +223,19 @@ def _export(args: argparse.Namespace) -> int:
         from rexnet_lit.export.export import export
 
     parity = export(args.model, args.format, args.output, args.images)
-    output = Path(args.output)
-    size = sum(file.stat().st_size for file in (output, *output.glob("*")) if file.is_file()) / 1e6
     load = f"; load it with torch.export.load({args.output!r}).module()" if args.format == "torch" else ""
     print(  # noqa: T201
-        f"{args.output}: {size:.1f} MB; compared with the model on {parity.images} images: probabilities differ by "
-        f"at most {parity.difference:.1g}, {parity.same:.1%} get the same class{load}"
+        f"{args.output}: {parity.size / 1e6:.1f} MB; compared with the model on {parity.images} images: "
+        f"probabilities differ by at most {parity.difference:.1g}, {parity.same:.1%} get the same class{load}"
     )
+    return 0
+
+
+def _demo(args: argparse.Namespace) -> int:
+    with process.gc_paused():
+        from rexnet_lit.cli.demo import serve
+
+    serve(args.model, args.host, args.port)
     return 0
 
 
@@ -331,13 +337,22 @@ COMMANDS = {
                 "required": True,
                 "type": expand_home,
                 "metavar": "FILE",
-                "help": "for hub, a new folder that timm can load",
+                "help": "for hub, a new folder that timm can load; for openvino, FILE.xml or a folder",
             },
             "--images": {
                 "type": expand_home,
                 "metavar": "DIR",
                 "help": "for onnx-int8, typical images; default: the dataset of its run",
             },
+        },
+    ),
+    "demo": Command(
+        "show a page on this computer that classifies and explains the image that one drops on it",
+        _demo,
+        {
+            "model": {"type": expand_home, "metavar": "MODEL", "help": "a .ckpt or .safetensors file of a run"},
+            "--port": {"type": int, "default": 7860, "help": "default: 7860; 0 for any that is free"},
+            "--host": {"default": "127.0.0.1", "help": "default: 127.0.0.1, for this computer only; 0.0.0.0 for all"},
         },
     ),
 }

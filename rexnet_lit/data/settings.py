@@ -81,6 +81,11 @@ class EvalRecipe:
         """Length in pixels of the side that ``crop_mode`` names, before the centre crop."""
         return math.floor(self.image_size / self.crop_pct)  # as timm rounds
 
+    @property
+    def padding(self) -> tuple[int, ...]:
+        """The colour (RGB, 0 to 255) around an image that ``border`` makes narrower than the square: the mean."""
+        return tuple(min(max(round(255 * level), 0), 255) for level in self.mean)
+
     def with_crop_mode(self, mode: CropMode | None) -> EvalRecipe:
         """Return the recipe with another crop mode, if given; ``border`` and ``squash`` then show all of the image."""
         if mode in (None, self.crop_mode):

@@ -96,7 +96,7 @@ def _centre(image: NDArray[np.uint8], size: int) -> NDArray[np.uint8]:
 def _pad(image: NDArray[np.uint8], recipe: EvalRecipe) -> NDArray[np.uint8]:
     """Return ``image`` (H, W, 3) in the middle of a square (S, S, 3) of the mean colour, as timm does."""
     square = np.empty((recipe.image_size, recipe.image_size, 3), np.uint8)
-    square[:] = np.clip(np.round(255 * np.array(recipe.mean)), 0, 255)
+    square[:] = recipe.padding
     top, left = ((recipe.image_size - side) // 2 for side in image.shape[:2])
     square[top : top + image.shape[0], left : left + image.shape[1]] = image
     return square

@@ -8,6 +8,7 @@ metadata.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import logging
@@ -16,14 +17,16 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, TypeAlias, cast
+from typing import Any, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from rexnet_lit.data import decode
 from rexnet_lit.data.folder import list_images
+from rexnet_lit.data.settings import EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.predictor import Classifier, load
@@ -55,6 +58,7 @@ class Parity(NamedTuple):
     difference: float  # the largest in a probability
     same: float  # share of the images for which both predict the same class
     images: int  # how many were compared
+    size: int = 0  # of what was written, in bytes
 
 
 def export(model: str, kind: str, output: str, images: str | None = None) -> Parity:
@@ -71,7 +75,7 @@ def export(model: str, kind: str, output: str, images: str | None = None) -> Par
         UserError: The model cannot be read, a package or images are missing, or the file disagrees with the model.
     """
     quantised = FORMATS[kind].needs_images
-    _check_output(Path(output), Path(model), kind)
+    file = _check_output(Path(output), Path(model), kind)
     if images is not None and not quantised:
         raise UserError(f"--images is for {' and '.join(n for n, f in FORMATS.items() if f.needs_images)}, not {kind}")
     classifier = load(model, device="cpu")
@@ -80,7 +84,8 @@ def export(model: str, kind: str, output: str, images: str | None = None) -> Par
     expected = Deployed(classifier).check(unseen)
     module, _, function = FORMATS[kind].writer.partition(":")
     write: Writer = getattr(importlib.import_module(f"rexnet_lit.export.{module}"), function)
-    with tempfile.TemporaryDirectory(prefix=".export-", dir=Path(output).absolute().parent) as temporary, _quiet():
+    near = next(folder for folder in file.absolute().parents if folder.is_dir())
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=near) as temporary, _quiet():
         written = Path(temporary) / "model"
         check = write(classifier, Path(model), torch.from_numpy(example), written)
         # One image and many: the file must take a batch of any size.
@@ -94,15 +99,26 @@ def export(model: str, kind: str, output: str, images: str | None = None) -> Par
                 f"export: the {kind} file is not kept: its probabilities differ from the model's by up to "
                 f"{parity.difference:.2g}, its class is the same for {same:.0%} of images; expected {limit}"
             )
-        written.replace(Path(os.path.realpath(output)))
-    return parity
+        return parity._replace(size=_keep(written, file, FORMATS[kind].companion))
 
 
-def _check_output(output: Path, model: Path, kind: str) -> None:
-    """Raise before any work is done if the output cannot be written, or would replace something else."""
-    folder, suffixes = output.absolute().parent, FORMATS[kind].suffixes
-    if not folder.is_dir():
-        raise UserError(f"--output: there is no folder {str(folder)!r}; create it first")
+def _keep(written: Path, output: Path, companion: str) -> int:
+    """Move what was written to its place; return its size in bytes."""
+    output.parent.mkdir(exist_ok=True)
+    if companion:
+        written.with_suffix(companion).replace(output.with_suffix(companion))
+    written.replace(Path(os.path.realpath(output)))
+    pair = (output, output.with_suffix(companion)) if companion else (output, *output.glob("*"))
+    return sum(file.stat().st_size for file in pair if file.is_file())
+
+
+def _check_output(output: Path, model: Path, kind: str) -> Path:
+    """Return what to write; raise before any work is done if it cannot be written, or would replace something else."""
+    suffixes, companion, mark = FORMATS[kind].suffixes, FORMATS[kind].companion, FORMATS[kind].mark
+    if not output.absolute().parent.is_dir():
+        raise UserError(f"--output: there is no folder {str(output.absolute().parent)!r}; create it first")
+    if companion and (output.is_dir() or not output.suffix):
+        output /= f"model{suffixes[0]}"
     check_writable("--output", output)
     if output.exists() and model.exists() and output.samefile(model):
         raise UserError(f"--output: {str(output)!r} is the model itself; name another file")
@@ -110,9 +126,12 @@ def _check_output(output: Path, model: Path, kind: str) -> None:
     if output.exists() and not FORMATS[kind].overwrites and not empty:
         raise UserError(f"--output: {str(output)!r} exists already; name a new {'file' if suffixes else 'folder'}")
     if suffixes:
-        check_output("--output", output, *suffixes)
+        check_output("--output", output, *suffixes, mark=mark)
     if suffixes and output.suffix.lower() not in suffixes:  # torch and `load` go by it
         raise UserError(f"--output: {str(output)!r} must end in {' or '.join(suffixes)} for {kind}")
+    if companion and not output.exists() and output.with_suffix(companion).exists():
+        raise UserError(f"--output: {str(output.with_suffix(companion))!r} exists already; name another file")
+    return output
 
 
 class Deployed(nn.Module):
@@ -140,10 +159,42 @@ def metadata(classifier: Classifier) -> dict[str, str]:
     """Return what a graph carries about itself."""
     squares = {"center": "centre square", "border": "padded to a square", "squash": "squashed to a square"}
     square = squares[classifier.spec.eval_recipe.crop_mode]
+    spec = dataclasses.asdict(classifier.spec)
+    for key in ("mean", "std"):  # whoever finds them here normalises a second time
+        del spec["eval_recipe"][key]
     return {
-        "rexnet_lit": classifier.spec.to_json(),
+        "rexnet_lit": json.dumps(spec),
         "class_names": json.dumps(classifier.class_names),
-        "input": f"float32 RGB (B, 3, S, S) from 0 to 1, {square}; output: probabilities (B, K)",
+        "preprocessing": json.dumps(_preprocessing(classifier.spec.eval_recipe)),
+        "input": f"float32 RGB (B, 3, S, S) from 0 to 1, {square}, not normalised: that is inside the graph; "
+        "output: probabilities (B, K)",
+    }
+
+
+def _preprocessing(recipe: EvalRecipe) -> dict[str, Any]:
+    """Return all that turns an image file into a graph's input, in order: what `decode` and `EvalTransform` do."""
+    sides, floor = {"center": "shorter", "border": "longer", "squash": "both"}, recipe.crop_mode == "center"
+    return {
+        "jpeg": "decoded at the smallest of 1/8, 1/4 and 1/2 of its size that leaves its shorter side (rounded up) at "
+        "least 'resize' pixels, otherwise in full",
+        "orientation": "turned as EXIF says",
+        "background": list(decode.BACKGROUND),  # below transparent images
+        "channels": "RGB",
+        "crop_mode": recipe.crop_mode,
+        "resize": recipe.resize_size,
+        "resize_side": sides[recipe.crop_mode],
+        "resize_rounding": "floor" if floor else "nearest, halves to even; at least 1",  # of the other side
+        "filter": recipe.interpolation,
+        "antialias": recipe.interpolation != "nearest",
+        "resampling": "in bytes, first the rows, then the columns, with 16-bit weights, as torch's interpolate; "
+        "with crop_mode center, a side that becomes longer than 3 * resize: as Pillow's resize, the crop as its box",
+        "crop": recipe.image_size,
+        "crop_offset": "(side - crop) / 2, halves to even; 0 for a shorter side",
+        "padding": list(recipe.padding) if recipe.crop_mode == "border" else None,
+        "padding_offset": "(crop - side) / 2, rounded down",
+        "divide_by": 255,
+        "normalisation": "inside the graph: give it values from 0 to 1",
+        "layout": "float32 (B, 3, crop, crop)",
     }
 
 

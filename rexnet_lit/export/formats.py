@@ -18,6 +18,8 @@ class Format:
         suffixes: File name endings; empty if the output is a new folder.
         needs_images: Whether it is quantised, with images like those that the model is for.
         overwrites: Whether an existing file of that kind is replaced.
+        companion: Ending of a second file, beside the first; the output may then also be a folder for both.
+        mark: Bytes in the first kilobyte of an existing file that is replaced.
     """
 
     description: str
@@ -25,11 +27,20 @@ class Format:
     suffixes: tuple[str, ...] = ()
     needs_images: bool = False
     overwrites: bool = True
+    companion: str = ""
+    mark: bytes = b""
 
 
 FORMATS = {
     "onnx": Format("ONNX with float32 weights", "onnx_files:write_float", (".onnx",)),
     "onnx-int8": Format("ONNX quantised to 8 bits, for CPUs", "onnx_files:write_int8", (".onnx",), needs_images=True),
+    "openvino": Format(
+        "OpenVINO IR with float32 weights, an .xml and a .bin file",
+        "openvino_files:write_float",
+        (".xml",),
+        companion=".bin",
+        mark=b"<net ",
+    ),
     "torch": Format("a torch.export program, for torch.export.load", "torch_files:write_program", (".pt2",)),
     # The file that exists may be the only copy of another model.
     "safetensors": Format(

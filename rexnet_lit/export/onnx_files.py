@@ -6,6 +6,7 @@ For quantisation, the range of each activation is measured on images like those 
 
 from __future__ import annotations
 
+import importlib
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,18 +18,17 @@ from rexnet_lit.models.predictor import Classifier
 from rexnet_lit.utils.errors import UserError
 
 
-def write_float(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
-    """Write an ONNX file with float32 weights, as a `export.Writer`.
+def require(extra: str, *packages: str) -> None:
+    """Raise `UserError` unless the packages that an extra installs are there."""
+    for package in packages:
+        try:
+            importlib.import_module(package)
+        except ModuleNotFoundError as error:
+            raise UserError(f"export: {error.name} is not installed; pip install 'rexnet-lit[{extra}]'") from None
 
-    Raises:
-        UserError: A package is missing.
-    """
-    try:
-        import onnx
-        import onnxruntime  # noqa: F401 (for the check)
-        import onnxscript  # noqa: F401 (torch's exporter needs it)
-    except ModuleNotFoundError as error:
-        raise UserError(f"export: {error.name} is not installed; pip install 'rexnet-lit[onnx]'") from None
+
+def build_graph(classifier: Classifier, example: Tensor) -> Any:
+    """Return an ONNX graph (`onnx.ModelProto`) with float32 weights, without metadata; needs onnx and onnxscript."""
     program = torch.onnx.export(
         Deployed(classifier), (example,), dynamo=True, input_names=["images"], output_names=["probabilities"],
         dynamic_shapes=BATCH, verbose=False,
@@ -36,9 +36,23 @@ def write_float(classifier: Classifier, model: Path, example: Tensor, target: Pa
     proto = cast(Any, program).model_proto
     for node in proto.graph.node:  # source locations, with paths of this machine
         del node.metadata_props[:]
+    return proto
+
+
+def write_float(classifier: Classifier, model: Path, example: Tensor, target: Path) -> Check:
+    """Write an ONNX file with float32 weights, as a `export.Writer`.
+
+    Raises:
+        UserError: A package is missing.
+    """
+    require("onnx", "onnx", "onnxruntime", "onnxscript")
+    import onnx
+
+    proto = build_graph(classifier, example)
     for key, value in metadata(classifier).items():
         proto.metadata_props.add(key=key, value=value)
-    onnx.checker.check_model(proto)
+    proto.graph.input[0].doc_string = metadata(classifier)["input"]
+    onnx.checker.check_model(proto, full_check=True)
     onnx.save(proto, target)
     return _check(target)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import importlib
 import json
 import re
@@ -15,12 +16,14 @@ import numpy as np
 import pytest
 import torch
 from cli_tools import NAMES, fails, lively_model, picture, write_pictures
+from image_tools import encode, photo
 from PIL import Image
 
 import rexnet_lit
 from rexnet_lit.cli import main
 from rexnet_lit.export import export, formats, torch_files
 from rexnet_lit.models import checkpoint
+from rexnet_lit.models.predictor import Classifier
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +60,22 @@ def check_metadata(metadata):
     assert json.loads(metadata["class_names"]) == list(NAMES)
     recipe = json.loads(metadata["rexnet_lit"])["eval_recipe"]
     assert recipe["image_size"] == 32
+    assert not {"mean", "std"} & recipe.keys()  # they are applied inside the graph: not twice
     assert "0 to 1" in metadata["input"]
+    steps = json.loads(metadata["preprocessing"])
+    assert (steps["resize"], steps["resize_side"], steps["crop"], steps["padding"]) == (36, "shorter", 32, None)
+    assert "inside the graph" in steps["normalisation"]
 
 
 def test_onnx(model, expected, tmp_path, capfd):
+    import onnx
     import onnxruntime
 
     output = tmp_path / "made" / "model.onnx"
     output.parent.mkdir()
     run(model, "onnx", output, capfd)
+    onnx.checker.check_model(output, full_check=True)
+    onnx.shape_inference.infer_shapes(onnx.load(output), strict_mode=True, data_prop=True)
     session = onnxruntime.InferenceSession(output, providers=["CPUExecutionProvider"])
     (entry,) = session.get_inputs()
     assert entry.name == "images"
@@ -76,6 +86,91 @@ def test_onnx(model, expected, tmp_path, capfd):
         (got,) = session.run(["probabilities"], {"images": images[:count]})
         np.testing.assert_allclose(got, probs[:count], atol=1e-4)
     check_metadata(session.get_modelmeta().custom_metadata_map)
+
+
+GUIDE = Path(__file__).parents[2] / "docs" / "guide.md"
+
+
+def write_hard_images(folder):
+    """One image of each rule of the decoder that the guide's script states."""
+    turned = Image.Exif()
+    turned[0x112] = 6
+    (folder / "exif.jpg").write_bytes(encode(photo(121, 77, 1), "JPEG", exif=turned))
+    turned[0x112] = 5
+    (folder / "a quarter.jpg").write_bytes(encode(photo(301, 177, 2), "JPEG", exif=turned))
+    glass = Image.fromarray(photo(49, 63, 3))
+    glass.putalpha(Image.linear_gradient("L").resize(glass.size))
+    glass.save(folder / "alpha.png")
+    glass.quantize(31).save(folder / "palette.png")
+    Image.fromarray(photo(33, 57, 4)).convert("L").save(folder / "grey.png")
+    Image.fromarray(photo(20, 29, 5)).save(folder / "small.bmp")
+    Image.fromarray(photo(29, 190, 6)).save(folder / "long.png")
+
+
+@pytest.mark.usefixtures("quick_runs")
+def test_the_guides_script_predicts_as_the_model(tmp_path, monkeypatch, capsys):
+    """With NumPy, Pillow and onnxruntime alone, from the file and its metadata: to 1e-4, in each crop mode."""
+    import onnx
+
+    (script,) = (text for text in re.findall(r"```python\n(.*?)```", GUIDE.read_text("utf-8"), re.S) if "onnx" in text)
+    assert set(re.findall(r"^(?:import|from) (\w+)", script, re.M)) == {"json", "numpy", "onnxruntime", "PIL"}
+    monkeypatch.chdir(tmp_path)
+    write_hard_images(tmp_path)
+    files = [file.name for file in tmp_path.iterdir()]
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    export.export(str(model), "onnx", "model.onnx")
+    own, graph = rexnet_lit.load(model, device="cpu"), onnx.load("model.onnx")
+    for mode in ("center", "border", "squash"):
+        spec = dataclasses.replace(own.spec, eval_recipe=own.spec.eval_recipe.with_crop_mode(mode))
+        classifier = Classifier(spec, own.network, "cpu")
+        onnx.helper.set_model_props(graph, export.metadata(classifier))
+        onnx.save(graph, "model.onnx")
+        probs = classifier.probabilities(files)
+        assert probs.std(0).min() > 0.02
+        for file, wanted in zip(files, probs, strict=True):
+            found = {}
+            exec(compile(script.replace("photo.jpg", file), str(GUIDE), "exec"), found)  # noqa: S102
+            np.testing.assert_allclose(found["probabilities"], wanted, atol=1e-4, err_msg=f"{mode} {file}")
+            label, prob = capsys.readouterr().out.splitlines()[0].split(": ")
+            assert label == classifier.predict(file)[0][0].label
+            assert prob == f"{wanted.max():.1%}"
+
+
+def test_openvino(model, expected, tmp_path, capsys, no_network):
+    openvino = pytest.importorskip("openvino")
+    command = ["export", str(model), "--format", "openvino", "--output"]
+    assert main.main([*command, str(tmp_path / "made")]) == 0
+    found, core = tmp_path / "made" / "model.xml", openvino.Core()
+    assert sorted(file.name for file in found.parent.iterdir()) == ["model.bin", "model.xml"]
+    size = sum(file.stat().st_size for file in found.parent.iterdir())
+    assert f"{size / 1e6:.1f} MB; compared with the model on 4 images" in capsys.readouterr().out
+    assert str(Path(formats.__file__).parents[1]) not in found.read_text()
+    graph = core.read_model(found)
+    run = core.compile_model(graph, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    images, probs = expected
+    for count in (1, 5):
+        np.testing.assert_allclose(run(images[:count])["probabilities"], probs[:count], atol=1e-4)
+    check_metadata(
+        {key: graph.get_rt_info(key).value for key in ("class_names", "rexnet_lit", "input", "preprocessing")}
+    )
+    assert no_network == []  # openvino has telemetry
+
+
+def test_openvino_replaces_only_its_own_files(model, tmp_path, capsys):
+    command = ["export", model, "--format", "openvino", "--output"]
+    boxes = tmp_path / "boxes.xml"
+    boxes.write_text("<annotation/>")
+    assert "no earlier output" in fails(capsys, *command, boxes)
+    (tmp_path / "model.bin").write_text("precious")
+    for output in (tmp_path, tmp_path / "model.xml"):
+        assert "model.bin' exists already" in fails(capsys, *command, output)
+    assert "must end in .xml" in fails(capsys, *command, tmp_path / "model.onnx")
+
+
+def test_openvino_is_an_extra(model, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    line = fails(capsys, "export", model, "--format", "openvino", "--output", tmp_path / "model.xml")
+    assert line == "export: openvino is not installed; pip install 'rexnet-lit[openvino]'"
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +239,7 @@ def test_torch(model, expected, tmp_path, capfd):
     output = tmp_path / "made" / "model.pt2"
     output.parent.mkdir()
     run(model, "torch", output, capfd)
-    metadata = dict.fromkeys(("class_names", "rexnet_lit", "input"), "")
+    metadata = dict.fromkeys(("class_names", "rexnet_lit", "input", "preprocessing"), "")
     graph = torch.export.load(output, extra_files=metadata).module()
     images, probs = expected
     for count in (1, 5):
