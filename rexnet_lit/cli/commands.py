@@ -143,6 +143,13 @@ def _crossval(args: argparse.Namespace) -> int:
     return several_runs.run_crossval(args.argv)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    with process.gc_paused():
+        from rexnet_lit.cli.plan import run_plan
+
+    return run_plan(args.argv)
+
+
 def _similar(args: argparse.Namespace) -> int:
     with process.gc_paused():
         from rexnet_lit.cli.similar import similar
@@ -249,6 +256,7 @@ COMMANDS = {
         },
     ),
     "crossval": Command("train and test a model for each of several folds", _crossval),
+    "plan": Command("estimate the time, memory and disk that a fit will take", _plan),
     "compare": Command(
         "compare runs that were tested on the same images",
         _compare,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from jsonargparse import Namespace
 
@@ -17,6 +17,9 @@ from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.utils.errors import UserError
 
 _OF_A_RUN = ("trainer.default_root_dir", "trainer.logger", "ckpt_path", "accept_changes", "find_lr", "config")
+
+
+T = TypeVar("T", bound="SeveralRuns")
 
 
 class SeveralRuns(RexNetCLI):
@@ -62,10 +65,10 @@ class SeveralRuns(RexNetCLI):
         return folder
 
 
-def parse(argv: Sequence[str]) -> SeveralRuns:
+def parse(argv: Sequence[str], kind: type[T]) -> T:
     """Return the runs of a command line: that of a fit."""
-    runs = SeveralRuns.run(["fit", *argv])
-    assert isinstance(runs, SeveralRuns)  # noqa: S101 (for the type checker)
+    runs = kind.run(["fit", *argv])
+    assert isinstance(runs, kind)  # noqa: S101 (for the type checker)
     if not runs.settings["data"]["root"]:
         raise UserError("data.root is not set; name a folder of images: --data.root DIR")
     if runs.settings["ckpt_path"]:
@@ -82,7 +85,7 @@ def run_crossval(argv: Sequence[str]) -> int:
         description="Train and test a model for each fold. It takes all settings of fit: rexnet-lit fit --help.",
     )
     _, rest = parser.parse_known_args(argv[1:])
-    runs = parse(rest)
+    runs = parse(rest, SeveralRuns)
     data = dict(runs.settings["data"])
     if not data["num_folds"]:
         data["num_folds"] = 5
