@@ -47,6 +47,7 @@ SKIPPED = {
     "--format hub": "the same",
     "--format onnx-int8": "the same",
     "rexnet_lit completion": "tests/cli runs it",
+    "rexnet_lit plan": "takes a minute; tests/search runs it",
     "rexnet_lit models": "builds all networks; tests/cli runs it",
     "make ": "installs packages, and calls the commands that are run here; that the target exists is checked",
     "python tests/benchmarks/": "takes long or needs other tools; that the script has these options is checked",

@@ -94,8 +94,11 @@ def run_plan(argv: Sequence[str]) -> int:
     )
     _, rest = parser.parse_known_args(argv[1:])
     runs = several_runs.parse(rest, ShortRuns)
+    assert isinstance(runs, ShortRuns)  # noqa: S101 (for the type checker)
     settings = runs.settings
     batch = settings["data"]["batch_size"]
+    if settings["trainer"]["max_epochs"] in (None, -1) and settings["trainer"]["max_steps"] in (None, -1):
+        raise UserError("plan: the fit has no end; set trainer.max_epochs or trainer.max_steps")
     print("Measuring a few steps; this takes as long as about 25 steps of the fit.", flush=True)  # noqa: T201
     imports = time.process_time()
     with tempfile.TemporaryDirectory(prefix="rexnet_lit_plan_") as temporary:
@@ -110,8 +113,6 @@ def run_plan(argv: Sequence[str]) -> int:
     work = plan.work_of(settings["trainer"], runs.sizes, batch, devices)
     if runs.model.strategy_settings.only_solves:
         work = dataclasses.replace(work, epochs=1, validations=1)
-    if work.epochs in (None, -1):
-        raise UserError("plan: the fit has no end; set trainer.max_epochs or trainer.max_steps")
     work = dataclasses.replace(work, selects=runs.model.blends)
     _print(runs, work, plan.estimate_times(cold, warm, work, imports), devices, disk)
     _print_memory(cold, warm, runs.model.device, runs.sizes["train"])

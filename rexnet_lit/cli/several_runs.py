@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from jsonargparse import Namespace
 
@@ -17,9 +17,6 @@ from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.utils.errors import UserError
 
 _OF_A_RUN = ("trainer.default_root_dir", "trainer.logger", "ckpt_path", "accept_changes", "find_lr", "config")
-
-
-T = TypeVar("T", bound="SeveralRuns")
 
 
 class SeveralRuns(RexNetCLI):
@@ -65,7 +62,7 @@ class SeveralRuns(RexNetCLI):
         return folder
 
 
-def parse(argv: Sequence[str], kind: type[T]) -> T:
+def parse(argv: Sequence[str], kind: type[SeveralRuns] = SeveralRuns) -> SeveralRuns:
     """Return the runs of a command line: that of a fit."""
     runs = kind.run(["fit", *argv])
     assert isinstance(runs, kind)  # noqa: S101 (for the type checker)
@@ -85,7 +82,7 @@ def run_crossval(argv: Sequence[str]) -> int:
         description="Train and test a model for each fold. It takes all settings of fit: rexnet-lit fit --help.",
     )
     _, rest = parser.parse_known_args(argv[1:])
-    runs = parse(rest, SeveralRuns)
+    runs = parse(rest)
     data = dict(runs.settings["data"])
     if not data["num_folds"]:
         data["num_folds"] = 5
