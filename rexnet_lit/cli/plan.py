@@ -66,7 +66,7 @@ class ShortRuns(several_runs.SeveralRuns):
             share = sum(map(len, splits.values())) / sum(self.sizes.values())
             limit = data._cache_bytes or process.available_memory() / (4 if data.cache == "auto" else 2)
             data._cache_bytes = limit * share
-        self.trainer.callbacks.insert(0, self.watch)
+        self.trainer.callbacks.insert(0, self.watch)  # type: ignore[attr-defined]
         super().before_fit()
 
     def measure(self, folder: Path, batch: int, steps: int, epochs: int) -> ShortFit:

@@ -123,10 +123,8 @@ class Classifier:
         for logits in self._batches(self.network, images, on_error, batch_size, progress, rows.errors):
             probs, classes = logits.softmax(1).topk(min(top_k, self.spec.num_classes))
             for row in zip(classes.tolist(), probs.tolist(), strict=True):
-                skipped = len(rows) in rows.errors
-                rows.append(
-                    None if skipped else [Prediction(self.class_names[c], p) for c, p in zip(*row, strict=True)]
-                )
+                best = [Prediction(self.class_names[c], p) for c, p in zip(*row, strict=True)]
+                rows.append(cast(Any, None if len(rows) in rows.errors else best))
         return rows
 
     def embed(

@@ -69,6 +69,7 @@ def test_every_class_is_measured(tmp_path):
     assert np.bincount(plan.some_of_each_class(samples, 7).targets).tolist() in ([3, 2, 2], [2, 3, 2], [2, 2, 3])
 
 
+@pytest.mark.slow
 def test_the_command_writes_nothing(tmp_path, monkeypatch, capsys):
     root = write_dataset(tmp_path / "data", train=4, val=2)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
