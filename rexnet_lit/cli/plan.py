@@ -133,13 +133,13 @@ def _devices(trainer: Mapping[str, Any], device: torch.device) -> int:
     return count * int(trainer["num_nodes"])
 
 
-def _disk_bytes(folder: Path) -> int:
-    """Return what a run folder takes at most: its files, and the temporary copy of one checkpoint."""
+def _disk_bytes(folder: Path) -> tuple[int, int]:
+    """Return what a run folder takes, and what it takes while the largest of its files is replaced."""
     found = {(status.st_dev, status.st_ino): status.st_size for status in map(os.stat, folder.rglob("*.*"))}
-    return sum(found.values()) + max(found.values(), default=0)
+    return sum(found.values()), sum(found.values()) + max(found.values(), default=0)
 
 
-def _print(runs: ShortRuns, work: Work, times: Times, devices: int, disk: int) -> None:
+def _print(runs: ShortRuns, work: Work, times: Times, devices: int, disk: tuple[int, int]) -> None:
     network = runs.model.network
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
@@ -152,7 +152,7 @@ def _print(runs: ShortRuns, work: Work, times: Times, devices: int, disk: int) -
         *((f"time: {name}", _duration(getattr(times, name))) for name in ("start", "training", "validation", "saving")),
         ("time: end", _duration(times.end)),
         ("time in all", _duration(times.total)),
-        ("disk", f"{disk / 1e6:,.0f} MB"),
+        ("disk", f"{disk[0] / 1e6:,.0f} MB; {disk[1] / 1e6:,.0f} MB while a checkpoint is written"),
     ]
     print_table(f"Plan: {runs.model.spec.backbone} on {plural(devices, 'device', 'devices')}", rows)
 
