@@ -52,6 +52,7 @@ SKIPPED = {
     "rexnet_lit compare": "tests/report runs it",
     "rexnet_lit completion": "tests/cli runs it",
     "rexnet_lit demo": "it runs until Ctrl-C; tests/cli runs it",
+    "rexnet_lit plan": "takes a minute; tests/search runs it",
     "rexnet_lit models": "builds all networks; tests/cli runs it",
     "make ": "installs packages, and calls the commands that are run here; that the target exists is checked",
     "python tests/benchmarks/": "takes long or needs other tools; that the script has these options is checked",

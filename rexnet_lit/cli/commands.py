@@ -166,6 +166,21 @@ def _crossval(args: argparse.Namespace) -> int:
     return several_runs.run_crossval(args.argv)
 
 
+def _plan(args: argparse.Namespace) -> int:
+    with process.gc_paused():
+        from rexnet_lit.cli.plan import run_plan
+
+    return run_plan(args.argv)
+
+
+def _similar(args: argparse.Namespace) -> int:
+    with process.gc_paused():
+        from rexnet_lit.cli.similar import similar
+
+    similar(args.query, args.index, args.model, top=args.top, as_json=args.json, page=args.report)
+    return 0
+
+
 def _completion(args: argparse.Namespace) -> int:
     if importlib.util.find_spec("shtab") is None:
         raise UserError("completion needs the package shtab; install the extra: pip install 'rexnet-lit[completion]'")
@@ -283,6 +298,7 @@ COMMANDS = {
     ),
     "tune": Command("search for the best settings within some minutes", _tune),
     "crossval": Command("train and test a model for each of several folds", _crossval),
+    "plan": Command("estimate the time, memory and disk that a fit will take", _plan),
     "compare": Command(
         "compare runs that were tested on the same images",
         _compare,
@@ -295,6 +311,29 @@ COMMANDS = {
             },
             "--json": {"action": "store_true", "help": "print the comparison as JSON"},
             "--report": {"type": expand_home, "metavar": "FILE.html", "help": "write it as a page"},
+        },
+    ),
+    "similar": Command(
+        "find the images of a folder that are most similar to an image",
+        _similar,
+        {
+            "query": {"type": expand_home, "metavar": "QUERY", "help": "an image, or a folder of a few"},
+            "--index": {
+                "required": True,
+                "type": expand_home,
+                "metavar": "DIR",
+                "help": "where to search; the features are kept in the cache folder, and new images added next time; "
+                "for up to about a million images",
+            },
+            "--model": {
+                "required": True,
+                "type": expand_home,
+                "metavar": "MODEL",
+                "help": "a .ckpt or .safetensors file of a run, or a name such as rexnet_100",
+            },
+            "--top": {"type": int, "default": 10, "metavar": "N", "help": "how many images to find; default: 10"},
+            "--json": {"action": "store_true", "help": "print the result as JSON"},
+            "--report": {"type": expand_home, "metavar": "FILE.html", "help": "write a page with the images"},
         },
     ),
     "fix": Command(

@@ -61,14 +61,14 @@ def _settings(name: str) -> dict[str, Any]:
 def _print(found: Comparison, console: Console) -> None:
     split = "validation" if found.split == "val" else "test"
     console.print(Text(f"{plural(found.images, f'{split} image', f'{split} images')}, intervals of 95 %"))
-    metrics = _table("run", "top-1", "interval", "macro F1", "loss", "ECE")
+    metrics = table("run", "top-1", "interval", "macro F1", "loss", "ECE")
     for run in found.runs:
         low, high = run["top1_interval"]
         cells = (f"{100 * run['top1']:.1f} %", f"{100 * low:.1f} to {100 * high:.1f}", f"{100 * run['macro_f1']:.1f} %")
         metrics.add_row(Text(printable(run["name"])), *cells, f"{run['nll']:.3f}", f"{run['ece']:.3f}")
     console.print(metrics)
     if found.settings:
-        settings = _table("setting", *(run["name"] for run in found.runs), justify="left")
+        settings = table("setting", *(run["name"] for run in found.runs), justify="left")
         for key, values in found.settings.items():
             settings.add_row(key, *(Text(printable(str(value))) for value in values))
         console.print(settings)
@@ -76,7 +76,8 @@ def _print(found: Comparison, console: Console) -> None:
         console.print(Text(printable(f"{difference.sentence}.")))
 
 
-def _table(first: str, *titles: str, justify: Any = "right") -> Table:
+def table(first: str, *titles: str, justify: Any = "right") -> Table:
+    """Return an empty table of these columns."""
     table = Table(first, box=None, header_style="bold")
     for title in titles:
         table.add_column(Text(printable(title)), justify=justify)

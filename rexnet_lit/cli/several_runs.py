@@ -74,10 +74,10 @@ class SeveralRuns(RexNetCLI):
         return folder
 
 
-def parse(argv: Sequence[str]) -> SeveralRuns:
+def parse(argv: Sequence[str], kind: type[SeveralRuns] = SeveralRuns) -> SeveralRuns:
     """Return the runs of a command line: that of a fit."""
-    runs = SeveralRuns.run(["fit", *argv])
-    assert isinstance(runs, SeveralRuns)  # noqa: S101 (for the type checker)
+    runs = kind.run(["fit", *argv])
+    assert isinstance(runs, kind)  # noqa: S101 (for the type checker)
     if not runs.settings["data"]["root"]:
         raise UserError("data.root is not set; name a folder of images: --data.root DIR")
     if runs.settings["ckpt_path"]:

@@ -4,39 +4,37 @@ import rexnet_lit
 
 classifier = rexnet_lit.load("model.safetensors")
 classifier.predict(["cat.jpg", "dog.jpg"], top_k=3)
+
+`inputs` lists what is taken for an image. Images are decoded and computed batch by batch, so a generator may yield
+any number of them. A classifier has no state: threads may share one, and it can be pickled.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator
-from typing import Any, NamedTuple, TypeAlias, cast
+from collections.abc import Callable, Iterable, Iterator, Sized
+from typing import Any, Literal, NamedTuple, TypeAlias, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor, nn
 
-from rexnet_lit.data import decode, image_header
 from rexnet_lit.data.transforms import EvalTransform
-from rexnet_lit.models import checkpoint, rexnet, variants, weights
+from rexnet_lit.models import checkpoint, inputs, rexnet, variants, weights
+from rexnet_lit.models.inputs import ImageLike, Images
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.utils.errors import UserError, did_you_mean, plural
-from rexnet_lit.utils.files import expand_home
-from rexnet_lit.utils.settings import check_range
+from rexnet_lit.utils.progress import progress as show_progress
+from rexnet_lit.utils.settings import check_choice, check_range
 
-ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any]"
-"""A path, a PIL image, or an array (H, W) or (H, W, C), C in 1, 3, 4, of uint8, uint16, bool or floats from 0 to 1."""
-
-Images: TypeAlias = "ImageLike | Iterable[ImageLike]"
-"""One image, or several: a list, a generator such as ``Path.glob``, or an array (N, H, W, 3)."""
-
-_BATCH = 32
+BATCH = 32
+OnError: TypeAlias = Literal["raise", "skip"]
 _MIN_MAP_CELLS = 4
 """Cells per side of the coarsest feature map that `Classifier.explain` uses."""
 
@@ -48,18 +46,30 @@ class Prediction(NamedTuple):
     prob: float
 
 
+class Predictions(list[list[Prediction]]):
+    """What `Classifier.predict` returns: for each image a list of predictions, or None if it was skipped.
+
+    Attributes:
+        errors: Why images were skipped, by their index.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: dict[int, str] = {}
+
+
 class Classifier:
     """A network and its description, ready to predict.
 
     Args:
         spec: The description.
         network: Maps images (B, 3, S, S) to logits (B, K).
-        device: Where to compute; by default a GPU if there is one.
+        device: Where to compute: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; by default CUDA if there is a GPU.
     """
 
     def __init__(self, spec: ModelSpec, network: nn.Module, device: str | torch.device | None = None) -> None:
         self.spec = spec
-        self.device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        self.device = _device(device)
         self.network = network.eval().requires_grad_(False).to(self.device)
         if self.device.type == "cpu":
             self.network.to(memory_format=torch.channels_last)  # about 1.5 times as fast on CPUs
@@ -75,32 +85,57 @@ class Classifier:
         """One name per logit."""
         return self.spec.class_names
 
-    def logits(self, images: Images) -> Tensor:
-        """Return the logits (N, K) on the CPU."""
-        return self._apply(self.network, images)
+    def logits(
+        self, images: Images, on_error: OnError = "raise", batch_size: int = BATCH, progress: bool = False
+    ) -> Tensor:
+        """Return the logits (N, K) on the CPU; see `embed`."""
+        return self._apply(self.network, images, on_error, batch_size, progress)
 
-    def probabilities(self, images: Images) -> NDArray[np.float32]:
-        """Return the probabilities (N, K) of all classes."""
-        return self.logits(images).softmax(1).numpy()
+    def probabilities(
+        self, images: Images, on_error: OnError = "raise", batch_size: int = BATCH, progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Return the probabilities (N, K) of all classes; see `embed`."""
+        return self.logits(images, on_error, batch_size, progress).softmax(1).numpy()
 
-    def predict(self, images: Images, top_k: int = 5) -> list[list[Prediction]]:
+    def predict(
+        self,
+        images: Images,
+        top_k: int = 5,
+        on_error: OnError = "raise",
+        batch_size: int = BATCH,
+        progress: bool = False,
+    ) -> Predictions:
         """Return the most probable classes of each image, best first.
 
         Args:
             images: One image or several.
             top_k: Classes per image, at most as many as the model has.
+            on_error: ``"raise"`` an error for an image that cannot be read; or ``"skip"`` it: its place in the list
+                has None, and the list's ``errors`` the reason.
+            batch_size: Images that are computed at once.
+            progress: Show a progress bar, in a log file a line every few seconds.
 
         Raises:
-            UserError: A file or an array cannot be read as an image, or there are no images.
+            UserError: An image cannot be read (the message has its index), or there are no images.
         """
         check_range("top_k", top_k, "[1, inf)")
-        probs, classes = self.logits(images).softmax(1).topk(min(top_k, self.spec.num_classes))
-        rows = zip(classes.tolist(), probs.tolist(), strict=True)
-        return [[Prediction(self.class_names[c], p) for c, p in zip(*row, strict=True)] for row in rows]
+        rows = Predictions()
+        for logits in self._batches(self.network, images, on_error, batch_size, progress, rows.errors):
+            probs, classes = logits.softmax(1).topk(min(top_k, self.spec.num_classes))
+            for row in zip(classes.tolist(), probs.tolist(), strict=True):
+                best = [Prediction(self.class_names[c], p) for c, p in zip(*row, strict=True)]
+                rows.append(cast(Any, None if len(rows) in rows.errors else best))
+        return rows
 
-    def embed(self, images: Images) -> NDArray[np.float32]:
-        """Return the pooled features (N, C): the head's input, for search and clustering."""
-        return self._apply(functools.partial(rexnet.embed, self.network), images).numpy()
+    def embed(
+        self, images: Images, on_error: OnError = "raise", batch_size: int = BATCH, progress: bool = False
+    ) -> NDArray[np.float32]:
+        """Return the pooled features (N, C): the head's input, for search and clustering.
+
+        The arguments are those of `predict`; the row of an image that is skipped is NaN, and a warning has the reason.
+        """
+        function = functools.partial(rexnet.embed, self.network)
+        return self._apply(function, images, on_error, batch_size, progress).numpy()
 
     def explain(self, image: ImageLike, target: str | None = None) -> NDArray[np.float32]:
         """Return where in an image's `view` the evidence for a class is: a heat map (S, S) from 0 to 1.
@@ -135,44 +170,98 @@ class Classifier:
 
     def view(self, image: ImageLike) -> NDArray[np.uint8]:
         """Return the part of an image that the network is given: uint8 (S, S, 3)."""
-        return self._transform.crop(_pixels(image, self._transform.min_size))
+        return self._transform.crop(inputs.pixels(image, self._transform.min_size))
 
-    def _batch(self, images: list[ImageLike]) -> Tensor:
+    def _input(self, image: ImageLike) -> Tensor:
+        """Return an image as the network's input (3, S, S)."""
+        return self._transform(inputs.pixels(image, self._transform.min_size))
+
+    def _batch(self, images: Iterable[ImageLike]) -> Tensor:
         """Return the network's input (N, 3, S, S)."""
-        batch = torch.stack([self._transform(_pixels(image, self._transform.min_size)) for image in images])
-        return rexnet.match_memory_format(batch.to(self.device), self.network)
+        return self._to_device([self._input(image) for image in images])
 
-    def _apply(self, function: Callable[[Tensor], Tensor], images: Images) -> Tensor:
+    def _to_device(self, images: list[Tensor]) -> Tensor:
+        return rexnet.match_memory_format(torch.stack(images).to(self.device), self.network)
+
+    def _apply(
+        self,
+        function: Callable[[Tensor], Tensor],
+        images: Images,
+        on_error: OnError = "raise",
+        batch_size: int = BATCH,
+        progress: bool = False,
+    ) -> Tensor:
         """Apply a function to batches (B, 3, S, S) of the images; return its results on the CPU."""
-        rest, results = _each(images), []
-        with torch.inference_mode():
-            while chunk := list(itertools.islice(rest, _BATCH)):
-                results.append(function(self._batch(chunk)).float().cpu())
-        if not results:
+        errors: dict[int, str] = {}
+        results = torch.cat(list(self._batches(function, images, on_error, batch_size, progress, errors)))
+        if errors:
+            shown = "; ".join(f"image {index}: {reason}" for index, reason in itertools.islice(errors.items(), 3))
+            warnings.warn(f"{len(errors)} of {len(results)} images were skipped: {shown}", stacklevel=3)
+        return results
+
+    def _batches(
+        self,
+        function: Callable[[Tensor], Tensor],
+        images: Images,
+        on_error: OnError,
+        batch_size: int,
+        progress: bool,
+        errors: dict[int, str],
+    ) -> Iterator[Tensor]:
+        """Yield a function's results for one batch of images after the other; those of skipped images are NaN.
+
+        Args:
+            function: Maps the network's input (B, 3, S, S) to (B, ...).
+            images: One image or several.
+            on_error: See `predict`.
+            batch_size: B.
+            progress: See `predict`.
+            errors: Gets the index of each image that is skipped, and the reason.
+        """
+        check_choice("on_error", on_error, ("raise", "skip"))
+        check_range("batch_size", batch_size, "[1, inf)")
+        total = len(images) if isinstance(images, Sized) else None
+        rest, one = inputs.each(images)
+        bar = show_progress("Classifying the images", total) if progress and not one else contextlib.nullcontext()
+        size, done = self.spec.eval_recipe.image_size, 0
+        with bar as show:
+            while chunk := list(itertools.islice(rest, batch_size)):
+                batch = []
+                for index, image in enumerate(chunk, done):
+                    try:
+                        batch.append(self._input(image))
+                    except UserError as error:
+                        if on_error == "raise":
+                            raise error if one else UserError(f"image {index}: {error}") from None
+                        errors[index] = str(error)
+                        batch.append(torch.zeros(3, size, size))
+                skipped = [index - done for index in range(done, done + len(chunk)) if index in errors]
+                done += len(chunk)
+                with torch.inference_mode():  # not while the caller has the results
+                    results = function(self._to_device(batch)).float().cpu()
+                    results[skipped] = torch.nan
+                yield results
+                if show is not None:
+                    show(done)
+        if not done:
             raise UserError("there are no images to predict: the list is empty")
-        return torch.cat(results)
 
 
-def _each(images: Images) -> Iterator[ImageLike]:
-    """Yield the images one by one."""
-    one = isinstance(images, str | bytes | os.PathLike | Image.Image) or not isinstance(images, Iterable)
-    one = images.ndim != 4 if isinstance(images, np.ndarray) else one
-    return iter(cast("Iterable[ImageLike]", [images] if one else images))
+def _device(name: str | torch.device | None) -> torch.device:
+    """Return a device; by default a GPU of NVIDIA or AMD, if there is one.
 
-
-def _pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
-    """Return an image of any kind as uint8 (H, W, 3), by the same rules as training."""
+    Raises:
+        UserError: There is no such device.
+    """
     try:
-        if isinstance(image, str | os.PathLike):
-            return decode.decode(decode.read_bytes(expand_home(image)), min_size, thorough=True)
-        if isinstance(image, np.ndarray):
-            return decode.from_array(image)
-        if isinstance(image, Image.Image):
-            return decode.from_pil(image)
-    except image_header.DecodeError as error:
-        name = os.fspath(image) if isinstance(image, str | os.PathLike) else f"this {type(image).__name__}"
-        raise UserError(f"{name}: cannot be read as an image ({error})") from None
-    raise UserError(f"a {type(image).__name__} is not an image; expected a path, a PIL image or an array")
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device is {name!r}; expected cpu, cuda, cuda:1 or mps") from None
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    missing = device.type == "cuda" and (device.index or 0) >= gpus
+    if missing or (device.type == "mps" and not torch.backends.mps.is_available()):
+        raise UserError(f"device is {str(device)!r}, but torch finds no such device on this machine; use 'cpu'")
+    return device
 
 
 def load(
@@ -183,7 +272,7 @@ def load(
     Args:
         model: A ``.ckpt`` or ``.safetensors`` file of a run; or timm's name of a ReXNet (``rexnet_100``), for its
             published ImageNet weights and class names.
-        device: Where to compute; by default a GPU if there is one.
+        device: Where to compute: ``"cuda"``, ``"cuda:1"``, ``"mps"`` or ``"cpu"``; by default CUDA if there is a GPU.
         network: A network of your own, if the model was trained with one; its weights are replaced.
 
     Raises:

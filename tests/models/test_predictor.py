@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import concurrent.futures
+import io
+import pickle
 import re
 from pathlib import Path
 
@@ -183,6 +186,62 @@ def test_explain_is_grad_cam_on_the_last_features_of_a_large_view(model):
     np.testing.assert_allclose(classifier.explain(image, NAMES[1]), (cam / cam.max()).numpy(), atol=1e-4)
 
 
+def test_bytes_files_and_tensors(classifier, tmp_path):
+    """What web frameworks and torchvision have. A file object that was just written is at its end."""
+    image = picture("ring", 3, 80)
+    Image.fromarray(image).save(tmp_path / "ring.png")
+    data, written = (tmp_path / "ring.png").read_bytes(), io.BytesIO()
+    Image.fromarray(image).save(written, "png")
+    tensor = torch.from_numpy(image).permute(2, 0, 1)
+    expected = classifier.logits(image)
+    with (tmp_path / "ring.png").open("rb") as file:
+        for same in (data, bytearray(data), memoryview(data), written, file, tensor, tensor / 255, tensor[None]):
+            torch.testing.assert_close(classifier.logits(same), expected)
+    torch.testing.assert_close(classifier.logits(tensor[0]), classifier.logits(image[..., 0]))
+    paths = np.array([tmp_path / "ring.png"] * 2)
+    torch.testing.assert_close(classifier.logits(paths), expected.repeat(2, 1), atol=1e-5, rtol=0)
+
+
+def test_bad_images_are_skipped(classifier, tmp_path):
+    (tmp_path / "empty.png").touch()
+    good = [picture(name, 3) for name in NAMES]
+    images = [good[0], tmp_path / "empty.png", good[1], b"", good[2]]
+    rows = classifier.predict(iter(images), on_error="skip", batch_size=2)
+    assert [row is None for row in rows] == [False, True, False, True, False]
+    assert list(rows.errors) == [1, 3]
+    assert "empty.png: cannot be read as an image" in rows.errors[1]
+    expected = classifier.probabilities(good)
+    np.testing.assert_allclose([rows[i][0].prob for i in (0, 2, 4)], expected.max(1), atol=1e-5)
+    with pytest.warns(UserWarning, match=r"2 of 5 images were skipped: image 1: .*empty.png.*; image 3: these bytes"):
+        features = classifier.embed(images, on_error="skip")
+    assert np.isnan(features).all(1).tolist() == [False, True, False, True, False]
+    np.testing.assert_allclose(features[[0, 2, 4]], classifier.embed(good), atol=1e-4)
+    with pytest.raises(UserError, match=r"image 1: .*empty.png"):
+        classifier.predict(images)
+
+
+def test_a_generator_is_read_batch_by_batch(classifier, monkeypatch):
+    read, computed = [], []
+    images = (read.append(seed) or picture("disc", seed) for seed in range(7))
+    batches = classifier._to_device
+    monkeypatch.setattr(classifier, "_to_device", lambda batch: computed.append(len(read)) or batches(batch))
+    assert len(classifier.predict(images, batch_size=3, progress=True)) == 7
+    assert computed == [3, 6, 7]
+
+
+def test_threads_and_copies_answer_alike(classifier, tmp_path):
+    Image.fromarray(picture("ring", 3, 300)).save(tmp_path / "ring.png")
+    with Image.open(tmp_path / "ring.png") as shared:  # Pillow reads it on first use
+        images = [shared, *(picture(name, seed) for name in NAMES for seed in range(3))]
+        with concurrent.futures.ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda _: (classifier.predict(images), classifier.explain(shared)), range(8)))
+    copy = pickle.loads(pickle.dumps(classifier))  # noqa: S301
+    for rows, heat in [*answers, (copy.predict(images), copy.explain(shared))]:
+        assert rows == classifier.predict(images)
+        np.testing.assert_array_equal(heat, classifier.explain(shared))
+    assert pickle.loads(pickle.dumps(rows)).errors == {}  # noqa: S301
+
+
 def test_arrays_of_every_dtype(classifier):
     image = picture("ring", 3)
     grey = image[..., :1]
@@ -201,7 +260,7 @@ def test_bad_input_is_one_line(classifier, tmp_path):
     cases = [
         (tmp_path / "missing.png", "missing.png"),
         (tmp_path / "empty.png", r"empty\.png: cannot be read"),
-        (tmp_path, "cannot be read"),
+        (tmp_path, "cannot be read.*rglob"),
         ([], "no images"),
         (np.full((8, 8, 3), 255.0), r"values from 255 to 255; expected 0 to 1"),
         (np.full((8, 8), np.nan), r"values from nan to nan; expected 0 to 1"),
@@ -209,13 +268,24 @@ def test_bad_input_is_one_line(classifier, tmp_path):
         (np.zeros((8, 8, 2), np.uint8), r"uint8 \(8, 8, 2\)"),
         (np.zeros((0, 8, 3), np.uint8), r"uint8 \(0, 8, 3\)"),
         ([7], "a int is not an image"),
-        (b"bytes", "a bytes is not an image"),
+        (b"bytes", r"these bytes: cannot be read as an image \(text, not an image"),
+        (io.StringIO("text"), r"this StringIO: .*open it in binary mode"),
+        (np.zeros((3, 8, 8), np.uint8), r"uint8 \(3, 8, 8\); .*array.transpose\(1, 2, 0\)"),
+        (torch.zeros(8, 8, 3), r"\(8, 8, 3\); .*tensor.permute\(2, 0, 1\)"),
+        ("https://example.com/cat.jpg", "URLs are not opened: download it"),
+        ({"image": Image.new("L", (8, 8))}, r"a dict is not an image; pass the images in it: row\['image'\]"),
+        ([picture("disc", 1), None], "image 1: a NoneType is not an image; cv2.imread returns None"),
         (Image.new("I", (8, 8)), "32-bit"),
     ]
     for images, message in cases:
         with pytest.raises(UserError, match=message) as error:
             classifier.predict(images)
         assert "\n" not in str(error.value)
+    for device in ("gpu", "cuda:64", "mps"):
+        with pytest.raises(UserError, match=f"device is '{device}'"):
+            rexnet_lit.Classifier(classifier.spec, classifier.network, device)
+    with pytest.raises(UserError, match="on_error is 'ignore'; expected one of raise, skip"):
+        classifier.predict(picture("disc", 1), on_error="ignore")
     with pytest.raises(UserError, match="top_k is 0"):
         classifier.predict(picture("disc", 1), top_k=0)
     with pytest.raises(UserError, match="no class 'rings'; did you mean 'ring'"):
