@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from rexnet_lit.data import decode, image_header
 from rexnet_lit.data.transforms import EvalTransform
 from rexnet_lit.models import checkpoint, rexnet, variants, weights
+from rexnet_lit.models.limits import COVERAGE, Limits
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.utils.errors import UserError, did_you_mean, plural
 from rexnet_lit.utils.files import expand_home
@@ -97,6 +98,51 @@ class Classifier:
         probs, classes = self.logits(images).softmax(1).topk(min(top_k, self.spec.num_classes))
         rows = zip(classes.tolist(), probs.tolist(), strict=True)
         return [[Prediction(self.class_names[c], p) for c, p in zip(*row, strict=True)] for row in rows]
+
+    @property
+    def limits(self) -> Limits:
+        """How far the answers can be relied on, as found when the model was trained.
+
+        Raises:
+            UserError: The model file has no limits.
+        """
+        if self.spec.limits is None:
+            raise UserError(
+                "this model has no limits (prediction sets, unsure, stranger): it is of an older version, or had fewer "
+                "than 20 validation images; fit it again"
+            )
+        return self.spec.limits
+
+    def predict_set(self, images: Images, coverage: float = COVERAGE) -> list[list[Prediction]]:
+        """Return the classes that each image may be of, most probable first: its prediction set.
+
+        For images like those the model was validated on, this share of the sets has the true class. Easy images have
+        sets of one class. An image may have none: then no class is as probable as true classes usually are.
+
+        Args:
+            images: One image or several.
+            coverage: The share of images whose set has the true class, between 0 and 1.
+
+        Raises:
+            UserError: As `predict`; or the model has no limits.
+        """
+        limits = self.limits
+        limits.least_probability(coverage)  # refuses a wrong coverage before the images are read
+        probs = self.probabilities(images)
+        order = np.argsort(-probs, axis=1, kind="stable")
+        found = zip(order.tolist(), probs, limits.sets(probs, coverage), strict=True)
+        return [[Prediction(self.class_names[c], float(p[c])) for c in row if among[c]] for row, p, among in found]
+
+    def strangeness(self, images: Images) -> NDArray[np.float64]:
+        """Return how unlike the images that the model knows each image is, (N,): higher is stranger.
+
+        Of images like those the model was validated on, 95 % have 1 or less.
+
+        Raises:
+            UserError: As `predict`; or the model has no limits.
+        """
+        limits = self.limits
+        return limits.strangeness(self.embed(images))
 
     def embed(self, images: Images) -> NDArray[np.float32]:
         """Return the pooled features (N, C): the head's input, for search and clustering."""

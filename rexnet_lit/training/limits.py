@@ -1,0 +1,111 @@
+"""Fits the limits of a model's answers (`models.limits`) on validation images.
+
+All validation images are used, though they have also selected the weights and the temperature: of some hundred images a
+part would give limits that vary more than this selection shifts them. The choice is among a few candidates, so the
+shift is small; docs/benchmarks.md measures it.
+
+Sources: the threshold of sure answers is that of Geifman and El-Yaniv, "Selective Classification for Deep Neural
+Networks", 2017, by the test of Clopper and Pearson (1934); the covariance is that of Ledoit and Wolf, "A
+Well-Conditioned Estimator for Large-Dimensional Covariance Matrices", 2004.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from rexnet_lit.models.limits import Floats, KnownFeatures, Limits, kept_ranks
+
+MIN_IMAGES = 20
+"""Validation images that it takes: of fewer, none is at the limit that 95 % pass."""
+
+COMPONENTS = 32
+"""Directions in which the features of known images are described, at most."""
+
+_PASS = 0.95
+_RISK = 0.1
+"""The probability that sure answers are right less often than is asked for."""
+
+_SHRINK = 0.8
+"""Each candidate for the set of sure answers has this share of the one before."""
+
+
+def fit_limits(
+    probs: Floats, targets: NDArray[np.int64], features: Floats, known: KnownFeatures, precision: float
+) -> Limits:
+    """Return the limits of a model.
+
+    Args:
+        probs: Probabilities of validation images, (N, K).
+        targets: Their classes, (N,).
+        features: Their features, (N, C).
+        known: What `fit_known` returned for training images.
+        precision: The share of sure answers that should be right.
+    """
+    count, rank = len(targets), math.ceil((len(targets) + 1) * _PASS - 1e-9)
+    scores = np.sort(1 - probs[np.arange(count), targets].astype(np.float64))[kept_ranks(count) - 1]
+    distance = float(np.sort(known.distance(features))[min(rank, count) - 1])
+    sure = sure_confidence(probs.max(1), probs.argmax(1) == targets, precision)
+    known = dataclasses.replace(known, threshold=max(distance, 1e-12))
+    return Limits(count, scores.astype(np.float32), precision, sure, known)
+
+
+def sure_confidence(confidence: Floats, right: NDArray[np.bool_], precision: float) -> float | None:
+    """Return the lowest confidence above which answers are right as often as asked for; None if there is none.
+
+    It is the confidence of one of the images, so the images above it are a random sample of those above it anywhere,
+    and the exact bound for a binomial share holds for the mistakes among them. As the best of J such confidences is
+    chosen, each is tested at a risk of `_RISK` / J.
+
+    Args:
+        confidence: That of each image, (N,).
+        right: Whether its answer is, (N,).
+        precision: The share of answers that should be right.
+    """
+    order = np.argsort(-confidence, kind="stable")
+    ranked, mistakes = confidence[order], np.concatenate([[0], np.cumsum(~right[order])])
+    sizes = [len(ranked)]
+    while chance_of(0, smaller := int(_SHRINK * sizes[-1]), 1 - precision) <= _RISK / (len(sizes) + 1):
+        sizes.append(smaller)  # it would be accepted if it has no mistakes
+    for size in sizes:
+        limit = float(ranked[size]) if size < len(ranked) else 0.0
+        above = int((ranked > limit).sum())  # fewer than `size` if some are equal
+        if above and chance_of(int(mistakes[above]), above, 1 - precision) <= _RISK / len(sizes):
+            return limit
+    return None
+
+
+def chance_of(mistakes: int, images: int, share: float) -> float:
+    """Return the probability of so few mistakes among images of which this share are mistakes: the binomial tail."""
+    i = np.arange(1, mistakes + 1)
+    ways = np.concatenate([[0.0], np.cumsum(np.log((images - i + 1) / i))])  # the logarithm
+    i = np.arange(mistakes + 1)
+    return float(np.exp(ways + i * np.log(share) + (images - i) * np.log1p(-share)).sum())
+
+
+def fit_known(features: Floats, targets: NDArray[np.int64], classes: int) -> KnownFeatures:
+    """Return where the features of training images are.
+
+    Args:
+        features: (M, C).
+        targets: Their classes, (M,).
+        classes: K; a class without images among these counts as one at the mean of all.
+    """
+    from sklearn.covariance import LedoitWolf
+    from sklearn.decomposition import PCA
+
+    count, width = features.shape
+    d = max(1, min(COMPONENTS, count // 2, width))
+    found = PCA(d, svd_solver="randomized", random_state=0).fit(features)
+    center, basis = found.mean_.astype(np.float32), found.components_.T.astype(np.float16)
+    offset = features.astype(np.float64) - center
+    along = offset @ basis.astype(np.float64)
+    means = np.zeros((classes, d))
+    for c in np.unique(targets):
+        means[c] = along[targets == c].mean(0)
+    whiten = np.linalg.cholesky(LedoitWolf(assume_centered=True).fit(along - means[targets]).precision_)
+    rest = float(((offset**2).sum(1) - (along**2).sum(1)).mean()) / max(1, width - d)
+    return KnownFeatures(center, basis, whiten.astype(np.float32), (means @ whiten).astype(np.float32), max(rest, 0.0))
