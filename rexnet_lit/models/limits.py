@@ -120,16 +120,16 @@ class Limits:
         Raises:
             ValueError: The numbers do not fit together; or TypeError or KeyError.
         """
-        fields = ("center", "basis", "whiten", "means")
-        arrays = {name: unpack(raw["known"][name]) for name in fields}
+        names = ("center", "basis", "whiten", "means")
+        center, basis, whiten, means = (unpack(raw["known"][name]) for name in names)
         residual, threshold = (float(raw["known"][name]) for name in ("residual", "threshold"))
-        (width,), (_, d) = arrays["center"].shape, arrays["basis"].shape
-        shapes = {"center": (width,), "basis": (width, d), "whiten": (d, d), "means": (classes, d)}
+        (width,), (_, d) = center.shape, basis.shape
+        fits = (basis.shape, whiten.shape, means.shape) == ((width, d), (d, d), (classes, d))
         confidence = None if raw["confidence"] is None else float(raw["confidence"])
-        known = KnownFeatures(*(arrays[name] for name in fields), residual, threshold)
+        known = KnownFeatures(center, basis, whiten, means, residual, threshold)
         found = cls(int(raw["images"]), unpack(raw["scores"]), float(raw["precision"]), confidence, known)
         finite = [residual, threshold, found.precision, 0.0 if confidence is None else confidence]
-        if any(arrays[name].shape != shape for name, shape in shapes.items()) or not np.isfinite(finite).all():
+        if not fits or not np.isfinite(finite).all():
             raise ValueError("its limits are not finite, or of shapes that do not fit")
         if found.images < 1 or found.scores.shape != kept_ranks(found.images).shape or threshold <= 0 or residual < 0:
             raise ValueError(f"its limits have {found.scores.shape} scores of {found.images} images")

@@ -4,8 +4,9 @@ All validation images are used, though they have also selected the weights and t
 part would give limits that vary more than this selection shifts them. The choice is among a few candidates, so the
 shift is small; docs/benchmarks.md measures it.
 
-Sources: the threshold of sure answers is that of Geifman and El-Yaniv, "Selective Classification for Deep Neural
-Networks", 2017, by the test of Clopper and Pearson (1934); the covariance is that of Ledoit and Wolf, "A
+Sources: the threshold of sure answers is that of Angelopoulos et al., "Learn then Test", 2021
+(https://arxiv.org/abs/2110.01052), for the guarantee of Geifman and El-Yaniv, "Selective Classification for Deep Neural
+Networks", 2017; the covariance is that of Ledoit and Wolf, "A
 Well-Conditioned Estimator for Large-Dimensional Covariance Matrices", 2004.
 """
 
@@ -29,8 +30,8 @@ _PASS = 0.95
 _RISK = 0.1
 """The probability that sure answers are right less often than is asked for."""
 
-_SHRINK = 0.8
-"""Each candidate for the set of sure answers has this share of the one before."""
+_GROWTH = 1.1
+"""Each set of answers that is tested is so many times as large as the one before."""
 
 
 def fit_limits(
@@ -56,26 +57,28 @@ def fit_limits(
 def sure_confidence(confidence: Floats, right: NDArray[np.bool_], precision: float) -> float | None:
     """Return the lowest confidence above which answers are right as often as asked for; None if there is none.
 
-    It is the confidence of one of the images, so the images above it are a random sample of those above it anywhere,
-    and the exact bound for a binomial share holds for the mistakes among them. As the best of J such confidences is
-    chosen, each is tested at a risk of `_RISK` / J.
+    Ever larger sets of the most confident answers are tested for having too many mistakes anywhere, until one may have
+    (Learn then Test with a fixed sequence). The first one is the smallest that can pass, if all its answers are right.
+    The images above the confidence of another image are a random sample of those above it anywhere, so each test is
+    that of a binomial share. That the first failure ends them makes one risk enough for all, because mistakes get more
+    frequent as the confidence falls.
 
     Args:
         confidence: That of each image, (N,).
         right: Whether its answer is, (N,).
         precision: The share of answers that should be right.
     """
-    order = np.argsort(-confidence, kind="stable")
+    order, count, found = np.argsort(-confidence, kind="stable"), len(confidence), None
     ranked, mistakes = confidence[order], np.concatenate([[0], np.cumsum(~right[order])])
-    sizes = [len(ranked)]
-    while chance_of(0, smaller := int(_SHRINK * sizes[-1]), 1 - precision) <= _RISK / (len(sizes) + 1):
-        sizes.append(smaller)  # it would be accepted if it has no mistakes
-    for size in sizes:
-        limit = float(ranked[size]) if size < len(ranked) else 0.0
+    size = math.ceil(math.log(_RISK) / math.log(precision))
+    while size <= count:
+        limit = float(ranked[size]) if size < count else 0.0
         above = int((ranked > limit).sum())  # fewer than `size` if some are equal
-        if above and chance_of(int(mistakes[above]), above, 1 - precision) <= _RISK / len(sizes):
-            return limit
-    return None
+        if chance_of(int(mistakes[above]), above, 1 - precision) > _RISK:
+            break
+        found = limit
+        size = min(max(size + 1, int(_GROWTH * size)), count) if size < count else count + 1
+    return found
 
 
 def chance_of(mistakes: int, images: int, share: float) -> float:

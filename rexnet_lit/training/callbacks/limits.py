@@ -11,6 +11,7 @@ from torch import Tensor
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.folder import Samples
+from rexnet_lit.data.splits import Split
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.limits import COVERAGE, Limits
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint, add_limits
@@ -28,6 +29,7 @@ class FitLimits(EndOfTraining):
 
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Fit the limits on the validation images, and save them."""
+        found, saver.features = saver.features, {}
         count = len(data.splits()["val"])
         if not saver.best_model_path or module.spec.num_classes == 1:
             return
@@ -35,15 +37,20 @@ class FitLimits(EndOfTraining):
             images = f"{MIN_IMAGES} validation images, and there are {count}"
             message = f"No limits of the answers: prediction sets, unsure and stranger need {images}."
         else:
-            message = self._fit(trainer, module, data, saver)
+            message = self._fit(trainer, module, data, Path(saver.best_model_path), found)
         rank_zero_only(print)(message, flush=True)
 
-    def _fit(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> str:
-        path = Path(saver.best_model_path)
+    def _fit(
+        self,
+        trainer: Trainer,
+        module: RexNetModule,
+        data: ImageFolderDataModule,
+        path: Path,
+        found: dict[Split, Tensor],
+    ) -> str:
         best = checkpoint.load_model(path).state if trainer.is_global_zero else None
         best = trainer.strategy.broadcast(best)
         assert best is not None  # noqa: S101 (for the type checker)
-        found, saver.features = saver.features, {}
         splits = data.splits()
         samples = {"train": splits["train"], "val": splits["val"]}
         with network_restored(module):
@@ -56,10 +63,9 @@ class FitLimits(EndOfTraining):
                 all_ = len(samples["train"]) == len(splits["train"])  # of which decoded images may be in memory
                 found["train"] = data.compute_features("train" if all_ else samples["train"], embed, evaluate=True)[0]
             probs = head_logits(module, found["val"]).softmax(1)
-        features, val = (found[name].numpy() for name in ("train", "val"))
-        targets = {name: each.targets for name, each in samples.items()}
-        known = fit_known(features, targets["train"], module.spec.num_classes)
-        limits = fit_limits(probs.numpy(), targets["val"], val, known, module.target_precision)
+        known = fit_known(found["train"].numpy(), samples["train"].targets, module.spec.num_classes)
+        val = found["val"].numpy()
+        limits = fit_limits(probs.numpy(), samples["val"].targets, val, known, module.target_precision)
         if trainer.is_global_zero:
             add_limits(path, limits)
         trainer.strategy.barrier()
