@@ -58,27 +58,39 @@ def sure_confidence(confidence: Floats, right: NDArray[np.bool_], precision: flo
     """Return the lowest confidence above which answers are right as often as asked for; None if there is none.
 
     Ever larger sets of the most confident answers are tested for having too many mistakes anywhere, until one may have
-    (Learn then Test with a fixed sequence). The first one is the smallest that can pass, if all its answers are right.
-    The images above the confidence of another image are a random sample of those above it anywhere, so each test is
-    that of a binomial share. That the first failure ends them makes one risk enough for all, because mistakes get more
-    frequent as the confidence falls.
+    (Learn then Test with a fixed sequence). The images above the confidence of another image are a random sample of
+    those above it anywhere, so each test is that of a binomial share. That the first failure ends them makes one risk
+    enough for all, because mistakes get more frequent as the confidence falls. The sequence starts several times, the
+    tests sharing the risk: with the smallest set that can pass, if all its answers are right, and with sets 3, 9, ...
+    times as large, as a single wrong label may be among the most confident answers.
 
     Args:
         confidence: That of each image, (N,).
         right: Whether its answer is, (N,).
         precision: The share of answers that should be right.
     """
-    order, count, found = np.argsort(-confidence, kind="stable"), len(confidence), None
+    order, count = np.argsort(-confidence, kind="stable"), len(confidence)
     ranked, mistakes = confidence[order], np.concatenate([[0], np.cumsum(~right[order])])
-    size = math.ceil(math.log(_RISK) / math.log(precision))
-    while size <= count:
-        limit = float(ranked[size]) if size < count else 0.0
-        above = int((ranked > limit).sum())  # fewer than `size` if some are equal
-        if chance_of(int(mistakes[above]), above, 1 - precision) > _RISK:
-            break
-        found = limit
-        size = min(max(size + 1, int(_GROWTH * size)), count) if size < count else count + 1
-    return found
+    starts = 1
+    while _smallest_set(precision, _RISK / (starts + 1)) * 3**starts <= count:
+        starts += 1
+    for start in range(starts - 1, -1, -1):
+        size, found = _smallest_set(precision, _RISK / starts) * 3**start, None
+        while size <= count:
+            limit = float(ranked[size]) if size < count else 0.0
+            above = int((ranked > limit).sum())  # fewer than `size` if some are equal
+            if chance_of(int(mistakes[above]), above, 1 - precision) > _RISK / starts:
+                break
+            found = limit
+            size = min(max(size + 1, int(_GROWTH * size)), count) if size < count else count + 1
+        if found is not None:
+            return found
+    return None
+
+
+def _smallest_set(precision: float, risk: float) -> int:
+    """Return how many right answers it takes to be certain of a precision at a risk."""
+    return math.ceil(math.log(risk) / math.log(precision))
 
 
 def chance_of(mistakes: int, images: int, share: float) -> float:

@@ -188,7 +188,8 @@ def test_a_run(data, tmp_path, monkeypatch, capsys):
     assert found["sets"]["coverage"] == pytest.approx(np.mean(covered))
     assert len(classifier.predict_set(files[0], coverage=0.99)[0]) == 3  # 24 images allow for no more than 0.96
     capsys.readouterr()
-    assert main(["predict", str(model), str(data / "test"), *cpu]) == 0
+    output = str(tmp_path / "p.csv")
+    assert main(["predict", str(model), str(data / "test" / "cross"), "--data.predict_output", output, *cpu]) == 0
     assert "unsure" in capsys.readouterr().out
     spec = dataclasses.replace(classifier.spec, limits=None)
     checkpoint.save_model(tmp_path / "old.safetensors", spec, states[0].state)
