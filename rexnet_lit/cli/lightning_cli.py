@@ -196,6 +196,10 @@ class RexNetCLI(LightningCLI):
         recipe, size = self.model.spec.eval_recipe, settings["image_size"]  # the settings override the model file
         recipe = dataclasses.replace(recipe, image_size=recipe.image_size if size is None else size)
         recipe = recipe.with_crop_mode(settings["crop_mode"])
+        if self.model.spec.limits is not None and recipe != self.model.spec.eval_recipe:
+            self.model.spec = dataclasses.replace(self.model.spec, limits=None)
+            note = "no unsure, set and stranger: the model's limits hold for its own image_size and crop_mode"
+            rank_zero_only(print)(f"note: {note}", flush=True)
         self.model.spec = dataclasses.replace(self.model.spec, eval_recipe=recipe)
         self.datamodule = ImageFolderDataModule(**settings, class_names=self.model.spec.class_names)
         folder = self.datamodule.folder

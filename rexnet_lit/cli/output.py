@@ -5,13 +5,14 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from lightning.pytorch import Trainer
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.splits import first_few
+from rexnet_lit.report.predictions import Predictions, set_names
 from rexnet_lit.training.callbacks.console import print_table
 from rexnet_lit.training.callbacks.predictions import PredictionWriter
 from rexnet_lit.training.metrics import classes_without_images, main_metrics
@@ -83,12 +84,23 @@ def print_predictions(writer: PredictionWriter, data: ImageFolderDataModule) -> 
         return
     best = found.probs.argmax(1)
     labels = [printable(found.class_names[k]) for k in best[:10]]
-    rows = zip(found.paths, labels, found.probs.max(1), strict=False)
-    print_table("Predictions", [(printable(path), f"{label}  {prob:.3f}") for path, label, prob in rows])
+    rows = zip(found.paths, labels, found.probs.max(1), _remarks(found), strict=False)
+    print_table("Predictions", [(printable(path), f"{label}  {prob:.3f}{more}") for path, label, prob, more in rows])
     more = f" ({len(best)} images)" if len(best) > 10 else ""
     print(f"predictions: {writer.path}{more}")  # noqa: T201
     print_notes(data.predict_notes)
     print_unreadable(data, writer.quarantined)
+
+
+def _remarks(p: Predictions) -> Iterator[str]:
+    """Yield what is to be said of each answer beside its confidence: unsure, stranger, and its set of several."""
+    for index in range(len(p.paths)):
+        found = p.limited
+        words = []
+        if found is not None:
+            words = [word for word in ("unsure", "stranger") if getattr(found, word)[index]]
+            words += [f"set: {set_names(p, index)}"] if found.sets[index].sum() > 1 else []
+        yield f"  ({'; '.join(words)})" if words else ""
 
 
 def print_unreadable(data: ImageFolderDataModule, listed: Path | None) -> None:

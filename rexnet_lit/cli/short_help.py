@@ -37,7 +37,7 @@ _KEYS = {
         "trainer.max_epochs", *_HARDWARE, "trainer.default_root_dir", "seed_everything", "ckpt_path",
     ),
     "validate": ("ckpt_path", *_EVALUATION),
-    "test": ("ckpt_path", *_EVALUATION),
+    "test": ("ckpt_path", "data.strangers", *_EVALUATION),
     "predict": ("ckpt_path", "data.predict_path", "data.predict_output", *_EVALUATION[1:]),
 }  # fmt: skip
 

@@ -19,7 +19,7 @@ from rexnet_lit.data.augmentation import AugmentSettings, build_mix
 from rexnet_lit.data.cache import DiskCache
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.data.features import embed_dataset
-from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, list_images, scan
+from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan, unlabelled
 from rexnet_lit.data.loader import Loader, build_loader
 from rexnet_lit.data.memory import has_several_epochs, keep_in_memory
 from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, training_order, training_position
@@ -76,6 +76,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             distorts. The last two show all of the image.
         predict_path: An image, or a folder of unlabelled images.
         predict_output: CSV that `predict` writes; a new ``predictions.csv`` in ``trainer.default_root_dir`` by default.
+        strangers: A folder of images of other things, for the report of `test`: how many of them it tells apart.
 
     Raises:
         UserError: The folder or a setting is wrong; all problems are listed at once.
@@ -106,6 +107,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         crop_mode: CropMode | None = None,
         predict_path: str | None = None,
         predict_output: str | None = None,
+        strangers: str | None = None,
         *,
         class_names: tuple[str, ...] | None = None,
     ) -> None:
@@ -144,11 +146,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
         self._disk: DiskCache | None = None
         self.predict_output = predict_output
-        self.predict_samples: Samples | None = None
-        self.predict_notes: tuple[str, ...] = ()
-        if predict_path is not None:
-            folder, paths, self.predict_notes = list_images(predict_path)
-            self.predict_samples = Samples(folder, paths, np.full(len(paths), -1, np.int64))
+        self.predict_samples, self.predict_notes = unlabelled(predict_path)
+        self.strangers = unlabelled(strangers)[0]
         self.eval_recipe: EvalRecipe | None = None
         """The preprocessing; `setup` takes it from the trainer's model."""
         self.bad_files: list[verify.UnreadableFile] = []
@@ -301,22 +300,23 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return quarantine.without_bad(samples, bad)
 
     def compute_features(
-        self, name: Split, embed: Callable[[Tensor], Tensor], views: int = 1, *, evaluate: bool = False
+        self, images: Split | Samples, embed: Callable[[Tensor], Tensor], views: int = 1, *, evaluate: bool = False
     ) -> Tensor:
-        """Return the features (V, N, C), float32, of a split's images; each process computes its share.
+        """Return the features (V, N, C), float32, of images; each process computes its share.
 
         Args:
-            name: The split, which `setup` has made.
+            images: A split, which `setup` has made, or any readable images, which get the eval recipe.
             embed: Maps images (B, 3, S, S) to features (B, C).
             views: V: epochs whose augmentation to use.
             evaluate: Use the eval recipe instead.
         """
-        dataset, trainer = self._datasets[name], self.trainer
+        trainer, evaluated = self.trainer, EvalTransform(self._recipe()[0])
         if trainer is None:
             raise RuntimeError("compute_features needs a trainer")
+        dataset = self._datasets[images] if isinstance(images, str) else self._dataset(images, evaluated)
         if evaluate:
             decoded, least = dataset.images, dataset.min_size
-            dataset = self._dataset(dataset.samples, EvalTransform(self._recipe()[0]))
+            dataset = self._dataset(dataset.samples, evaluated)
             if least >= dataset.min_size:  # decoded as for training, so that a cache changes no result
                 dataset.images, dataset.min_size = decoded, least
         workers, on_gpu = self._workers()

@@ -1,14 +1,13 @@
 """Writes a model in another format, and compares the file with the model on images before it is kept.
 
 A graph takes float32 RGB images (B, 3, S, S) from 0 to 1, the centre square that `predictor.Classifier.view` returns,
-and returns probabilities (B, K): normalisation and softmax are inside. Class names and the preprocessing are in its
-metadata.
+and returns probabilities (B, K): normalisation and softmax are inside. Class names, the preprocessing and the limits of
+the answers are in its metadata.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import importlib
 import json
 import logging
@@ -29,6 +28,7 @@ from rexnet_lit.data.folder import list_images
 from rexnet_lit.data.settings import EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.models import checkpoint
+from rexnet_lit.models.limits import COVERAGE
 from rexnet_lit.models.predictor import Classifier, load
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import check_output, check_writable
@@ -157,13 +157,22 @@ class Deployed(nn.Module):
 
 def metadata(classifier: Classifier) -> dict[str, str]:
     """Return what a graph carries about itself."""
+    spec, limits = classifier.spec, classifier.spec.limits
     squares = {"center": "centre square", "border": "padded to a square", "squash": "squashed to a square"}
-    square = squares[classifier.spec.eval_recipe.crop_mode]
-    spec = dataclasses.asdict(classifier.spec)
+    square = squares[spec.eval_recipe.crop_mode]
+    thresholds = {}
+    if limits is not None:
+        thresholds = {
+            "sure_above": limits.confidence,
+            "target_precision": limits.precision,
+            "in_set_from": {f"{share:g}": limits.least_probability(share) for share in (0.8, COVERAGE, 0.95, 0.99)},
+        }
+    described = json.loads(spec.to_json())
     for key in ("mean", "std"):  # whoever finds them here normalises a second time
-        del spec["eval_recipe"][key]
+        del described["eval_recipe"][key]
     return {
-        "rexnet_lit": json.dumps(spec),
+        "rexnet_lit": json.dumps(described),
+        **({"limits": json.dumps(thresholds)} if thresholds else {}),
         "class_names": json.dumps(classifier.class_names),
         "preprocessing": json.dumps(_preprocessing(classifier.spec.eval_recipe)),
         "input": f"float32 RGB (B, 3, S, S) from 0 to 1, {square}, not normalised: that is inside the graph; "

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from rexnet_lit.data.transforms import EvalTransform
 from rexnet_lit.models import checkpoint, inputs, rexnet, variants, weights
 from rexnet_lit.models.inputs import ImageLike, Images
+from rexnet_lit.models.limits import COVERAGE, Limits
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.utils.errors import UserError, did_you_mean, plural
 from rexnet_lit.utils.progress import progress as show_progress
@@ -126,6 +127,51 @@ class Classifier:
                 best = [Prediction(self.class_names[c], p) for c, p in zip(*row, strict=True)]
                 rows.append(cast(Any, None if len(rows) in rows.errors else best))
         return rows
+
+    @property
+    def limits(self) -> Limits:
+        """How far the answers can be relied on, as found when the model was trained.
+
+        Raises:
+            UserError: The model file has no limits.
+        """
+        if self.spec.limits is None:
+            raise UserError(
+                "this model has no limits (prediction sets, unsure, stranger): it is of an older version, or had fewer "
+                "than 20 validation images; fit it again"
+            )
+        return self.spec.limits
+
+    def predict_set(self, images: Images, coverage: float = COVERAGE) -> list[list[Prediction]]:
+        """Return the classes that each image may be of, most probable first: its prediction set.
+
+        For images like those the model was validated on, this share of the sets has the true class. Easy images have
+        sets of one class. An image may have none: then no class is as probable as true classes usually are.
+
+        Args:
+            images: One image or several.
+            coverage: The share of images whose set has the true class, between 0 and 1.
+
+        Raises:
+            UserError: As `predict`; or the model has no limits.
+        """
+        limits = self.limits
+        limits.least_probability(coverage)  # refuses a wrong coverage before the images are read
+        probs = self.probabilities(images)
+        order = np.argsort(-probs, axis=1, kind="stable")
+        found = zip(order.tolist(), probs, limits.sets(probs, coverage), strict=True)
+        return [[Prediction(self.class_names[c], float(p[c])) for c in row if among[c]] for row, p, among in found]
+
+    def strangeness(self, images: Images) -> NDArray[np.float64]:
+        """Return how unlike the images that the model knows each image is, (N,): higher is stranger.
+
+        Of images like those the model was validated on, 95 % have 1 or less.
+
+        Raises:
+            UserError: As `predict`; or the model has no limits.
+        """
+        limits = self.limits
+        return limits.strangeness(self.embed(images))
 
     def embed(
         self, images: Images, on_error: OnError = "raise", batch_size: int = BATCH, progress: bool = False

@@ -13,10 +13,11 @@ from typing import Any
 
 from rexnet_lit.data.settings import EvalRecipe
 from rexnet_lit.models.heads import HeadSpec
+from rexnet_lit.models.limits import Limits, plain
 from rexnet_lit.utils.errors import UserError
 
-FORMAT_VERSION = 1
-"""Increased when older code could not read a file written today."""
+FORMAT_VERSION = 2
+"""Increased when older code could not read a file written today, or would leave out a part of it: 2 has limits."""
 
 _MAX_CLASSES = 200_000  # in a model file: more would fill the memory with a head
 
@@ -33,6 +34,8 @@ class ModelSpec:
         format_version: The version of this description.
         network: The class of a user's own network; None for a ReXNet.
         assumed_preprocessing: Whether it was trained with the user's own loaders, of which ``eval_recipe`` is assumed.
+        limits: How far its answers can be relied on; None in files of older versions, and where validation images were
+            missing or few.
     """
 
     backbone: str
@@ -42,6 +45,7 @@ class ModelSpec:
     format_version: int = FORMAT_VERSION
     network: str | None = None
     assumed_preprocessing: bool = False
+    limits: Limits | None = dataclasses.field(default=None, repr=False)
 
     def __post_init__(self) -> None:  # as the data's names
         names = tuple(unicodedata.normalize("NFC", name) for name in self.class_names)
@@ -54,7 +58,7 @@ class ModelSpec:
 
     def to_json(self) -> str:
         """Return the description as JSON."""
-        return json.dumps(dataclasses.asdict(self))
+        return json.dumps(dataclasses.asdict(self), default=plain)
 
     @classmethod
     def from_json(cls, text: str, where: str) -> ModelSpec:
@@ -102,4 +106,5 @@ class ModelSpec:
             format_version=version,
             network=None if raw.get("network") is None else str(raw["network"]),
             assumed_preprocessing=bool(raw.get("assumed_preprocessing", False)),
+            limits=None if raw.get("limits") is None else Limits.from_plain(raw["limits"], len(names)),
         )

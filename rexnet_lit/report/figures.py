@@ -145,6 +145,20 @@ def draw_calibration(bins: NDArray[np.float64], ece: float, theme: Mapping[str, 
     return _png(figure)
 
 
+def draw_risk(risk: NDArray[np.float64], sure: int, theme: Mapping[str, str]) -> bytes:
+    """Draw the risk-coverage curve, from `limits.risk_coverage`; a dot marks the ``sure`` most confident answers."""
+    figure = _figure(5, 3.2, theme)
+    ax = figure.subplots()
+    kept = np.arange(1, len(risk) + 1) / len(risk)
+    ax.plot(kept, risk, color=theme["right"])
+    if sure:
+        ax.plot(kept[sure - 1], risk[sure - 1], "o", color=theme["wrong"])
+    ax.set(xlim=(0, 1), ylim=(0, None))
+    ax.set_title(f"area {risk.mean():.3f}", loc="left", **_text_style(theme, 10))
+    _style_axes(ax, theme, "share of answers kept, most confident first", "share of mistakes among them")
+    return _png(figure)
+
+
 def draw_history(history: Sequence[Mapping[str, float]], theme: Mapping[str, str]) -> bytes | None:
     """Draw losses and, beside them, metrics that are fractions; None if `history` has neither."""
     from matplotlib.ticker import MaxNLocator

@@ -19,6 +19,36 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 
+SEPARATOR = " | "
+"""Between the class names of a set; a ``|`` in a name is written as ``\\|``."""
+
+
+@dataclass(frozen=True)
+class Limited:
+    """How far each answer of a model with limits can be relied on.
+
+    Args:
+        unsure: Whether the confidence is too low, (N,).
+        sets: The classes that each image may be of, (N, K).
+        strangeness: How unlike the images that the model knows each one is, (N,); a stranger has more than 1.
+        confidence: The confidence that sure answers exceed; None where none is enough.
+        precision: The share of sure answers that should be right.
+        coverage: The share of images whose set should have the true class.
+    """
+
+    unsure: NDArray[np.bool_]
+    sets: NDArray[np.bool_]
+    strangeness: NDArray[np.float64]
+    confidence: float | None
+    precision: float
+    coverage: float
+
+    @property
+    def stranger(self) -> NDArray[np.bool_]:
+        """Whether each image is a stranger, (N,)."""
+        return self.strangeness > 1
+
+
 @dataclass(frozen=True)
 class Predictions:
     """A model's probabilities for a set of images.
@@ -29,6 +59,7 @@ class Predictions:
         probs: Softmax probabilities, (N, K).
         targets: True class indices, (N,), or None for unlabelled images.
         class_names: One name per column of `probs`.
+        limited: What the model's limits say of the images, if it has any.
 
     Raises:
         ValueError: The lengths differ, or a target is no class index.
@@ -39,6 +70,7 @@ class Predictions:
     probs: NDArray[np.float32]
     targets: NDArray[np.int64] | None
     class_names: tuple[str, ...]
+    limited: Limited | None = None
 
     def __post_init__(self) -> None:
         shape = (len(self.paths), len(self.class_names))
@@ -100,10 +132,20 @@ def top_k_classes(probs: NDArray[np.float32], k: int) -> NDArray[np.int64]:
     return top
 
 
+def set_names(p: Predictions, index: int) -> str:
+    """Return the classes of an image's set in one text, the most probable first."""
+    if p.limited is None:
+        return ""
+    members = np.flatnonzero(p.limited.sets[index])
+    members = members[np.argsort(-p.probs[index, members], kind="stable")]
+    return SEPARATOR.join(p.names[k].replace("|", r"\|") for k in members)
+
+
 def write_predictions(p: Predictions, path: str | os.PathLike[str], top_k: int = 5) -> None:
     """Write ``path,label_1,prob_1,...,label_k,prob_k`` and, where the truth is known, ``target``: UTF-8, atomically.
 
-    Probabilities have 6 decimals.
+    Probabilities have 6 decimals. The answers of a model with limits also have ``unsure`` and ``stranger``, 0 or 1, and
+    ``set``: class names with `SEPARATOR` between them.
 
     Args:
         p: The predictions.
@@ -115,12 +157,18 @@ def write_predictions(p: Predictions, path: str | os.PathLike[str], top_k: int =
     """
     top = top_k_classes(p.probs, min(top_k, len(p.names)))
     header = ["path", *(f"{column}_{rank + 1}" for rank in range(top.shape[1]) for column in ("label", "prob"))]
+    header += [] if p.targets is None else ["target"]
+    header += [] if p.limited is None else ["unsure", "set", "stranger"]
 
     def rows() -> Iterator[list[str | float]]:
         for index, (image, labels) in enumerate(zip(p.paths, top.tolist(), strict=True)):
             row: list[str | float] = [image]
             for label in labels:
                 row += [p.names[label], round(float(p.probs[index, label]), 6)]
-            yield row if p.targets is None else [*row, p.names[p.targets[index]]]
+            if p.targets is not None:
+                row.append(p.names[p.targets[index]])
+            if p.limited is not None:
+                row += [int(p.limited.unsure[index]), set_names(p, index), int(p.limited.stranger[index])]
+            yield row
 
-    write_csv(Path(path), header if p.targets is None else [*header, "target"], rows())
+    write_csv(Path(path), header, rows())

@@ -13,6 +13,7 @@ import numpy as np
 from rexnet_lit.report import figures
 from rexnet_lit.report.figures import DARK, LIGHT, figure_name, short_name
 from rexnet_lit.report.html import data_uri, decidable, decisions, gallery_entry, render_page, thumbnail
+from rexnet_lit.report.limits import limits_of, risk_coverage
 from rexnet_lit.report.predictions import Predictions, write_predictions
 from rexnet_lit.report.tables import confused_pairs, confusion_matrix, percent, wilson_interval
 from rexnet_lit.utils.errors import UserError
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from rexnet_lit.report.html import Image
+    from rexnet_lit.report.limits import Strangers
     from rexnet_lit.report.tables import Matrix, Pair
 
     Row = dict[str, Any]  # what the template reads of one row or image
@@ -46,11 +48,12 @@ def write_report(
     history: Sequence[Mapping[str, float]] = (),
     weights: str = "",
     sha256: Callable[[str], str] = lambda path: "",
+    strangers: Strangers | None = None,
 ) -> dict[str, Any]:
     """Write the report of a test run.
 
-    The folder gets ``metrics.json``, ``per_class.csv``, ``predictions.csv``, ``confusion.png``,
-    ``mistakes.png``, ``calibration.png``, ``history.png`` (if `history` has something to draw) and
+    The folder gets ``metrics.json``, ``per_class.csv``, ``predictions.csv``, ``confusion.png``, ``mistakes.png``,
+    ``calibration.png``, ``risk_coverage.png``, ``history.png`` (if `history` has something to draw) and
     ``report.html``: one page without links that can be sent by mail, on which wrong labels are corrected. Only images
     that the page shows are read.
 
@@ -67,10 +70,11 @@ def write_report(
             index.
         weights: A digest of the tested weights, for ``weights.sha256``.
         sha256: Returns the SHA-256 of an image's file, for the fixes that the page saves.
+        strangers: How the model answers images of other things.
 
     Returns:
-        The content of ``metrics.json``: `results`, with ``per_class`` (name to its figures) in place of the lists, and
-        ``classes_without_images`` if there are any.
+        The content of ``metrics.json``: `results`, with ``per_class`` (name to its figures) in place of the lists,
+        ``classes_without_images`` if there are any, and ``limits`` of a model that has them.
 
     Raises:
         ValueError: The images are unlabelled, or a path is absolute and would show where the dataset is.
@@ -85,6 +89,8 @@ def write_report(
     metrics = {key: value for key, value in results.items() if key not in COLUMNS}
     absent = [name for name, row in zip(p.names, rows, strict=True) if not row["support"]]
     metrics |= {"classes_without_images": absent} if absent else {}  # which macro F1 leaves out
+    risk = risk_coverage(p)
+    metrics |= limits_of(p, risk, strangers)
     metrics["per_class"] = dict(zip(p.names, rows, strict=True))
     if weights:
         write_file(folder / "weights.sha256", weights + "\n")
@@ -107,7 +113,7 @@ def write_report(
         "unsure": [_gallery_entry(p, i, thumbnails[i]) | {"item": {}} for i in unsure],
         "decide": decisions(title, p.class_names, items.values()),
         **_view(p, metrics, pairs, matrix),
-        **_write_figures(folder, p, metrics["ece"], matrix, {i: thumbnails[i] for i in worst}, history),
+        **_write_figures(folder, p, metrics["ece"], risk, matrix, {i: thumbnails[i] for i in worst}, history),
     }
     write_file(folder / "report.html", render_page("report.html", page))
     return metrics
@@ -151,6 +157,9 @@ def _view(p: Predictions, metrics: Mapping[str, Any], pairs: Sequence[Pair], mat
             (p.names[index], short_name(p.names[index]), list(zip(row.tolist(), share.tolist(), strict=True)))
             for index, row, share in zip(*matrix, strict=True)
         ],
+        "covered": sorted(
+            metrics.get("limits", {}).get("sets_per_class", {}).items(), key=lambda row: row[1]["coverage"]
+        )[:TABLE_CLASSES],
         "classes": sorted(rows, key=lambda row: (row["f1"], -row["support"]))[:TABLE_CLASSES],
         "seen_count": len(rows),
         "class_count": len(p.names),
@@ -162,20 +171,25 @@ def _write_figures(
     folder: Path,
     p: Predictions,
     ece: float,
+    risk: NDArray[np.float64],
     matrix: Matrix,
     worst: Mapping[int, Image],
     history: Sequence[Mapping[str, float]],
 ) -> dict[str, list[str]]:
-    """Write the PNG files; return the two that the page holds as data URIs, light and dark."""
+    """Write the PNG files; return the three that the page holds as data URIs, light and dark."""
     short = [figure_name(name, index) for index, name in enumerate(p.names)]
     classes, counts, shares = matrix
     captions = [f"{short[p.predicted[i]]}, {percent(p.confidence[i])}\ntrue: {short[p.truth[i]]}" for i in worst]
+    kept = 0 if p.limited is None else int((~p.limited.unsure).sum())
     bins = confidence_bins(p.confidence, p.predicted == p.truth)
     diagrams = [figures.draw_calibration(bins, ece, theme) for theme in (LIGHT, DARK)]
+    risks = [figures.draw_risk(risk, kept, theme) for theme in (LIGHT, DARK)]
     curves = [drawn for theme in (LIGHT, DARK) if (drawn := figures.draw_history(history, theme))]
     write_file(folder / "confusion.png", figures.draw_confusion([short[c] for c in classes], counts, shares))
     write_file(folder / "mistakes.png", figures.draw_mistakes(list(worst.values()), captions))
     write_file(folder / "calibration.png", diagrams[0])
+    write_file(folder / "risk_coverage.png", risks[0])
     if curves:
         write_file(folder / "history.png", curves[0])
-    return {"calibration": [data_uri(png) for png in diagrams], "curves": [data_uri(png) for png in curves]}
+    drawn_as = {"calibration": diagrams, "risk": risks, "curves": curves}
+    return {name: [data_uri(png) for png in pngs] for name, pngs in drawn_as.items()}

@@ -66,8 +66,8 @@ class RexNetModule(pl.LightningModule):
         drop_path_rate: Stochastic depth: share of residual branches dropped in the last block during training.
         grad_checkpointing: Recompute the activations in the backward pass instead of storing them: about a quarter
             slower, for larger batches or images on a small GPU. BatchNorm's running statistics see each batch twice.
-        calibrate: When training ends, fit the temperature of the logits on the validation images, so that the
-            probabilities match the accuracy.
+        calibrate: When training ends, fit the temperature, so that the probabilities match the validation accuracy.
+        target_precision: The share of sure answers that should be right; the others are marked as unsure.
         keep_matching_classes: Copy the head's rows of the classes that the starting weights have under the same name.
         metrics: Further metrics by name: torchmetrics that are updated with logits (B, K) and targets (B,), or their
             ``class_path`` and ``init_args``. They are logged as ``val/NAME`` and ``test/NAME``.
@@ -98,6 +98,7 @@ class RexNetModule(pl.LightningModule):
         drop_path_rate: float = 0.0,
         grad_checkpointing: bool = False,
         calibrate: bool = False,
+        target_precision: float = 0.95,
         keep_matching_classes: bool = False,
         metrics: dict[str, Any] | None = None,
         network: parts.Network = None,
@@ -109,6 +110,7 @@ class RexNetModule(pl.LightningModule):
         super().__init__()
         check_range("model.ema", ema, "[0, 1)", "0 for none, or a decay such as 0.999")
         check_range("model.drop_path_rate", drop_path_rate, "[0, 1)")
+        check_range("model.target_precision", target_precision, "(0, 1)")
         check_choice("model.select", select, parts.SELECT)
         head = settings_of(HeadSpec, head, "model.head")
         self.strategy_settings = settings_of(StrategySettings, strategy, "model.strategy")
@@ -118,7 +120,7 @@ class RexNetModule(pl.LightningModule):
         self.loss_settings, own["loss"] = settings_and_own(LossSettings, loss, "model.loss")
         self._own = own
         """The user's own parts, by setting."""
-        self.ema, self.calibrate, self.select = ema, calibrate, select
+        self.ema, self.calibrate, self.select, self.target_precision = ema, calibrate, select, target_precision
         self.drop_path_rate, self.grad_checkpointing = drop_path_rate, grad_checkpointing
         names = start.initial_names(num_classes, class_names)
         self._numbered = class_names is None
@@ -280,10 +282,9 @@ class RexNetModule(pl.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of images (B, 3, H, W) and targets (B,), or (B, K) after MixUp."""
-        images, targets = batch[0], batch[1]
-        loss: Tensor = self.loss(self(images), targets)
+        loss: Tensor = self.loss(self(batch[0]), batch[1])
         self.log("train/loss_step", loss, prog_bar=True, on_epoch=False)
-        self.train_loss.update(loss.detach(), len(targets))
+        self.train_loss.update(loss.detach(), len(batch[1]))
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
         return loss * self._share(batch_idx)
 
@@ -338,8 +339,7 @@ class RexNetModule(pl.LightningModule):
 
     def predict_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the probabilities (B, K) of images (B, 3, H, W)."""
-        logits: Tensor = self(batch[0])
-        return logits.float().softmax(1)
+        return cast(Tensor, self(batch[0])).float().softmax(1)
 
     def configure_optimizers(self) -> Any:
         """Return the optimiser and its schedule, stepped every optimiser step."""

@@ -525,7 +525,7 @@ def test_test_predict_and_export_need_only_the_model(fitted, tmp_path, capsys, m
     assert {f for f in files_of(elsewhere) if not f.startswith("cache/")} == set()
     assert {Path(f).name for f in files_of(base) - before} == {
         *("metrics.json", "per_class.csv", "predictions.csv", "report.html", "weights.sha256"),
-        *("confusion.png", "mistakes.png", "calibration.png", "history.png"),
+        *("confusion.png", "mistakes.png", "calibration.png", "risk_coverage.png", "history.png"),
     }
     own = checkpoint.digest(checkpoint.load_model(model).state)
     assert (run / "report" / "weights.sha256").read_text() == own + "\n"

@@ -315,6 +315,7 @@ FILES = {
     "confusion.png",
     "mistakes.png",
     "calibration.png",
+    "risk_coverage.png",
 }
 
 

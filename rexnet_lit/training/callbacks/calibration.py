@@ -54,8 +54,8 @@ class Calibrate(EndOfTraining):
         assert best is not None  # noqa: S101 (for the type checker)
         with network_restored(module):
             module.network.load_state_dict(best)
-            features = data.compute_features("val", embedder(module))[0]
-            logits = head_logits(module, features)
+            saver.features["val"] = data.compute_features("val", embedder(module))[0]
+            logits = head_logits(module, saver.features["val"])
         targets = torch.from_numpy(data.splits()["val"].targets)
         temperature, _ = fit_temperature(logits, targets)
         if abs(math.log10(temperature)) > LARGEST_FACTOR - 0.01:

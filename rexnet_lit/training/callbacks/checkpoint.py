@@ -18,7 +18,9 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.data.splits import Split
 from rexnet_lit.models import checkpoint
+from rexnet_lit.models.limits import Limits
 from rexnet_lit.training.callbacks import resume
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.training.callbacks.signals import StopSignals
@@ -77,6 +79,8 @@ class RunCheckpoint(ModelCheckpoint):
         self._validated = -1
         self.shipped = NOTHING
         """What is in ``best.ckpt``; the selection and the calibration at the end of training change it."""
+        self.features: dict[Split, Tensor] = {}
+        """Features of the shipped weights, (N, C), of splits for which the end of training has computed them."""
 
     def reset(self) -> None:
         """Forget the run, before the trainer's next one."""
@@ -278,6 +282,14 @@ def replace_weights(path: Path, state: Mapping[str, Tensor]) -> None:
     content = checkpoint.read_ckpt(str(path))
     content["state_dict"] |= state
     checkpoint.write_ckpt({**content, resume.REPLACED: True}, path)
+
+
+def add_limits(path: Path, limits: Limits) -> None:
+    """Add limits to the description of the model in a ``best.ckpt``; its weights stay as they are."""
+    content = checkpoint.read_ckpt(str(path))
+    spec, data = checkpoint.read_record(content, str(path))
+    content[checkpoint.KEY] = checkpoint.make_record(dataclasses.replace(spec, limits=limits), data)
+    checkpoint.write_ckpt(content, path)
 
 
 def find_checkpoint(trainer: Trainer) -> RunCheckpoint | None:

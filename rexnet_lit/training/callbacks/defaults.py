@@ -11,6 +11,7 @@ from rexnet_lit.training.callbacks.averaging import EMA
 from rexnet_lit.training.callbacks.calibration import Calibrate
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.callbacks.console import ConsoleSummary
+from rexnet_lit.training.callbacks.limits import FitLimits
 from rexnet_lit.training.callbacks.nan_guard import NaNGuard
 from rexnet_lit.training.callbacks.pictures import AugmentedSamples, ValidationPictures
 from rexnet_lit.training.callbacks.record import RunRecord
@@ -22,7 +23,8 @@ if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule
 
 _DEFAULTS = (
-    RunRecord, WeightSelection, Calibrate, RunFiles, AugmentedSamples, ValidationPictures, ConsoleSummary, NaNGuard,
+    RunRecord, WeightSelection, Calibrate, FitLimits, RunFiles, AugmentedSamples, ValidationPictures, ConsoleSummary,
+    NaNGuard,
 )  # fmt: skip
 
 

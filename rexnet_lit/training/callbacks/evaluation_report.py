@@ -8,20 +8,23 @@ from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
 
-from rexnet_lit.data import decode, verify
-from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.data import decode, quarantine, verify
+from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
 from rexnet_lit.data.fixes import sha256_of
 from rexnet_lit.data.splits import Split
 from rexnet_lit.models import checkpoint
+from rexnet_lit.report.limits import Strangers
 from rexnet_lit.report.predictions import Predictions
 from rexnet_lit.report.test_page import write_report
-from rexnet_lit.training.callbacks.predictions import PredictionCollector
+from rexnet_lit.training.callbacks.predictions import LimitsCollector
+from rexnet_lit.training.features import embedder, head_logits
 from rexnet_lit.training.metrics import main_metrics, stage_results
 from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import unused_path
 
 
-class EvaluationReport(PredictionCollector):
+class EvaluationReport(LimitsCollector):
     """Writes ``report/`` into the run folder ``folder`` after a test or a validation."""
 
     def __init__(self, folder: Path) -> None:
@@ -29,7 +32,7 @@ class EvaluationReport(PredictionCollector):
         self.folder = folder
         self.metrics: dict[str, Any] = {}
 
-    on_test_batch_end = on_validation_batch_end = PredictionCollector.collect
+    on_test_batch_end = on_validation_batch_end = LimitsCollector.collect
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report of a test."""
@@ -44,6 +47,8 @@ class EvaluationReport(PredictionCollector):
         if data is None or not isinstance(pl_module, RexNetModule):
             return
         indices, probs = self.gather(trainer)
+        found = self.gather_limited(trainer, probs)
+        strangers = _strangers(pl_module, data) if split == "test" else None
         metrics = pl_module.test_metrics if split == "test" else pl_module.val_metrics
         self.metrics = {**stage_results(metrics), "split": split}
         if not trainer.is_global_zero:
@@ -58,7 +63,11 @@ class EvaluationReport(PredictionCollector):
             f"{name} images": f"{len(samples)} of {len(images)}" if len(samples) < len(images) else str(len(images)),
             "Left out as unreadable": str(len(data.bad_files)),
         }
-        predictions = Predictions(list(samples.paths), probs, samples.targets, spec.class_names)
+        if strangers is not None and data.strangers is not None:
+            facts["Strangers"] = (
+                f"{strangers.name}, {len(strangers.confidence)} of {len(data.strangers)} images readable"
+            )
+        predictions = Predictions(list(samples.paths), probs, samples.targets, spec.class_names, found)
         target, root = self.folder / "report", samples.root
         if target.exists():  # the newest report gets the name; earlier ones are kept
             target.rename(unused_path(target))
@@ -72,9 +81,23 @@ class EvaluationReport(PredictionCollector):
             history=history_of(self.folder / "metrics.csv"),
             sha256=lambda path: sha256_of(root / path),
             weights=checkpoint.digest(pl_module.network.state_dict()),
+            strangers=strangers,
         )
         if data.bad_files:
             verify.write_quarantine(data.bad_files, target / "quarantine.csv")
+
+
+def _strangers(module: RexNetModule, data: ImageFolderDataModule) -> Strangers | None:
+    """Return how the model answers the images of ``data.strangers``; None if there are none."""
+    limits = module.spec.limits
+    if data.strangers is None:
+        return None
+    if limits is None:
+        raise UserError("data.strangers: this model has no limits to tell strangers by; fit it again")
+    samples = quarantine.without_bad(data.strangers, verify.find_unreadable(data.strangers))
+    features = data.compute_features(samples, embedder(module))[0]
+    confidence = head_logits(module, features).softmax(1).max(1).values
+    return Strangers(samples.root.name, limits.strangeness(features.numpy()), confidence.numpy())
 
 
 def history_of(path: Path) -> list[dict[str, float]]:

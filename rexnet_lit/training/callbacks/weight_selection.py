@@ -89,23 +89,25 @@ class WeightSelection(EndOfTraining):
             return
         rank_zero_only(print)("Selecting the weights that ship, on the validation images.", flush=True)
         with network_restored(module):
-            candidates = _candidates(module, data, best, last, line)
+            candidates, train = _candidates(module, data, best, last, line)
             targets = torch.from_numpy(data.splits()["val"].targets)
             weights = torch.from_numpy(class_weights(module)).float()
             scores = {name: _score(module, *candidate, targets, weights) for name, candidate in candidates.items()}
         chosen, why = _select(scores, module.select)
         name = saver.shipped.weights if chosen == BEST else chosen
         saver.shipped = Shipped(name, why, scores[chosen].metrics)
+        saver.features = {"train": train[chosen]} if chosen in train else {}
         if chosen != BEST and trainer.is_global_zero:
             replace_weights(files[0], {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()})
 
 
 def _candidates(
     module: RexNetModule, data: ImageFolderDataModule, best: State, last: State, line: Mapping[str, State]
-) -> dict[str, tuple[State, Tensor]]:
+) -> tuple[dict[str, tuple[State, Tensor]], dict[str, Tensor]]:
     """Return, by name, the weights of each candidate and its features of the validation images, (N, C).
 
-    A head is solved for each of the weights in ``line``, of which those of the last epoch come last.
+    With them come the features of the training images, (M, C), where these were computed. A head is solved for each of
+    the weights in ``line``, of which those of the last epoch come last.
     """
     network, embedders = module.network, []
     for state in (*(line.values() or [last]), best):
@@ -113,14 +115,15 @@ def _candidates(
         embedders.append(embedder(module))
     # One pass for all networks, because reading the images may take the longest.
     val = data.compute_features("val", _side_by_side(embedders))[0].chunk(len(embedders), dim=1)
-    candidates = {BEST: (best, val[-1]), "the last epoch": (last, val[-2])}
+    candidates, of_train = {BEST: (best, val[-1]), "the last epoch": (last, val[-2])}, dict[str, Tensor]()
     if line:
         train = data.compute_features("train", _side_by_side(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
         for (name, state), features, val_features in zip(line.items(), train, val[:-1], strict=True):
             network.load_state_dict(state)
             solve_head(module, features, val_features)
             candidates[name] = copy_state(network.state_dict()), val_features
-    return candidates
+        of_train = {**dict(zip(line, train, strict=True)), "the last epoch": train[-1]}
+    return candidates, of_train
 
 
 def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor, weights: Tensor) -> _Score:
