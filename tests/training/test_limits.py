@@ -160,7 +160,9 @@ def test_a_run(data, tmp_path, monkeypatch, capsys):
     states = []
     for folder in ("with", "without"):
         torch.manual_seed(0)
-        trainer_of(tmp_path / folder, enable_checkpointing=True).fit(model_of(**settings), datamodule=data_of(data))
+        trainer_of(tmp_path / folder, enable_checkpointing=True, max_epochs=1).fit(
+            model_of(**settings), datamodule=data_of(data)
+        )
         (best,) = (tmp_path / folder).rglob("best.ckpt")
         states.append(checkpoint.load_model(best))
         monkeypatch.setattr(FitLimits, "finish", lambda *args: None)

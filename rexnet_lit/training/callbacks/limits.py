@@ -33,7 +33,9 @@ class FitLimits(EndOfTraining):
         count = len(data.splits()["val"])
         if not saver.best_model_path or module.spec.num_classes == 1:
             return
-        if count < MIN_IMAGES:
+        if module.spec.network is not None:
+            message = "No limits of the answers (prediction sets, unsure, stranger): they need a ReXNet's own layers."
+        elif count < MIN_IMAGES:
             images = f"{MIN_IMAGES} validation images, and there are {count}"
             message = f"No limits of the answers: prediction sets, unsure and stranger need {images}."
         else:
