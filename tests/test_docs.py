@@ -213,7 +213,7 @@ def test_settings_exist(capsys):
         key
         for page in PAGES
         for key in re.findall(r"`(?:--)?((?:data|model|trainer)\.\w[\w.]*)", page.read_text("utf-8"))
-    } - {"model.safetensors", "model.onnx"}
+    } - {"model.safetensors", "model.onnx", "model.xml", "model.bin"}
     assert len(settings) > 15
     assert [key for key in sorted(settings) if f"--{key}" not in help_text] == []
 
