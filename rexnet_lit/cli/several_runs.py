@@ -150,6 +150,8 @@ def _search(
     runs: SeveralRuns, root: Path, space_name: str, budget: float | None, trials: int | None
 ) -> tuple[Search, dict[str, Any]]:
     """Return the search, and the settings of its data; without a test split, one is set aside."""
+    if runs.settings["trainer"]["max_time"] is not None:
+        raise UserError("trainer.max_time: a search has a time of its own; use --budget")
     data, fixed = dict(runs.settings["data"]), dict[str, Any]()
     images = scan(data["root"], _splits(data))
     if "test" not in images.splits and not data["test_fraction"]:

@@ -180,6 +180,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert main.main(command) == 0  # nothing is left to run
     assert (tmp_path / "tuning/trials.json").read_text() == trials
     assert not (tmp_path / "lightning_logs/version_1").exists()
+    assert main.main([*command, "--trainer.max_time", "00:00:01:00"]) == 2
+    assert "--budget" in capsys.readouterr().err
     assert main.main([*command, "--model.loss.label_smoothing", "0"]) == 2
     assert "model.loss.label_smoothing" in capsys.readouterr().err
     fit = ["fit", str(data), "--config", "quickstart", "--config", "tuning/best.yaml", "--print_config"]
