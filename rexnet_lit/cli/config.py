@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -193,8 +192,7 @@ def read_for_check(path: str) -> CheckSettings:
     try:
         config = load_yaml(_read(path), "fit") or {}
         data, model = config.get("data") or {}, config.get("model") or {}
-        names = {field.name for field in dataclasses.fields(DataRecord)} - {"root"}
-        record = DataRecord(**{name: value for name, value in data.items() if name in names})
+        record = DataRecord.of({**data, "root": None})
         size, backbone, weights = int(data.get("image_size") or 0), model.get("backbone"), model.get("weights")
         recipe = EvalRecipe(size or EvalRecipe().image_size).with_crop_mode(data.get("crop_mode"))
         augment = AugmentSettings(**(data.get("augment") or {}))

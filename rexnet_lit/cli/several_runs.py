@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import re
 from collections.abc import Mapping, Sequence
@@ -153,10 +152,10 @@ def _search(
     if runs.settings["trainer"]["max_time"] is not None:
         raise UserError("trainer.max_time: a search has a time of its own; use --budget")
     data, fixed = dict(runs.settings["data"]), dict[str, Any]()
-    images = scan(data["root"], _splits(data))
+    images = scan(data["root"], SplitSettings.of(data))
     if "test" not in images.splits and not data["test_fraction"]:
         fixed["data.test_fraction"] = data["test_fraction"] = _TEST_FRACTION
-        images = scan(data["root"], _splits(data))
+        images = scan(data["root"], SplitSettings.of(data))
         print(  # noqa: T201
             f"There is no test split: {len(images.splits['test'])} images are set aside to measure the result. They "
             "neither train nor choose anything (data.test_fraction).",
@@ -194,11 +193,6 @@ def _finish_tune(search: Search, root: Path, data: Mapping[str, Any], *, stopped
     print_table(f"Search {'stopped' if stopped else 'finished'}: {len(search.done)} runs, {search.elapsed:.0f} s", rows)
     if verdict:
         print(f"{verdict}.", flush=True)  # noqa: T201
-
-
-def _splits(data: Mapping[str, Any]) -> SplitSettings:
-    names = {field.name for field in dataclasses.fields(SplitSettings)}
-    return SplitSettings(**{name: value for name, value in data.items() if name in names})
 
 
 def _seconds(text: str) -> float:

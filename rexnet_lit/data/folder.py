@@ -163,7 +163,7 @@ def try_scan(
     fixes = AppliedFixes()
     if settings.fixes:
         fixes = apply_fixes(walk, found, names, settings.fixes, of_file=layout == "file")
-    samples = {split: _samples(where, by_class, names) for split, by_class in found.items()}
+    samples = {split: samples_of(where, by_class, names) for split, by_class in found.items()}
     splits = {split: samples[split] for split in SPLITS if len(samples.get(split, ()))}
     notes = tuple(walk.notes)
     return ImageFolder(where, names, splits, notes, walk.clutter, layout, drawn, groups, fixes), walk.problems
@@ -344,7 +344,8 @@ def _note_empty(walk: Walk, split: Split, empty: list[str], names: tuple[str, ..
     walk.notes.append(f"{len(empty)} of {len(names)} classes have no images in {split}: {first_few(empty)}")
 
 
-def _samples(root: Path, by_class: dict[str, PathList], names: tuple[str, ...]) -> Samples:
+def samples_of(root: Path, by_class: Mapping[str, PathList], names: tuple[str, ...]) -> Samples:
+    """Return the images of each class as one list, in the order of ``names``."""
     lists = [by_class.get(name, PathList()) for name in names]
     targets = np.repeat(np.arange(len(names), dtype=np.int64), [len(paths) for paths in lists])
     return Samples(root, PathList.join(lists), targets)

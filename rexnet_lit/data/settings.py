@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.settings import check_choice, check_range
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 MAX_IMAGE_SIZE = 4096
 """Pixels per side: more than fits in the memory of any machine."""
@@ -120,6 +123,12 @@ class SplitSettings:
     """Not compared: it does not change which image is in which split."""
     fixes: str | None = dataclasses.field(default=None, compare=False)
     """Not compared: it changes no image's split."""
+
+    @classmethod
+    def of(cls, data: Mapping[str, Any]) -> Self:
+        """Return these settings from all of a data module; the others are left out."""
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in data.items() if name in names})
 
     def problems(self) -> list[str]:
         """Return what is wrong with the fractions, folds and tables."""

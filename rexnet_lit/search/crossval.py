@@ -7,7 +7,6 @@ from the other folds. So the figures are not optimistic, unlike those of validat
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from rexnet_lit.data import decode
-from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan
+from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, samples_of, scan
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import Split, draw, draw_groups, first_few
 from rexnet_lit.data.table import write_split
@@ -54,7 +53,7 @@ def fold_of(folder: ImageFolder, settings: SplitSettings, fold: int) -> ImageFol
         UserError: A class has no training images left.
     """
     samples = folder.splits["train"]
-    raws, groups = samples.paths.raws(), dict(folder.groups)
+    raws, groups = samples.paths.raws(), folder.groups
     by_class = {
         name: PathList([raws[i] for i in np.flatnonzero(samples.targets == number)])
         for number, name in enumerate(folder.class_names)
@@ -79,10 +78,8 @@ def fold_of(folder: ImageFolder, settings: SplitSettings, fold: int) -> ImageFol
         "val": {name: parts["val"] for name, parts in rest.items()},
         "test": {name: parts["val"] for name, parts in first.items()},
     }
-    splits: dict[Split, Samples] = {}
-    for split, images in chosen.items():
-        numbers = np.repeat(np.arange(len(images), dtype=np.int64), [len(paths) for paths in images.values()])
-        splits[split] = Samples(folder.root, PathList.join(list(images.values())), numbers)
+    names = folder.class_names
+    splits = {split: samples_of(folder.root, images, names) for split, images in chosen.items()}
     return dataclasses.replace(folder, splits=splits)
 
 
@@ -103,8 +100,7 @@ def cross_validate(fit: Fit, config: Mapping[str, Any], identity: Mapping[str, A
     Raises:
         UserError: The folder or a setting cannot be used, or ``target`` holds another cross-validation.
     """
-    names = {field.name for field in dataclasses.fields(SplitSettings)}
-    settings = SplitSettings(**{name: value for name, value in config.items() if name in names})
+    settings = SplitSettings.of(config)
     if not settings.val_fraction:
         raise UserError("data.val_fraction is 0; crossval needs validation images to select the weights of each fold")
     folder = pool(config["root"], settings)
@@ -136,23 +132,21 @@ def _counts(folder: ImageFolder) -> str:
 
 
 def _report(target: Path, folder: ImageFolder, tested: list[Tested]) -> dict[str, Any]:
-    classes = len(folder.class_names)
-    of_folds = [metrics_of(part, classes) for part in tested]
+    of_folds = [metrics_of(part.probs, part.samples.targets) for part in tested]
     shown = [name for name in _OF_FOLDS if name in of_folds[0]]
     values = {name: np.array([metrics[name] for metrics in of_folds]) for name in shown}
     paths = [path for part in tested for path in part.samples.paths]
     order = np.array(sorted(range(len(paths)), key=lambda i: paths[i]))
     probs = np.concatenate([part.probs for part in tested])[order]
     targets = np.concatenate([part.samples.targets for part in tested])[order]
-    samples = Samples(folder.root, PathList([os.fsencode(paths[i]) for i in order]), targets)
     results = {
-        **metrics_of(Tested(samples, probs), classes),
+        **metrics_of(probs, targets),
         "mean": {name: float(column.mean()) for name, column in values.items()},
         "std": {name: float(column.std(ddof=1)) for name, column in values.items()},
         "folds": [{name: metrics[name] for name in (*shown, "count")} for metrics in of_folds],
     }
     left_out = len(folder.splits["train"]) - len(paths)
-    facts = {"Folds": str(len(tested)), "Classes": str(classes), "Images": str(len(paths))}
+    facts = {"Folds": str(len(tested)), "Classes": str(len(folder.class_names)), "Images": str(len(paths))}
     facts |= {
         f"{name} of the folds": f"{100 * column.mean():.1f} % (standard deviation {100 * column.std(ddof=1):.1f})"
         for name, column in (("Top-1", values["top1"]), ("Macro F1", values["macro_f1"]))

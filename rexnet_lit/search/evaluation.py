@@ -26,7 +26,7 @@ class _Collector(PredictionCollector):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Tested:
-    """The test images of a fold, and their probabilities (N, K)."""
+    """The test images of a run, and their probabilities (N, K)."""
 
     samples: Samples
     probs: NDArray[np.float32]
@@ -58,8 +58,8 @@ def evaluate(run: Path, config: Mapping[str, Any], split_file: Path | None) -> T
     return Tested(data.splits()["test"].take(indices), probs)
 
 
-def metrics_of(tested: Tested, classes: int) -> dict[str, Any]:
-    """Return what `training.metrics.stage_results` does, of K classes."""
-    metrics = build_metrics(classes, "test/")
-    metrics.update(torch.from_numpy(tested.probs).log(), torch.from_numpy(tested.samples.targets))
+def metrics_of(probs: NDArray[np.float32], targets: NDArray[np.int64]) -> dict[str, Any]:
+    """Return what `training.metrics.stage_results` does, for probabilities (N, K) and targets (N,)."""
+    metrics = build_metrics(probs.shape[1], "test/")
+    metrics.update(torch.from_numpy(probs).log(), torch.from_numpy(targets))
     return stage_results(metrics)

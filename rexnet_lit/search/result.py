@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import yaml
 
 from rexnet_lit.report.comparison import TestedRun, compare_runs
@@ -56,34 +56,33 @@ def _write_best(search: Search, best: Trial) -> None:
 
 
 def describe_test(search: Search, config: Mapping[str, Any]) -> str:
-    """Return in words how the best run does on the test images, which decided nothing; empty without such images."""
-    runs = []
-    for name, trial in (("the config's settings", search.done[0]), ("the best settings", search.best)):
-        run = search.run_of(trial)
-        split_file = run / "split.csv"
-        tested = evaluate(run, config, split_file if split_file.is_file() else None)
-        if not len(tested.samples):
-            return ""
-        metrics = metrics_of(tested, tested.probs.shape[1])
-        labels = tested.probs.argmax(1)
-        rows = zip(tested.samples.paths, tested.samples.targets.tolist(), labels.tolist(), strict=True)
-        answers = {path: (str(truth), str(label)) for path, truth, label in rows}
-        runs.append(TestedRun(name, metrics, answers))
-    found = compare_runs(runs)
-    before, after = (run.metrics for run in runs)
-    if search.best is search.done[0]:
-        return f"On {found.images} test images, which decided nothing: top-1 {after['top1']:.3f}"
-    return (
-        f"On {found.images} test images, which decided nothing: top-1 {after['top1']:.3f}, {before['top1']:.3f} with "
-        f"the config's settings; {found.differences[0].sentence}"
-    )
+    """Return the result on the test images in words; an empty string if there are none."""
+    after = _test(search, search.best, "the best settings", config)
+    if after is None:
+        return ""
+    result = f"On {len(after.answers)} test images, which decided nothing: top-1 {after.metrics['top1']:.3f}"
+    before = None if search.best is search.done[0] else _test(search, search.done[0], "the config's settings", config)
+    if before is None:
+        return result
+    sentence = compare_runs([before, after]).differences[0].sentence
+    return f"{result}, {before.metrics['top1']:.3f} with the config's settings; {sentence}"
+
+
+def _test(search: Search, trial: Trial, name: str, config: Mapping[str, Any]) -> TestedRun | None:
+    """Return a trial's answers for the test images; None if there are none."""
+    run = search.run_of(trial)
+    split_file = run / "split.csv"
+    tested = evaluate(run, config, split_file if split_file.is_file() else None)
+    if not len(tested.samples):
+        return None
+    targets, labels = tested.samples.targets, tested.probs.argmax(1)
+    rows = zip(tested.samples.paths, targets.tolist(), labels.tolist(), strict=True)
+    return TestedRun(name, metrics_of(tested.probs, targets), {path: (str(t), str(y)) for path, t, y in rows})
 
 
 def write_report(search: Search, title: str, verdict: str) -> None:
     """Write ``report.html``."""
     best, default = search.best, search.done[0]
-    short = [({**_defaults(search), **trial.values}, trial.loss) for trial in search.done if trial.stage == "short"]
-    seen = [(values, loss) for values, loss in short if np.isfinite(loss)]
     names = {"The config's settings": default} | ({} if best is default else {"The best settings": best})
     write_tuning_page(
         search.folder / "report.html",
@@ -92,18 +91,11 @@ def write_report(search: Search, title: str, verdict: str) -> None:
         best=_row(best),
         default=_row(default),
         changes={key: (search.base.get(key), value) for key, value in best.values.items()},
-        importance=importance(search.space, seen),
+        importance=importance(search.space, search.seen),
         verdict=verdict,
         histories={name: history_of(search.run_of(trial) / "metrics.csv") for name, trial in names.items()},
     )
 
 
-def _defaults(search: Search) -> dict[str, Any]:
-    return {key: search.base[key] for key in search.space}
-
-
 def _row(trial: Trial) -> dict[str, Any]:
-    return {
-        "name": trial.name, "stage": trial.stage, "epochs": trial.epochs, "seconds": trial.seconds,
-        "reason": trial.reason, "values": trial.values, "metrics": trial.metrics,
-    }  # fmt: skip
+    return {"name": trial.name, **dataclasses.asdict(trial)}

@@ -12,7 +12,6 @@ if TYPE_CHECKING:
     from optuna.distributions import BaseDistribution
     from optuna.samplers import BaseSampler
     from optuna.study import Study
-    from optuna.trial import FrozenTrial
 
 Values = dict[str, Any]
 """The value of each searched setting, by key."""
@@ -102,11 +101,8 @@ def propose(space: Mapping[str, Setting], seen: Sequence[tuple[Values, float]], 
     """
     import optuna
 
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler: BaseSampler = optuna.samplers.TPESampler(seed=1_000_003 * seed + number, n_startup_trials=6)
-    study: Study = optuna.create_study(direction="minimize", sampler=sampler)
-    distributions = {key: setting.distribution for key, setting in space.items()}
-    study.add_trials([_frozen(values, loss, space, distributions) for values, loss in seen])
+    sampler = optuna.samplers.TPESampler(seed=1_000_003 * seed + number, n_startup_trials=6)
+    study, distributions = _study_of(space, seen, sampler)
     tried = [values for values, _ in seen]
     for _ in range(20):  # of few combinations, one may come twice
         values: Values = dict(study.ask(distributions).params)
@@ -115,13 +111,20 @@ def propose(space: Mapping[str, Setting], seen: Sequence[tuple[Values, float]], 
     return values
 
 
-def _frozen(
-    values: Values, loss: float, space: Mapping[str, Setting], distributions: Mapping[str, BaseDistribution]
-) -> FrozenTrial:
+def _study_of(
+    space: Mapping[str, Setting], seen: Sequence[tuple[Values, float]], sampler: BaseSampler | None = None
+) -> tuple[Study, dict[str, BaseDistribution]]:
+    """Return a study of what was tried, without the values that are no candidates, and what it may propose."""
     import optuna
 
-    known = {key: value for key, value in values.items() if space[key].includes(value)}
-    return optuna.trial.create_trial(params=known, distributions={key: distributions[key] for key in known}, value=loss)
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    study = optuna.create_study(direction="minimize", sampler=sampler)
+    distributions = {key: setting.distribution for key, setting in space.items()}
+    for values, loss in seen:
+        known = {key: value for key, value in values.items() if space[key].includes(value)}
+        own = {key: distributions[key] for key in known}
+        study.add_trial(optuna.trial.create_trial(params=known, distributions=own, value=loss))
+    return study, distributions
 
 
 def importance(space: Mapping[str, Setting], seen: Sequence[tuple[Values, float]]) -> dict[str, float]:
@@ -130,9 +133,7 @@ def importance(space: Mapping[str, Setting], seen: Sequence[tuple[Values, float]
 
     if len(seen) < 6 or len({loss for _, loss in seen}) < 3:
         return {}
-    study = optuna.create_study(direction="minimize")
-    distributions = {key: setting.distribution for key, setting in space.items()}
-    study.add_trials([_frozen(values, loss, space, distributions) for values, loss in seen])
+    study, _ = _study_of(space, seen)
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     try:
         return dict(optuna.importance.get_param_importances(study, evaluator=evaluator))

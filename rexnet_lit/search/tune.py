@@ -22,6 +22,7 @@ from typing import Any
 
 from rexnet_lit.search.space import Setting, Values, propose
 from rexnet_lit.search.state import Fit, finished_run, read_result
+from rexnet_lit.training.parts import SELECT
 from rexnet_lit.utils.errors import Stopped, UserError
 from rexnet_lit.utils.files import write_csv, write_file
 
@@ -32,7 +33,6 @@ _SHORT_SHARE, _FULL_SHARE = 0.35, 0.7
 _COLUMNS = (
     "trial", "stage", "status", "reason", "epochs", "seed", "val_top1", "val_macro_f1", "val_loss", "seconds",
 )  # fmt: skip
-_METRICS = {"loss": 1, "top1": -1, "macro_f1": -1}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -101,14 +101,10 @@ class Search:
         self.done: list[Trial] = []
         self._earlier = 0.0
         self._start = time.monotonic()
-        record = self._record()
-        if record.is_file():
-            rows = json.loads(record.read_text("utf-8"))
-            self.done = [Trial(**row) for row in rows]
+        self._record = folder / "trials.json"
+        if self._record.is_file():
+            self.done = [Trial(**row) for row in json.loads(self._record.read_text("utf-8"))]
             self._earlier = sum(trial.seconds for trial in self.done)
-
-    def _record(self) -> Path:
-        return self.folder / "trials.json"
 
     @property
     def elapsed(self) -> float:
@@ -126,7 +122,7 @@ class Search:
             finished = self._train(trial)
             self.done.append(finished)
             rows = [dataclasses.asdict(each) for each in self.done]
-            write_file(self._record(), json.dumps(rows, indent=1) + "\n")
+            write_file(self._record, json.dumps(rows, indent=1) + "\n")
             self._write_leaderboard()
             self._print(finished)
             if finished.stage == "default" and finished.status == "failed":
@@ -147,50 +143,45 @@ class Search:
 
     def _short_trials(self) -> Iterator[Trial]:
         """Yield short runs: first the config's settings, then what may matter most, then Optuna's proposals."""
-        share = max(1, round(self.epochs / SHORT))
-        while True:
-            short = [trial for trial in self.done if trial.stage == "short"]
-            if any(trial.stage in ("full", "again") for trial in self.done):
+        while not any(trial.stage in ("full", "again") for trial in self.done):
+            tried = [trial for trial in self.done if trial.stage == "short"]
+            enough = self.count is not None and len(tried) > self.count
+            if enough or not self._fits(self._seconds_of(_short(self.epochs)), _SHORT_SHARE):
                 return
-            enough = len(short) > self.count if self.count is not None else False
-            if enough or not self._fits(self._seconds_of(share), _SHORT_SHARE):
-                return
-            values: Values = {}
-            if short:
-                seen = [(trial.values, trial.loss) for trial in short if math.isfinite(trial.loss)]
-                complete = [({**self._defaults(), **values}, loss) for values, loss in seen]
-                values = self._next(len(short) - 1, complete)
-            epochs = max(1, round(int(values.get("trainer.max_epochs", self.epochs)) / SHORT))
+            values = self._next(len(tried) - 1) if tried else {}
+            epochs = _short(int(values.get("trainer.max_epochs", self.epochs)))
             yield Trial(len(self.done), "short", values, epochs, self.seed)
 
+    @property
+    def seen(self) -> list[tuple[Values, float]]:
+        """The value of each searched setting in the short runs, and their validation loss."""
+        short = [trial for trial in self.done if trial.stage == "short" and math.isfinite(trial.loss)]
+        return [({**self._defaults, **trial.values}, trial.loss) for trial in short]
+
+    @property
     def _defaults(self) -> Values:
         return {key: self.base[key] for key in self.space}
 
-    def _next(self, number: int, seen: list[tuple[Values, float]]) -> Values:
+    def _next(self, number: int) -> Values:
         """Return the values to try: one change at a time of what matters most, then what Optuna proposes."""
-        first = [change for change in self._single_changes() if all(change != values for values, _ in seen)]
-        single = len(self._single_changes())
-        if number < single and first:
-            changed = self._single_changes()[number]
-        else:
-            changed = propose(self.space, seen, number, self.seed)
+        first = self._single_changes()
+        changed = first[number] if number < len(first) else propose(self.space, self.seen, number, self.seed)
         return {key: value for key, value in changed.items() if value != self.base[key]}
 
     def _single_changes(self) -> list[Values]:
-        """Return the config's settings with one symmetry changed, or the learning rate by one step."""
-        defaults, found = self._defaults(), list[Values]()
-        symmetries = [key for key in ("data.augment.hflip", "data.augment.vflip") if key in self.space]
-        for key in symmetries:
-            other = [value for value in self.space[key].choices if value != defaults[key]]
-            turns = {"data.augment.quarter_turns": self.space["data.augment.quarter_turns"].choices[-1]} if (
-                key.endswith("vflip") and "data.augment.quarter_turns" in self.space
-            ) else {}  # fmt: skip
-            found += [{**defaults, key: value, **turns} for value in other[:1]]
-        rates = self.space.get("model.optimizer.lr")
-        if rates is not None and defaults["model.optimizer.lr"] in rates.choices:
-            place = rates.choices.index(defaults["model.optimizer.lr"])
-            near = [rates.choices[i] for i in (place + 1, place - 1) if 0 <= i < len(rates.choices)]
-            found += [{**defaults, "model.optimizer.lr": value} for value in near]
+        """Return what to change first: each symmetry of the images, then the learning rate by one step."""
+        found = list[Values]()
+        turns = self.space["data.augment.quarter_turns"].choices if "data.augment.quarter_turns" in self.space else ()
+        for key in ("data.augment.hflip", "data.augment.vflip"):
+            choices = self.space[key].choices if key in self.space else ()
+            others = [value for value in choices if value != self.base[key]]
+            more = {"data.augment.quarter_turns": turns[-1]} if turns and key.endswith("vflip") else {}
+            found += [{key: value, **more} for value in others[:1]]
+        key = "model.optimizer.lr"
+        rates = self.space[key].choices if key in self.space else ()
+        if self.base[key] in rates:
+            place = rates.index(self.base[key])
+            found += [{key: rates[i]} for i in (place + 1, place - 1) if 0 <= i < len(rates)]
         return found
 
     def _full_trials(self) -> Iterator[Trial]:
@@ -215,7 +206,7 @@ class Search:
     def _seconds_of(self, epochs: int) -> float:
         """Return how long a run may take, by the runs so far."""
         rates = [trial.seconds / trial.epochs for trial in self.done if trial.status == "finished"]
-        return epochs * max(rates[-3:], default=0.0) if len(rates) != 1 else epochs * rates[0]
+        return epochs * max(rates[-3:], default=0.0)
 
     def _fits(self, seconds: float, share: float = 1.0) -> bool:
         """Return whether a run ends within a share of the time after the first run."""
@@ -255,35 +246,33 @@ class Search:
     @property
     def best(self) -> Trial:
         """The full run with the best weights; of equals the first."""
-        sign = _METRICS[self.select]
-        return min(self.full, key=lambda trial: (sign * trial.metrics[f"val/{self.select}"], trial.loss))
+        return min(self.full, key=self._rank)
+
+    def _rank(self, trial: Trial) -> tuple[float, float]:
+        """Return what is lower for better weights: by ``model.select``, and of equals by the loss."""
+        value = trial.metrics.get(f"val/{self.select}", 0.0)
+        return -value if SELECT[self.select] == "max" else value, trial.loss
 
     def run_of(self, trial: Trial) -> Path:
         """Return the run folder of a finished trial."""
         run = finished_run(self.folder / "trials" / trial.name)
         if run is None:
-            raise UserError(
-                f"{self.folder / 'trials' / trial.name}: its files are gone; start the search anew elsewhere"
-            )
+            where = self.folder / "trials" / trial.name
+            raise UserError(f"{where}: its files are missing; choose another --trainer.default_root_dir")
         return run
 
     def _remove_checkpoints(self) -> None:
         """Keep the weights of the best run and of the config's settings only."""
         kept = {self.best.name, self.done[0].name}
         for trial in self.done:
-            if trial.name not in kept:
-                for folder in (self.folder / "trials" / trial.name).glob("lightning_logs/*/checkpoints"):
-                    shutil.rmtree(folder, ignore_errors=True)
-                for model in (self.folder / "trials" / trial.name).glob("lightning_logs/*/model.safetensors"):
-                    model.unlink(missing_ok=True)
+            runs = (self.folder / "trials" / trial.name / "lightning_logs").glob("*")
+            for run in runs if trial.name not in kept else ():
+                shutil.rmtree(run / "checkpoints", ignore_errors=True)
+                (run / "model.safetensors").unlink(missing_ok=True)
 
     def _write_leaderboard(self) -> None:
         keys = list(self.space)
-        sign, metric = _METRICS[self.select], f"val/{self.select}"
-        order = sorted(
-            self.done,
-            key=lambda t: (t.stage == "short", t.status == "failed", sign * t.metrics.get(metric, math.inf), t.loss),
-        )
+        order = sorted(self.done, key=lambda t: (t.stage == "short", t.status == "failed", *self._rank(t)))
         rows = [
             [
                 trial.name, trial.stage, trial.status, trial.reason, str(trial.epochs), str(trial.seed),
@@ -292,19 +281,7 @@ class Search:
             ]
             for trial in order
         ]  # fmt: skip
-        header = (
-            "trial",
-            "stage",
-            "status",
-            "reason",
-            "epochs",
-            "seed",
-            "val_top1",
-            "val_macro_f1",
-            "val_loss",
-            "seconds",
-        )
-        write_csv(self.folder / "leaderboard.csv", (*header, *keys), rows)
+        write_csv(self.folder / "leaderboard.csv", (*_COLUMNS, *keys), rows)
 
     def _print(self, trial: Trial) -> None:
         shown = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in trial.values.items()) or "the config's"
@@ -313,6 +290,11 @@ class Search:
         left = f"; {max(0, self.budget - self.elapsed):.0f} s left" if self.budget is not None else ""
         best = f"; best so far {self.best.metrics['val/top1']:.3f}" if self.full else ""
         print(f"{trial.name} ({trial.stage}, {trial.seconds:.0f} s): {shown}: {result}{reason}{best}{left}", flush=True)  # noqa: T201
+
+
+def _short(epochs: int) -> int:
+    """Return the epochs of a short run."""
+    return max(1, round(epochs / SHORT))
 
 
 @contextlib.contextmanager
