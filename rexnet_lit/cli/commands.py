@@ -19,7 +19,7 @@ from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError, printable
-from rexnet_lit.utils.files import check_output, expand_home
+from rexnet_lit.utils.files import expand_home
 
 if TYPE_CHECKING:
     import numpy as np
@@ -59,7 +59,9 @@ def _check(args: argparse.Namespace) -> int:
     if not args.dir or not Path(args.dir).is_dir():
         raise UserError(f"check: there is no folder {args.dir!r}")
     if args.report:
-        check_output("--report", Path(args.report), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
+        from rexnet_lit.report.html import check_page
+
+        check_page(Path(args.report))
     sources = [name for name in ("model", "weights", "predictions") if getattr(args, name) is not None]
     if sources and not args.labels:
         raise UserError(f"check: --{sources[0]} is for --labels; add it")
@@ -152,25 +154,12 @@ def _compare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tune(args: argparse.Namespace) -> int:
+def _several_runs(args: argparse.Namespace) -> int:
     with process.gc_paused():
-        from rexnet_lit.cli import several_runs
+        from rexnet_lit.cli import plan, several_runs
 
-    return several_runs.run_tune(args.argv)
-
-
-def _crossval(args: argparse.Namespace) -> int:
-    with process.gc_paused():
-        from rexnet_lit.cli import several_runs
-
-    return several_runs.run_crossval(args.argv)
-
-
-def _plan(args: argparse.Namespace) -> int:
-    with process.gc_paused():
-        from rexnet_lit.cli.plan import run_plan
-
-    return run_plan(args.argv)
+    runs = {"tune": several_runs.run_tune, "crossval": several_runs.run_crossval, "plan": plan.run_plan}
+    return runs[args.command](args.argv)
 
 
 def _similar(args: argparse.Namespace) -> int:
@@ -254,6 +243,11 @@ def _demo(args: argparse.Namespace) -> int:
     return 0
 
 
+def _path(metavar: str, help_: str, **more: Any) -> dict[str, Any]:
+    """Return the keywords of an argument that is a file or a folder."""
+    return {"type": expand_home, "metavar": metavar, "help": help_, **more}
+
+
 COMMANDS = {
     "fit": Command("train a classifier on a folder of images", _run_lightning),
     "validate": Command("evaluate a model on the validation split", _run_lightning),
@@ -263,86 +257,64 @@ COMMANDS = {
         "find problems in a folder of images",
         _check,
         {
-            "dir": {"type": expand_home, "metavar": "DIR", "help": "contains train/ val/ [test/], or class folders"},
+            "dir": _path("DIR", "contains train/ val/ [test/], or class folders"),
             "--json": {"action": "store_true", "help": "print the findings as JSON"},
-            "--report": {
-                "type": expand_home,
-                "metavar": "FILE.html",
-                "help": "write a page with images of every class, on which wrong labels and duplicates are decided",
-            },
-            "--config": {
-                "type": expand_home,
-                "metavar": "FILE.yaml",
-                "help": "split the folder, and show augmented images, as this config",
-            },
+            "--report": _path(
+                "FILE.html", "write a page with images of every class, on which wrong labels and duplicates are decided"
+            ),
+            "--config": _path("FILE.yaml", "split the folder, and show augmented images, as this config"),
             "--labels": {"action": "store_true", "help": "find wrong labels, by the features of a pretrained network"},
-            "--model": {"type": expand_home, "metavar": "MODEL", "help": "for --labels: a model of a run; finds more"},
-            "--weights": {
-                "type": expand_home,
-                "metavar": "FILE",
-                "help": "for --labels: a timm state dict; default: timm's published weights",
-            },
-            "--predictions": {
-                "type": expand_home,
-                "metavar": "FILE.csv",
-                "help": "for --labels: predictions of a model not trained on these images, instead of features",
-            },
-            "--data.labels": {
-                "type": expand_home,
-                "metavar": "FILE.csv",
-                "dest": "labels_table",
-                "help": "take the labels from this table, as a fit with the same setting",
-            },
+            "--model": _path("MODEL", "for --labels: a model of a run; finds more"),
+            "--weights": _path("FILE", "for --labels: a timm state dict; default: timm's published weights"),
+            "--predictions": _path(
+                "FILE.csv", "for --labels: predictions of a model not trained on these images, instead of features"
+            ),
+            "--data.labels": _path(
+                "FILE.csv", "take the labels from this table, as a fit with the same setting", dest="labels_table"
+            ),
             "--strict": {"action": "store_true", "help": "exit with code 1 for warnings too, not only for errors"},
         },
     ),
-    "tune": Command("search for the best settings within some minutes", _tune),
-    "crossval": Command("train and test a model for each of several folds", _crossval),
-    "plan": Command("estimate the time, memory and disk that a fit will take", _plan),
+    "tune": Command("search for the best settings within some minutes", _several_runs),
+    "crossval": Command("train and test a model for each of several folds", _several_runs),
+    "plan": Command("estimate the time, memory and disk that a fit will take", _several_runs),
     "compare": Command(
         "compare runs that were tested on the same images",
         _compare,
         {
-            "runs": {
-                "nargs": "+",
-                "type": expand_home,
-                "metavar": "RUN",
-                "help": "the folder of a run, or its model; the others are compared with the first",
-            },
+            "runs": _path(
+                "RUN", "the folder of a run, or its model; the others are compared with the first", nargs="+"
+            ),
             "--json": {"action": "store_true", "help": "print the comparison as JSON"},
-            "--report": {"type": expand_home, "metavar": "FILE.html", "help": "write it as a page"},
+            "--report": _path("FILE.html", "write it as a page"),
         },
     ),
     "similar": Command(
         "find the images of a folder that are most similar to an image",
         _similar,
         {
-            "query": {"type": expand_home, "metavar": "QUERY", "help": "an image, or a folder of a few"},
-            "--index": {
-                "required": True,
-                "type": expand_home,
-                "metavar": "DIR",
-                "help": "where to search; the features are kept in the cache folder, and new images added next time; "
+            "query": _path("QUERY", "an image, or a folder of a few"),
+            "--index": _path(
+                "DIR",
+                "where to search; the features are kept in the cache folder, and new images added next time; "
                 "for up to about a million images",
-            },
-            "--model": {
-                "required": True,
-                "type": expand_home,
-                "metavar": "MODEL",
-                "help": "a .ckpt or .safetensors file of a run, or a name such as rexnet_100",
-            },
+                required=True,
+            ),
+            "--model": _path(
+                "MODEL", "a .ckpt or .safetensors file of a run, or a name such as rexnet_100", required=True
+            ),
             "--top": {"type": int, "default": 10, "metavar": "N", "help": "how many images to find; default: 10"},
             "--json": {"action": "store_true", "help": "print the result as JSON"},
-            "--report": {"type": expand_home, "metavar": "FILE.html", "help": "write a page with the images"},
+            "--report": _path("FILE.html", "write a page with the images"),
         },
     ),
     "fix": Command(
         "copy a folder of images with corrected labels",
         _fix,
         {
-            "dir": {"type": expand_home, "metavar": "DIR", "help": "the folder, which is not changed"},
-            "fixes": {"type": expand_home, "metavar": "FIXES.csv", "help": "saved from the page of check --report"},
-            "--output": {"required": True, "type": expand_home, "metavar": "NEW", "help": "a new folder"},
+            "dir": _path("DIR", "the folder, which is not changed"),
+            "fixes": _path("FIXES.csv", "saved from the page of check --report"),
+            "--output": _path("NEW", "a new folder", required=True),
             "--link": {"action": "store_true", "help": "make hard links instead of copies; on the same disk only"},
         },
     ),
@@ -360,36 +332,29 @@ COMMANDS = {
     "sample": Command(
         "write the sample dataset, handwritten digits",
         _sample,
-        {"dir": {"type": expand_home, "metavar": "DIR", "help": "a new folder"}},
+        {"dir": _path("DIR", "a new folder")},
     ),
     "export": Command(
         "convert a model for other programs",
         _export,
         {
-            "model": {"type": expand_home, "metavar": "MODEL", "help": "a .ckpt or .safetensors file of a run"},
+            "model": _path("MODEL", "a .ckpt or .safetensors file of a run"),
             "--format": {
                 "required": True,
                 "choices": tuple(FORMATS),
                 "help": "; ".join(f"{name}: {kind.description}" for name, kind in FORMATS.items()),
             },
-            "--output": {
-                "required": True,
-                "type": expand_home,
-                "metavar": "FILE",
-                "help": "for hub, a new folder that timm can load; for openvino, FILE.xml or a folder",
-            },
-            "--images": {
-                "type": expand_home,
-                "metavar": "DIR",
-                "help": "for onnx-int8, typical images; default: the dataset of its run",
-            },
+            "--output": _path(
+                "FILE", "for hub, a new folder that timm can load; for openvino, FILE.xml or a folder", required=True
+            ),
+            "--images": _path("DIR", "for onnx-int8, typical images; default: the dataset of its run"),
         },
     ),
     "demo": Command(
         "show a page on this computer that classifies and explains the image that one drops on it",
         _demo,
         {
-            "model": {"type": expand_home, "metavar": "MODEL", "help": "a .ckpt or .safetensors file of a run"},
+            "model": _path("MODEL", "a .ckpt or .safetensors file of a run"),
             "--port": {"type": int, "default": 7860, "help": "default: 7860; 0 for any that is free"},
             "--host": {"default": "127.0.0.1", "help": "default: 127.0.0.1, for this computer only; 0.0.0.0 for all"},
         },

@@ -9,13 +9,13 @@ from typing import Any
 
 import yaml
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from rexnet_lit.cli.config import leaves, load_yaml
+from rexnet_lit.cli.tables import table
 from rexnet_lit.report.comparison import Comparison, compare_runs, read_run, report_folder, write_comparison
+from rexnet_lit.report.html import check_page
 from rexnet_lit.utils.errors import plural, printable
-from rexnet_lit.utils.files import check_output
 
 _HIDDEN = ("trainer.default_root_dir", "trainer.logger")
 
@@ -32,7 +32,7 @@ def compare(names: Sequence[str], *, as_json: bool, page: str | None) -> None:
         UserError: A run has no report, or they were tested on different images.
     """
     if page:
-        check_output("--report", Path(page), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
+        check_page(Path(page))
     found = compare_runs([read_run(name, _settings(name)) for name in names])
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))  # noqa: T201
@@ -74,11 +74,3 @@ def _print(found: Comparison, console: Console) -> None:
         console.print(settings)
     for difference in found.differences:
         console.print(Text(printable(f"{difference.sentence}.")))
-
-
-def table(first: str, *titles: str, justify: Any = "right") -> Table:
-    """Return an empty table of these columns."""
-    table = Table(first, box=None, header_style="bold")
-    for title in titles:
-        table.add_column(Text(printable(title)), justify=justify)
-    return table

@@ -18,8 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from rexnet_lit.cli import several_runs
-from rexnet_lit.cli.compare import table
-from rexnet_lit.cli.messages import Parser
+from rexnet_lit.cli.tables import table
 from rexnet_lit.search import plan
 from rexnet_lit.search.plan import ShortFit, Stopwatch, Times, Work
 from rexnet_lit.training.callbacks.console import print_table
@@ -85,14 +84,11 @@ class ShortRuns(several_runs.SeveralRuns):
 
 def run_plan(argv: Sequence[str]) -> int:
     """Run `plan`."""
-    parser = Parser(
-        prog="rexnet-lit plan",
-        allow_abbrev=False,
-        usage="rexnet-lit plan DIR [--config FILE] [--KEY VALUE ...]",
-        description="Measure a few steps of a fit, and print what the whole fit will take: time, memory and disk. It "
-        "takes all settings of fit (rexnet-lit fit --help), and writes nothing into your folders.",
+    about = (
+        "Measure a few steps of a fit, and print what the whole fit will take: time, memory and disk. Nothing is "
+        "written into your folders."
     )
-    _, rest = parser.parse_known_args(argv[1:])
+    _, rest = several_runs.options_parser("plan", "", about).parse_known_args(argv[1:])
     runs = several_runs.parse(rest, ShortRuns)
     assert isinstance(runs, ShortRuns)  # noqa: S101 (for the type checker)
     settings = runs.settings

@@ -84,14 +84,16 @@ def parse(argv: Sequence[str], kind: type[SeveralRuns] = SeveralRuns) -> Several
     return runs
 
 
+def options_parser(command: str, options: str, description: str) -> Parser:
+    """Return the parser of what a command takes beside the settings of a fit; it leaves these to `parse`."""
+    usage = " ".join(filter(None, (f"rexnet-lit {command} DIR [--config FILE]", options, "[--KEY VALUE ...]")))
+    description += " It takes all settings of fit: rexnet-lit fit --help."
+    return Parser(prog=f"rexnet-lit {command}", allow_abbrev=False, usage=usage, description=description)
+
+
 def run_crossval(argv: Sequence[str]) -> int:
     """Run `crossval`."""
-    parser = Parser(
-        prog="rexnet-lit crossval",
-        allow_abbrev=False,
-        usage="rexnet-lit crossval DIR [--config FILE] [--data.num_folds 5] [--KEY VALUE ...]",
-        description="Train and test a model for each fold. It takes all settings of fit: rexnet-lit fit --help.",
-    )
+    parser = options_parser("crossval", "[--data.num_folds 5]", "Train and test a model for each fold.")
     _, rest = parser.parse_known_args(argv[1:])
     runs = parse(rest)
     data = dict(runs.settings["data"])
@@ -110,12 +112,7 @@ def run_crossval(argv: Sequence[str]) -> int:
 
 def run_tune(argv: Sequence[str]) -> int:
     """Run `tune`."""
-    parser = Parser(
-        prog="rexnet-lit tune",
-        allow_abbrev=False,
-        usage="rexnet-lit tune DIR [--config FILE] [--budget 30m] [--trials N] [--space FILE] [--KEY VALUE ...]",
-        description="Search for better settings. It takes all settings of fit: rexnet-lit fit --help.",
-    )
+    parser = options_parser("tune", "[--budget 30m] [--trials N] [--space FILE]", "Search for better settings.")
     parser.add_argument("--budget", metavar="TIME", help="how long to search, such as 90s, 30m or 2h; 30m by default")
     parser.add_argument("--trials", type=int, metavar="N", help="how many settings to try, instead of a time")
     parser.add_argument("--space", metavar="FILE", default="tune", help="what to search; the shipped tune by default")

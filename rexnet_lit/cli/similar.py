@@ -13,13 +13,14 @@ from rich.console import Console
 from rich.text import Text
 
 import rexnet_lit
-from rexnet_lit.cli.compare import table
+from rexnet_lit.cli.tables import table
 from rexnet_lit.data import decode
 from rexnet_lit.data.folder import list_images
+from rexnet_lit.report.html import check_page
 from rexnet_lit.report.similar_page import write_similar_page
 from rexnet_lit.search.similar import Similar, build_index
 from rexnet_lit.utils.errors import UserError, printable
-from rexnet_lit.utils.files import check_output, check_writable
+from rexnet_lit.utils.files import check_writable
 from rexnet_lit.utils.settings import check_range
 
 _QUERIES = 100
@@ -41,7 +42,7 @@ def similar(query: str, folder: str, model: str, *, top: int, as_json: bool, pag
     """
     check_range("--top", top, "[1, inf)")
     if page:
-        check_output("--report", Path(page), ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
+        check_page(Path(page))
         check_writable("--report", Path(page))
     above, names, _ = list_images(query)
     if len(names) > _QUERIES:

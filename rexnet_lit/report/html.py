@@ -1,4 +1,4 @@
-"""What both HTML pages are made with: templates, thumbnails and images inside the page."""
+"""What all HTML pages are made with: templates, thumbnails and images inside the page."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ import PIL.Image
 
 from rexnet_lit.report.tables import percent
 from rexnet_lit.utils.errors import printable
-from rexnet_lit.utils.files import csv_cell
+from rexnet_lit.utils.files import check_output, csv_cell
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
@@ -24,6 +24,11 @@ if TYPE_CHECKING:
 
 THUMBNAIL = 160  # pixels of the longer side
 SMALL = 64  # up to this size an image is enlarged without smoothing, and stored without loss
+
+
+def check_page(path: Path) -> None:
+    """Raise `UserError` if ``--report`` names a folder, or a file that is no page of an earlier command."""
+    check_output("--report", path, ".html", ".htm", mark=b'name="generator" content="rexnet_lit"')
 
 
 def render_page(template: str, view: Mapping[str, Any]) -> str:
