@@ -6,7 +6,7 @@
 Each DIR holds train/, val/ and test/, of which --per-class takes that many images of each class (the seed draws them;
 half as many for validation). Without --weights all train from scratch; with them, the head that is solved on the frozen
 features (configs/linear_probe.yaml) takes part too. The others run at their documented defaults, and once tuned (the
-learning rate that was best of three on one of the datasets):
+learning rate of ``TUNED``):
 
 - a plain loop: timm's network in channels_last, torchvision's classification reference (SGD 0.1, momentum 0.9,
   steps), or AdamW 0.001 with a cosine;
@@ -37,6 +37,8 @@ import numpy as np
 HERE, CONFIGS = Path(__file__), Path(__file__).parents[2] / "configs"
 Result = tuple[float, float, float]
 """Test top-1 and macro F1 (a fraction; nan where it is not said), seconds of the training process."""
+TUNED = {"plain": 1e-3, "fastai": 5e-3}
+"""The learning rate that was best of three on one of the datasets."""
 
 
 def run(command: list[object], threads: int, cwd: Path) -> tuple[str, float]:
@@ -74,10 +76,10 @@ def _varied(vary: str, o: argparse.Namespace, root: Path, seed: int, out: Path) 
     return ours(o, root, seed, out, *shlex.split(vary))
 
 
-def peer(o: argparse.Namespace, root: Path, seed: int, out: Path, python: str, name: str, tuned: str) -> Result:
+def peer(o: argparse.Namespace, root: Path, seed: int, out: Path, python: str, name: str, rate: float) -> Result:
     """A loop of this file, in a process of its own."""
-    said, _ = run([python, HERE, name, root, o.weights or "-", o.epochs, o.size, seed, tuned], o.threads, out)
-    top1, f1, seconds = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
+    said, _ = run([python, HERE, name, root, o.weights or "-", o.epochs, o.size, seed, rate], o.threads, out)
+    top1, f1, seconds, _ = json.loads(next(line for line in said.splitlines() if line.startswith("[")))
     return top1, f1, seconds
 
 
@@ -98,8 +100,8 @@ def timms(o: argparse.Namespace, root: Path, seed: int, out: Path, *settings: st
     return float(found.group(1)) / 100 if found else float("nan"), float("nan"), seconds
 
 
-def plain_loop(root: str, weights: str, epochs: int, size: int, seed: int, tuned: str) -> Result:
-    """Train as torchvision's reference does; the last weights count."""
+def plain_loop(root: str, weights: str, epochs: int, size: int, seed: int, rate: float) -> tuple[float, ...]:
+    """Train as torchvision's reference does, or with AdamW at ``rate``; also return the top-1 on val."""
     import timm
     import torch
     from safetensors.torch import load_file
@@ -120,8 +122,8 @@ def plain_loop(root: str, weights: str, epochs: int, size: int, seed: int, tuned
         network.load_state_dict({k: v for k, v in load_file(weights).items() if "head.fc" not in k}, strict=False)
     network.to(memory_format=torch.channels_last)
     steps, optimizer, schedule = epochs * len(loader), None, None
-    if tuned == "tuned":
-        optimizer = torch.optim.AdamW(network.parameters(), 1e-3, weight_decay=0.01)
+    if rate:
+        optimizer = torch.optim.AdamW(network.parameters(), rate, weight_decay=0.01)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     else:
         optimizer = torch.optim.SGD(network.parameters(), 0.1, momentum=0.9, weight_decay=1e-4)
@@ -135,17 +137,19 @@ def plain_loop(root: str, weights: str, epochs: int, size: int, seed: int, tuned
             schedule.step()
     seconds = time.monotonic() - started
     network.eval()
-    predicted, truth = [], []
+    predicted: dict[str, np.ndarray] = {}
+    truth: dict[str, np.ndarray] = {}
     with torch.no_grad():
-        for images, targets in torch.utils.data.DataLoader(datasets.ImageFolder(f"{root}/test", evaluate), 64):
-            predicted += network(images).argmax(1).tolist()
-            truth += targets.tolist()
-    top1 = sum(a == b for a, b in zip(predicted, truth, strict=True)) / len(truth)
-    return top1, float(f1_score(truth, predicted, average="macro")), seconds
+        for split in ("val", "test"):
+            images_of = datasets.ImageFolder(f"{root}/{split}", evaluate)
+            answers = [network(images).argmax(1) for images, _ in torch.utils.data.DataLoader(images_of, 64)]
+            predicted[split], truth[split] = torch.cat(answers).numpy(), np.array(images_of.targets)
+    top1, val_top1 = (float((predicted[split] == truth[split]).mean()) for split in ("test", "val"))
+    return top1, float(f1_score(truth["test"], predicted["test"], average="macro")), seconds, val_top1
 
 
-def fastai_loop(root: str, weights: str, epochs: int, size: int, seed: int, tuned: str) -> Result:
-    """Train with fastai's documented few lines, head on an unpooled timm body."""
+def fastai_loop(root: str, weights: str, epochs: int, size: int, seed: int, rate: float) -> tuple[float, ...]:
+    """Train with fastai's documented few lines, head on an unpooled timm body; also return the top-1 on val."""
     from fastai.vision.all import (
         ImageDataLoaders,
         Path,
@@ -170,14 +174,16 @@ def fastai_loop(root: str, weights: str, epochs: int, size: int, seed: int, tune
         learner.model[0].model.load_state_dict(body)
     with learner.no_bar(), learner.no_logging():
         if weights == "-":
-            learner.fit_one_cycle(epochs, 5e-3 if tuned == "tuned" else 1e-3)
+            learner.fit_one_cycle(epochs, rate or 1e-3)
         else:
-            learner.fine_tune(epochs, **({"base_lr": 5e-3} if tuned == "tuned" else {}))
+            learner.fine_tune(epochs, **({"base_lr": rate} if rate else {}))
         seconds = time.monotonic() - started
+        probs, truth = learner.get_preds(dl=loaders.valid)
+        val_top1 = (probs.argmax(1) == truth).float().mean().item()
         probs, truth = learner.get_preds(dl=loaders.test_dl(get_image_files(Path(root) / "test"), with_labels=True))
     predicted = probs.argmax(1)
     top1 = (predicted == truth).float().mean().item()
-    return top1, float(f1_score(truth, predicted, average="macro")), seconds
+    return top1, float(f1_score(truth, predicted, average="macro")), seconds, val_top1
 
 
 def draw(root: Path, per_class: int, seed: int, target: Path) -> Path:
@@ -195,8 +201,8 @@ def main() -> None:
     """Run all on all folders, seed by seed, and print a table for each folder."""
     if len(sys.argv) > 1 and sys.argv[1] in ("plain", "fastai"):
         loop = plain_loop if sys.argv[1] == "plain" else fastai_loop
-        root, weights, epochs, size, seed, tuned = sys.argv[2:]
-        print(json.dumps(loop(root, weights, int(epochs), int(size), int(seed), tuned)))
+        root, weights, epochs, size, seed, rate = sys.argv[2:]
+        print(json.dumps(loop(root, weights, int(epochs), int(size), int(seed), float(rate))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, required=True, action="append")
@@ -216,15 +222,15 @@ def main() -> None:
         "rexnet_lit": ours,
         **({"rexnet_lit, solved head": solved} if o.weights else {}),
         **{f"rexnet_lit {vary}": functools.partial(_varied, vary) for vary in o.vary},
-        "plain loop, default": lambda *a: peer(*a, sys.executable, "plain", "default"),
-        "plain loop, tuned": lambda *a: peer(*a, sys.executable, "plain", "tuned"),
+        "plain loop, default": lambda *a: peer(*a, sys.executable, "plain", 0.0),
+        "plain loop, tuned": lambda *a: peer(*a, sys.executable, "plain", TUNED["plain"]),
     }
     if o.timm:
         tools["timm, default"] = timms
         tools["timm, tuned"] = lambda *a: timms(*a, "--opt", "adamw", "--lr", "1e-3", "--warmup-epochs", "1")
     if o.fastai:
-        tools["fastai, default"] = lambda *a: peer(*a, o.fastai, "fastai", "default")
-        tools["fastai, tuned"] = lambda *a: peer(*a, o.fastai, "fastai", "tuned")
+        tools["fastai, default"] = lambda *a: peer(*a, o.fastai, "fastai", 0.0)
+        tools["fastai, tuned"] = lambda *a: peer(*a, o.fastai, "fastai", TUNED["fastai"])
     for root in (path.absolute() for path in o.data):
         start = "from the weights" if o.weights else "from scratch"
         drawn = f" ({o.per_class} a class)" if o.per_class else ""
