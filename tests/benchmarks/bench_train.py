@@ -160,9 +160,8 @@ def main() -> None:
         medians = {name: [statistics.median(column) for column in zip(*r, strict=True)] for name, r in rows.items()}
         beside = f", beside {o.busy} busy processes" if o.busy else ""
         print(f"{images} images, {o.size} px, batch {o.batch}, {o.device}, medians of {o.rounds}{beside}\n")
-        print(
-            "| | images/s | the first is | first step, s | waited, % | peak, GB | end, s |\n|---|---|---|---|---|---|---|"
-        )
+        print("| | images/s | the first is | first step, s | waited, % | peak, GB | end, s |")
+        print("|---|---|---|---|---|---|---|")
         first = next(iter(medians.values()))[0]
         for name, (rate, *others) in medians.items():
             cells = " | ".join(f"{value:.1f}" for value in others) or "| | |"

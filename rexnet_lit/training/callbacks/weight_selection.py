@@ -51,7 +51,7 @@ BEST = "the best epoch"
 MAX_IMAGES = 20_000
 """Training images up to which heads are solved: it takes long for more, and there is less to gain."""
 
-_CLEARLY = 3.0
+_CLEARLY, _MUCH = 3.0, 0.05
 _COMPARED = 1000
 """Validation images, at most, on which networks are compared before heads are solved."""
 
@@ -153,7 +153,8 @@ def _not_clearly_worse(features: Mapping[str, Tensor], targets: Tensor, weights:
     """Return the networks for which it is worth the time to embed the training images and solve a head.
 
     A ridge regression on the validation images, each left out in turn, is nearly as good as the head, and takes no
-    time. What it finds worse than another network by `_CLEARLY` standard errors of the difference cannot win.
+    time. What it finds worse than another network by `_CLEARLY` standard errors of the difference, and by a share `_MUCH`,
+    cannot win.
     """
     every = -(-len(targets) // _COMPARED)
     errors = {
@@ -162,7 +163,8 @@ def _not_clearly_worse(features: Mapping[str, Tensor], targets: Tensor, weights:
 
     def clearly_worse(name: str, other: str) -> bool:
         loss = errors[name] - errors[other]
-        return bool(loss.mean() > _CLEARLY * loss.std(correction=0) / len(loss) ** 0.5)
+        deviation = loss.std(correction=0) / len(loss) ** 0.5
+        return bool(loss.mean() > max(_CLEARLY * deviation, _MUCH * errors[other].mean()))
 
     return [name for name in errors if not any(clearly_worse(name, other) for other in errors)]
 
@@ -171,13 +173,12 @@ def _left_out_errors(features: Tensor, targets: Tensor, weights: Tensor, select:
     """Return each image's error (N,) by a ridge regression on the others: with the penalty that has the lowest loss."""
     centred = (features - features.mean(0)) / (features.std(0, correction=0) + 1e-6)
     truth = functional.one_hot(targets, len(weights)).double()
-    truth = truth - truth.mean(0)
     values, vectors = torch.linalg.eigh(centred @ centred.T / centred.shape[1])
     found = []
     for penalty in (0.01, 0.1, 1.0, 10.0, 100.0):
         smoother = (vectors * (values / (values + penalty))) @ vectors.T  # (N, N), from the targets to their estimates
         itself = smoother.diagonal() + 1 / len(targets)  # the share of an image in its own estimate
-        scores = truth - (truth - smoother @ truth) / (1 - itself)[:, None]
+        scores = truth - (truth - truth.mean(0) - smoother @ truth) / (1 - itself)[:, None]
         temperature, loss = fit_temperature(scores, targets, weights)
         found.append((loss, scores / temperature))
     _, logits = min(found, key=lambda pair: pair[0])
