@@ -153,8 +153,8 @@ def _not_clearly_worse(features: Mapping[str, Tensor], targets: Tensor, weights:
     """Return the networks for which it is worth the time to embed the training images and solve a head.
 
     A ridge regression on the validation images, each left out in turn, is nearly as good as the head, and takes no
-    time. What it finds worse than another network by `_CLEARLY` standard errors of the difference, and by a share `_MUCH`,
-    cannot win.
+    time. What it finds worse than another network by `_CLEARLY` standard errors of the difference, and by `_MUCH` of
+    that one's error, cannot win.
     """
     every = -(-len(targets) // _COMPARED)
     errors = {
