@@ -60,7 +60,7 @@ def describe_test(search: Search, config: Mapping[str, Any]) -> str:
     after = _test(search, search.best, "the best settings", config)
     if after is None:
         return ""
-    result = f"On {len(after.answers)} test images, which decided nothing: top-1 {after.metrics['top1']:.3f}"
+    result = f"On {len(after.answers)} test images, which the search has not seen: top-1 {after.metrics['top1']:.3f}"
     before = None if search.best is search.done[0] else _test(search, search.done[0], "the config's settings", config)
     if before is None:
         return result

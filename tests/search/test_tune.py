@@ -169,7 +169,7 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert main.main(command) == 0
     screen = capsys.readouterr().out
     assert "There is no test split: 3 images are set aside" in screen
-    assert "On 3 test images, which decided nothing" in screen
+    assert "On 3 test images, which the search has not seen" in screen
     run = tmp_path / "lightning_logs/version_0"
     assert (run / "model.safetensors").is_file()
     best = yaml.safe_load((tmp_path / "tuning/best.yaml").read_text())
