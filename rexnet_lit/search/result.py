@@ -41,7 +41,8 @@ def ship(search: Search, root: Path) -> Path:
 def _write_best(search: Search, best: Trial) -> None:
     """Write the settings of the best run as an overlay."""
     tree: dict[str, Any] = {}
-    for key, value in {**best.values, "trainer.max_epochs": best.epochs, "seed_everything": best.seed}.items():
+    start = {"model.weights": str(search.start_file(best).absolute())} if best.start else {}
+    for key, value in {**best.values, **start, "trainer.max_epochs": best.epochs, "seed_everything": best.seed}.items():
         *groups, name = key.split(".")
         place = tree
         for group in groups:

@@ -2,8 +2,8 @@
 
 The first run has the settings of the config, in full, so the result is never worse on the validation images than a fit.
 Then short runs try other settings, which Optuna proposes; the best of them are trained in full (successive halving;
-Jamieson and Talwalkar 2016). The rest of the time trains the best settings again with another seed, and the weights
-with the best validation loss ship.
+Jamieson and Talwalkar 2016). In the rest of the time the best settings are trained again with another seed, and
+training continues from the best weights; the weights with the best validation loss ship.
 
 Every decision is a function of what is recorded, so that a search that was killed goes on as it would have.
 """
@@ -16,10 +16,14 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+from rexnet_lit.models.checkpoint import load_starting_weights, save_model
 from rexnet_lit.search.space import Setting, Values, propose
 from rexnet_lit.search.state import Fit, finished_run, read_result
 from rexnet_lit.training.parts import SELECT
@@ -30,6 +34,7 @@ SHORT = 4
 """A short run has this fraction of the epochs of a full one."""
 _SHORT_SHARE, _FULL_SHARE = 0.35, 0.7
 """When the short and the full runs end, as shares of the time after the first run; the rest trains the best again."""
+_LR = "model.optimizer.lr"
 _COLUMNS = (
     "trial", "stage", "status", "reason", "epochs", "seed", "val_top1", "val_macro_f1", "val_loss", "seconds",
 )  # fmt: skip
@@ -41,7 +46,8 @@ class Trial:
 
     Args:
         number: From 0.
-        stage: ``default`` (the config's settings), ``short``, ``full`` or ``again`` (with another seed).
+        stage: ``default`` (the config's settings), ``short``, ``full``, ``again`` (with another seed) or ``continued``
+            (from the weights of an earlier run).
         values: The searched settings that differ from the config's, by key.
         epochs: Its length.
         seed: Of the run.
@@ -49,6 +55,7 @@ class Trial:
         status: ``finished`` or ``failed``.
         reason: Why it failed.
         metrics: Of its weights on the validation images.
+        start: The runs whose weights it starts from, or the average of them; if none, from those of the config.
     """
 
     number: int
@@ -60,6 +67,7 @@ class Trial:
     status: str = "finished"
     reason: str = ""
     metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    start: Sequence[str] = ()
 
     @property
     def loss(self) -> float:
@@ -103,7 +111,8 @@ class Search:
         self._start = time.monotonic()
         self._record = folder / "trials.json"
         if self._record.is_file():
-            self.done = [Trial(**row) for row in json.loads(self._record.read_text("utf-8"))]
+            rows = json.loads(self._record.read_text("utf-8"))
+            self.done = [Trial(**{**row, "start": tuple(row.get("start", ()))}) for row in rows]
             self._earlier = sum(trial.seconds for trial in self.done)
 
     @property
@@ -135,11 +144,7 @@ class Search:
             yield Trial(0, "default", {}, self.epochs, self.seed)
         yield from self._short_trials()
         yield from self._full_trials()
-        while self._fits(self._seconds_of(self.best.epochs)):
-            again = sum(trial.stage == "again" for trial in self.done)
-            if again and self.budget is None:
-                return
-            yield Trial(len(self.done), "again", self.best.values, self.best.epochs, self.seed + 1 + again)
+        yield from self._last_trials()
 
     def _short_trials(self) -> Iterator[Trial]:
         """Yield short runs: first the config's settings, then what may matter most, then Optuna's proposals."""
@@ -151,6 +156,25 @@ class Search:
             values = self._next(len(tried) - 1) if tried else {}
             epochs = _short(int(values.get("trainer.max_epochs", self.epochs)))
             yield Trial(len(self.done), "short", values, epochs, self.seed)
+
+    def _last_trials(self) -> Iterator[Trial]:
+        """Yield runs that continue from the best weights, and runs with another seed where these are no better."""
+        while True:
+            last = [trial for trial in self.done if trial.stage in ("again", "continued")]
+            number, recipe = len(self.done), self._recipe
+            epochs, seed = recipe.epochs, self.seed + 1 + len(last)
+            ends = self.budget is None and any(trial.stage == "continued" for trial in last)
+            if ends or (last and last[-1].status == "failed"):
+                return
+            improves = bool(last) and last[-1] is self.best and last[-1].stage == "continued"
+            if not improves and not (last and last[-1].stage == "again") and self._fits(self._seconds_of(epochs)):
+                yield Trial(number, "again", recipe.values, epochs, seed)
+            elif fitting := [n for n in (epochs // 2, epochs // 4) if n and self._fits(self._seconds_of(n))]:
+                rate = float(f"{self._value(recipe, _LR) / 2:.4g}")
+                values = {**recipe.values, _LR: rate}
+                yield Trial(number, "continued", values, fitting[0], seed, start=self._next_start)
+            else:
+                return
 
     @property
     def seen(self) -> list[tuple[Values, float]]:
@@ -177,11 +201,10 @@ class Search:
             others = [value for value in choices if value != self.base[key]]
             more = {"data.augment.quarter_turns": turns[-1]} if turns and key.endswith("vflip") else {}
             found += [{key: value, **more} for value in others[:1]]
-        key = "model.optimizer.lr"
-        rates = self.space[key].choices if key in self.space else ()
-        if self.base[key] in rates:
-            place = rates.index(self.base[key])
-            found += [{key: rates[i]} for i in (place + 1, place - 1) if 0 <= i < len(rates)]
+        rates = self.space[_LR].choices if _LR in self.space else ()
+        if self.base[_LR] in rates:
+            place = rates.index(self.base[_LR])
+            found += [{_LR: rates[i]} for i in (place + 1, place - 1) if 0 <= i < len(rates)]
         return found
 
     def _full_trials(self) -> Iterator[Trial]:
@@ -225,6 +248,8 @@ class Search:
             changes["trainer.max_time"] = {"seconds": math.ceil(left)}
         try:
             run = finished_run(root)
+            if trial.start:
+                changes["model.weights"] = str(self.start_file(trial))
             if run is None:
                 with _screen_in(root / "screen.txt"):
                     run = self.fit(changes)
@@ -248,6 +273,24 @@ class Search:
         """The full run with the best weights; of equals the first."""
         return min(self.full, key=self._rank)
 
+    @property
+    def _recipe(self) -> Trial:
+        """The best of the full runs that do not continue another."""
+        return min((trial for trial in self.full if not trial.start), key=self._rank)
+
+    def _value(self, trial: Trial, key: str) -> Any:
+        return trial.values.get(key, self.base[key])
+
+    @property
+    def _next_start(self) -> tuple[str, ...]:
+        """The runs from which training continues: the best, and from given weights the two best.
+
+        Runs that started from the same weights have an average that is often better than each of them (Wortsman et al.,
+        "Model soups", 2022, https://arxiv.org/abs/2203.05482).
+        """
+        given = self.base["model.weights"] or self.base["model.pretrained"]
+        return tuple(trial.name for trial in sorted(self.full, key=self._rank)[: 2 if given else 1])
+
     def _rank(self, trial: Trial) -> tuple[float, float]:
         """Return what is lower for better weights: by ``model.select``, and of equals by the loss."""
         value = trial.metrics.get(f"val/{self.select}", 0.0)
@@ -261,9 +304,24 @@ class Search:
             raise UserError(f"{where}: its files are missing; choose another --trainer.default_root_dir")
         return run
 
+    def start_file(self, trial: Trial) -> Path:
+        """Return the file that a trial starts from: the average of its runs' weights that have the first's shapes."""
+        file = self.folder / "trials" / trial.name / "start.safetensors"
+        if not file.is_file():
+            by_name = {each.name: each for each in self.done}
+            states, specs = zip(
+                *(load_starting_weights(str(self.run_of(by_name[name]) / "model.safetensors")) for name in trial.start),
+                strict=True,
+            )
+            shapes = [{key: tensor.shape for key, tensor in state.items()} for state in states]
+            alike = [state for state, own in zip(states, shapes, strict=True) if own == shapes[0]]
+            file.parent.mkdir(parents=True, exist_ok=True)
+            save_model(file, specs[0], {key: _mean([state[key] for state in alike]) for key in states[0]})
+        return file
+
     def _remove_checkpoints(self) -> None:
-        """Keep the weights of the best run and of the config's settings only."""
-        kept = {self.best.name, self.done[0].name}
+        """Keep the weights that may ship or be continued, and those of the config's settings."""
+        kept = {*self._next_start, self.done[0].name}
         for trial in self.done:
             runs = (self.folder / "trials" / trial.name / "lightning_logs").glob("*")
             for run in runs if trial.name not in kept else ():
@@ -290,6 +348,11 @@ class Search:
         left = f"; {max(0, self.budget - self.elapsed):.0f} s left" if self.budget is not None else ""
         best = f"; best so far {self.best.metrics['val/top1']:.3f}" if self.full else ""
         print(f"{trial.name} ({trial.stage}, {trial.seconds:.0f} s): {shown}: {result}{reason}{best}{left}", flush=True)  # noqa: T201
+
+
+def _mean(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the mean of tensors of one shape, in their type."""
+    return torch.stack([tensor.double() for tensor in tensors]).mean(0).to(tensors[0].dtype)
 
 
 def _short(epochs: int) -> int:
