@@ -184,7 +184,7 @@ def _finish_tune(search: Search, root: Path, data: Mapping[str, Any], *, stopped
         ("validation top-1", f"{best.metrics['val/top1']:.4f} ({default.metrics['val/top1']:.4f} with the config's)")
     ]
     rows += [("validation loss", f"{best.loss:.4f} ({default.loss:.4f})")]
-    rows += [("", f"{key}: {search.base[key]} -> {value}") for key, value in best.values.items()]
+    rows += [("", f"{key}: {before} -> {after}") for key, (before, after) in result.changes(search).items()]
     rows += [("run folder", str(run)), ("model", str(run / "model.safetensors"))]
     rows += [("all runs", str(search.folder / "leaderboard.csv")), ("report", str(search.folder / "report.html"))]
     print_table(f"Search {'stopped' if stopped else 'finished'}: {len(search.done)} runs, {search.elapsed:.0f} s", rows)

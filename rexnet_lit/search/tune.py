@@ -241,15 +241,13 @@ class Search:
     def _train(self, trial: Trial) -> Trial:
         """Run a trial; a failed one is recorded with its reason."""
         root, start = self.folder / "trials" / trial.name, time.monotonic()
-        changes = {**trial.values, "trainer.max_epochs": trial.epochs, "seed_everything": trial.seed}
-        changes["trainer.default_root_dir"] = str(root)
+        changes: Values = {"trainer.default_root_dir": str(root)}
         if self.budget is not None:
             left = max(5.0, 1.05 * self.budget - self.elapsed)
             changes["trainer.max_time"] = {"seconds": math.ceil(left)}
         try:
+            changes |= self.settings_of(trial)
             run = finished_run(root)
-            if trial.start:
-                changes["model.weights"] = str(self.start_file(trial))
             if run is None:
                 with _screen_in(root / "screen.txt"):
                     run = self.fit(changes)
@@ -303,6 +301,11 @@ class Search:
             where = self.folder / "trials" / trial.name
             raise UserError(f"{where}: its files are missing; choose another --trainer.default_root_dir")
         return run
+
+    def settings_of(self, trial: Trial) -> Values:
+        """Return the settings by which a fit repeats a trial."""
+        start = {"model.weights": str(self.start_file(trial).absolute())} if trial.start else {}
+        return {**trial.values, **start, "trainer.max_epochs": trial.epochs, "seed_everything": trial.seed}
 
     def start_file(self, trial: Trial) -> Path:
         """Return the file that a trial starts from: the average of its runs' weights that have the first's shapes."""
