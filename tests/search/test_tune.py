@@ -11,7 +11,8 @@ import torch
 import yaml
 from cli_tools import rows_of, write_dataset
 
-from rexnet_lit.cli import main, several_runs
+from rexnet_lit.cli import main
+from rexnet_lit.cli import tune as command_line
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.search import tune
@@ -186,13 +187,13 @@ def test_wrong_spaces(content, problem):
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("5", 300), ("0.5h", 1800)])
 def test_times(text, seconds):
-    assert several_runs._seconds(text) == seconds
+    assert command_line._seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0s", "5x", "-3m"])
 def test_wrong_times(text):
     with pytest.raises(UserError, match="--budget"):
-        several_runs._seconds(text)
+        command_line._seconds(text)
 
 
 @pytest.mark.usefixtures("quick_runs")
