@@ -12,6 +12,7 @@ from rexnet_lit.cli.config import leaves
 from rexnet_lit.cli.lightning_cli import RexNetCLI
 from rexnet_lit.cli.messages import Parser
 from rexnet_lit.search import crossval
+from rexnet_lit.search.pace import Pace
 from rexnet_lit.training.callbacks.console import print_table
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.utils.errors import UserError
@@ -40,12 +41,24 @@ class SeveralRuns(RexNetCLI):
         """The settings by key, without those that may differ between two starts of the same command."""
         return {key: value for key, value in leaves(self.settings) if not key.startswith(_OF_A_RUN)}
 
-    def train(self, changes: Mapping[str, Any]) -> Path:
+    def before_fit(self) -> None:
+        """Watch the time of a fit that has a limit."""
+        if self._limit is not None:
+            self.trainer.callbacks.append(Pace(self._limit))  # type: ignore[attr-defined]
+        super().before_fit()
+
+    def train(self, changes: Mapping[str, Any], limit: float | None = None) -> Path:
         """Train with some settings changed, or resume what ``trainer.default_root_dir`` holds; return the run folder.
+
+        Args:
+            changes: Settings of a fit, by key.
+            limit: Seconds that it may take.
 
         Raises:
             UserError: A setting is wrong, or the run cannot be resumed.
+            TooLongError: It would take longer than the limit.
         """
+        self._limit = limit
         self.config, self.folder = self._settings.clone(), None
         for key, value in changes.items():
             self.config["fit"][key] = value

@@ -84,8 +84,8 @@ def _search(
     digests = {f"{name} images": fingerprint(samples) for name, samples in images.splits.items()}
     remember(root / "tuning", {**runs.identity, **fixed, **described, **digests})
 
-    def train(changes: Mapping[str, Any]) -> Path:
-        return runs.train({**fixed, **changes})
+    def train(changes: Mapping[str, Any], limit: float | None = None) -> Path:
+        return runs.train({**fixed, **changes}, limit)
 
     return Search(train, root / "tuning", space, base, budget, trials, base["model.select"]), data
 

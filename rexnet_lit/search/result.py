@@ -15,7 +15,8 @@ from rexnet_lit.report.comparison import TestedRun, compare_runs
 from rexnet_lit.report.tuning_page import write_tuning_page
 from rexnet_lit.search.evaluation import evaluate, metrics_of
 from rexnet_lit.search.space import importance
-from rexnet_lit.search.tune import Search, Trial
+from rexnet_lit.search.trial import Trial
+from rexnet_lit.search.tune import Search
 from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.callbacks.evaluation_report import history_of
 from rexnet_lit.utils.files import write_file

@@ -16,75 +16,32 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from rexnet_lit.models.checkpoint import load_starting_weights, save_model
+from rexnet_lit.search.pace import TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
-from rexnet_lit.search.state import Fit, finished_run, read_result
+from rexnet_lit.search.state import finished_run, read_result
+from rexnet_lit.search.trial import Trial, write_average, write_leaderboard
 from rexnet_lit.training.parts import SELECT
 from rexnet_lit.utils.errors import Stopped, UserError
-from rexnet_lit.utils.files import write_csv, write_file
+from rexnet_lit.utils.files import write_file
 
 SHORT = 4
 """A short run has this fraction of the epochs of a full one."""
 _SHORT_SHARE, _FULL_SHARE = 0.35, 0.7
 """When the short and the full runs end, as shares of the time after the first run; the rest trains the best again."""
-_LR = "model.optimizer.lr"
-_COLUMNS = (
-    "trial", "stage", "status", "reason", "epochs", "seed", "val_top1", "val_macro_f1", "val_loss", "seconds",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run of a search.
-
-    Args:
-        number: From 0.
-        stage: ``default`` (the config's settings), ``short``, ``full``, ``again`` (with another seed) or ``continued``
-            (from the weights of an earlier run).
-        values: The searched settings that differ from the config's, by key.
-        epochs: Its length.
-        seed: Of the run.
-        seconds: How long it took.
-        status: ``finished`` or ``failed``.
-        reason: Why it failed.
-        metrics: Of its weights on the validation images.
-        start: The runs whose weights it starts from, or the average of them; if none, from those of the config.
-    """
-
-    number: int
-    stage: str
-    values: Values
-    epochs: int
-    seed: int
-    seconds: float = 0.0
-    status: str = "finished"
-    reason: str = ""
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    start: Sequence[str] = ()
-
-    @property
-    def loss(self) -> float:
-        """The validation loss; infinite for a failed run."""
-        return self.metrics.get("val/loss", math.inf) if self.status == "finished" else math.inf
-
-    @property
-    def name(self) -> str:
-        """Its folder below ``trials/``."""
-        return f"trial_{self.number:03d}"
+_LONGEST = 0.85
+"""The share of the time that the first run may take; if it would take more, all runs have fewer epochs."""
+_LR, _EPOCHS = "model.optimizer.lr", "trainer.max_epochs"
 
 
 class Search:
     """A search, and what it has recorded.
 
     Args:
-        fit: Trains a run.
+        fit: Trains a run; it also takes the seconds that the run may take.
         folder: ``tuning/``.
         space: The settings to search.
         base: The settings of the config, by key.
@@ -95,7 +52,7 @@ class Search:
 
     def __init__(
         self,
-        fit: Fit,
+        fit: Callable[..., Path],
         folder: Path,
         space: Mapping[str, Setting],
         base: Mapping[str, Any],
@@ -103,12 +60,15 @@ class Search:
         trials: int | None,
         select: str,
     ) -> None:
-        self.fit, self.folder, self.space, self.base = fit, folder, space, base
+        self.fit, self.folder, self.space, self.base = fit, folder, dict(space), dict(base)
         self.budget, self.count, self.select = budget, trials, select
-        self.epochs, self.seed = int(base["trainer.max_epochs"]), int(base["seed_everything"])
+        self.epochs, self.seed = int(base[_EPOCHS]), int(base["seed_everything"])
         self.done: list[Trial] = []
         self._earlier = 0.0
         self._start = time.monotonic()
+        self._epochs_file = folder / "epochs.json"
+        if self._epochs_file.is_file():
+            self._shorten(json.loads(self._epochs_file.read_text("utf-8")))
         self._record = folder / "trials.json"
         if self._record.is_file():
             rows = json.loads(self._record.read_text("utf-8"))
@@ -128,15 +88,43 @@ class Search:
             UserError: The first run failed.
         """
         for trial in self._plan():
-            finished = self._train(trial)
+            try:
+                finished = self._train(trial)
+            except TooLongError as error:
+                finished = self._train(dataclasses.replace(trial, epochs=self._epochs_that_fit(error)))
             self.done.append(finished)
             rows = [dataclasses.asdict(each) for each in self.done]
             write_file(self._record, json.dumps(rows, indent=1) + "\n")
-            self._write_leaderboard()
+            order = sorted(self.done, key=lambda t: (t.stage == "short", t.status == "failed", *self._rank(t)))
+            write_leaderboard(self.folder / "leaderboard.csv", order, {key: self.base[key] for key in self.space})
             self._print(finished)
             if finished.stage == "default" and finished.status == "failed":
                 raise UserError(f"the settings of the config fail: {finished.reason}")
             self._remove_checkpoints()
+
+    def _epochs_that_fit(self, error: TooLongError) -> int:
+        """Shorten all runs to what the budget allows; return the number of epochs."""
+        budget = self.budget or 0.0
+        epochs = int((_LONGEST * budget - self.elapsed - error.begun) / error.epoch)
+        if epochs < 1:
+            raise UserError(
+                f"--budget: an epoch takes about {error.epoch:.0f} s, too long for a search of {budget:.0f} s; allow "
+                "more time, or make data.image_size smaller"
+            )
+        print(  # noqa: T201
+            f"{self.epochs} epochs would take about {self.epochs * error.epoch:.0f} s, too long for a search of "
+            f"{budget:.0f} s: its runs have {epochs} epochs.",
+            flush=True,
+        )
+        self._shorten(epochs)
+        write_file(self._epochs_file, f"{epochs}\n")
+        shutil.rmtree(self.folder / "trials", ignore_errors=True)
+        return epochs
+
+    def _shorten(self, epochs: int) -> None:
+        """Let all runs have so many epochs."""
+        self.epochs = self.base[_EPOCHS] = epochs
+        self.space.pop(_EPOCHS, None)
 
     def _plan(self) -> Iterator[Trial]:
         """Yield the trials that are not recorded, one after the other."""
@@ -154,7 +142,7 @@ class Search:
             if enough or not self._fits(self._seconds_of(_short(self.epochs)), _SHORT_SHARE):
                 return
             values = self._next(len(tried) - 1) if tried else {}
-            epochs = _short(int(values.get("trainer.max_epochs", self.epochs)))
+            epochs = _short(int(values.get(_EPOCHS, self.epochs)))
             yield Trial(len(self.done), "short", values, epochs, self.seed)
 
     def _last_trials(self) -> Iterator[Trial]:
@@ -221,7 +209,7 @@ class Search:
                 continue
             if any(trial.stage == "again" for trial in self.done):
                 return
-            epochs = int(candidate.values.get("trainer.max_epochs", self.epochs))
+            epochs = int(candidate.values.get(_EPOCHS, self.epochs))
             if not self._fits(self._seconds_of(epochs), _FULL_SHARE if full else 1.0):
                 continue
             yield Trial(len(self.done), "full", candidate.values, epochs, self.seed)
@@ -248,10 +236,12 @@ class Search:
         try:
             changes |= self.settings_of(trial)
             run = finished_run(root)
+            limited = trial.stage == "default" and self.budget is not None and not self._epochs_file.is_file()
+            limit = _LONGEST * self.budget if limited and self.budget else None
             if run is None:
                 with _screen_in(root / "screen.txt"):
-                    run = self.fit(changes)
-        except (Stopped, KeyboardInterrupt):
+                    run = self.fit(changes, limit)
+        except (Stopped, KeyboardInterrupt, TooLongError):
             raise
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -305,21 +295,14 @@ class Search:
     def settings_of(self, trial: Trial) -> Values:
         """Return the settings by which a fit repeats a trial."""
         start = {"model.weights": str(self.start_file(trial).absolute())} if trial.start else {}
-        return {**trial.values, **start, "trainer.max_epochs": trial.epochs, "seed_everything": trial.seed}
+        return {**trial.values, **start, _EPOCHS: trial.epochs, "seed_everything": trial.seed}
 
     def start_file(self, trial: Trial) -> Path:
-        """Return the file that a trial starts from: the average of its runs' weights that have the first's shapes."""
+        """Return the file with the weights that a trial starts from."""
         file = self.folder / "trials" / trial.name / "start.safetensors"
         if not file.is_file():
             by_name = {each.name: each for each in self.done}
-            states, specs = zip(
-                *(load_starting_weights(str(self.run_of(by_name[name]) / "model.safetensors")) for name in trial.start),
-                strict=True,
-            )
-            shapes = [{key: tensor.shape for key, tensor in state.items()} for state in states]
-            alike = [state for state, own in zip(states, shapes, strict=True) if own == shapes[0]]
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_model(file, specs[0], {key: _mean([state[key] for state in alike]) for key in states[0]})
+            write_average([self.run_of(by_name[name]) / "model.safetensors" for name in trial.start], file)
         return file
 
     def _remove_checkpoints(self) -> None:
@@ -331,19 +314,6 @@ class Search:
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
                 (run / "model.safetensors").unlink(missing_ok=True)
 
-    def _write_leaderboard(self) -> None:
-        keys = list(self.space)
-        order = sorted(self.done, key=lambda t: (t.stage == "short", t.status == "failed", *self._rank(t)))
-        rows = [
-            [
-                trial.name, trial.stage, trial.status, trial.reason, str(trial.epochs), str(trial.seed),
-                *(trial.metrics.get(name, "") for name in ("val/top1", "val/macro_f1", "val/loss")),
-                round(trial.seconds, 1), *(str(trial.values.get(key, self.base[key])) for key in keys),
-            ]
-            for trial in order
-        ]  # fmt: skip
-        write_csv(self.folder / "leaderboard.csv", (*_COLUMNS, *keys), rows)
-
     def _print(self, trial: Trial) -> None:
         shown = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in trial.values.items()) or "the config's"
         result = f"val top-1 {trial.metrics['val/top1']:.3f}, loss {trial.loss:.3f}" if trial.metrics else "failed"
@@ -351,11 +321,6 @@ class Search:
         left = f"; {max(0, self.budget - self.elapsed):.0f} s left" if self.budget is not None else ""
         best = f"; best so far {self.best.metrics['val/top1']:.3f}" if self.full else ""
         print(f"{trial.name} ({trial.stage}, {trial.seconds:.0f} s): {shown}: {result}{reason}{best}{left}", flush=True)  # noqa: T201
-
-
-def _mean(tensors: Sequence[Tensor]) -> Tensor:
-    """Return the mean of tensors of one shape, in their type."""
-    return torch.stack([tensor.double() for tensor in tensors]).mean(0).to(tensors[0].dtype)
 
 
 def _short(epochs: int) -> int:

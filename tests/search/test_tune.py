@@ -16,6 +16,7 @@ from rexnet_lit.cli import tune as command_line
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.search import tune
+from rexnet_lit.search.pace import TooLongError
 from rexnet_lit.search.space import Setting, importance, propose, read_space
 from rexnet_lit.search.tune import Search
 from rexnet_lit.utils.errors import UserError
@@ -43,13 +44,16 @@ class Played:
         self.now, self.started, self.stop_at, self.fails = 0.0, [], stop_at, fails
         monkeypatch.setattr(tune.time, "monotonic", lambda: self.now)
 
-    def __call__(self, changes):
+    def __call__(self, changes, limit=None):
         self.started.append(changes)
         if len(self.started) == self.stop_at:
             raise KeyboardInterrupt
         if changes.get("data.augment.vflip") in self.fails:
             raise RuntimeError("out of memory\nand more")
         epochs = changes["trainer.max_epochs"]
+        if limit is not None and epochs > limit:
+            self.now += 1
+            raise TooLongError(0.5, 1.0)
         self.now += epochs
         trained = epochs
         if "model.weights" in changes:
@@ -141,6 +145,25 @@ def test_a_search_ends_when_its_last_run_fails(tmp_path, monkeypatch):
     assert search.best.stage != "continued"
 
 
+def test_a_fit_that_is_longer_than_the_budget_is_shortened(tmp_path, monkeypatch, capsys):
+    def epochs_of(search):
+        return [trial.epochs for trial in search.done]
+
+    search = search_in(tmp_path, Played(monkeypatch), budget=8)
+    search.run()
+    assert epochs_of(search)[0] == 5  # 85 % of 8 s, less 1 s lost and 0.5 s before the first epoch
+    assert max(epochs_of(search)) == 5
+    assert (
+        "8 epochs would take about 8 s, too long for a search of 8 s: its runs have 5 epochs."
+        in capsys.readouterr().out
+    )
+    again = search_in(tmp_path, Played(monkeypatch), budget=30)
+    again.run()
+    assert max(epochs_of(again)) == 5
+    with pytest.raises(UserError, match="allow more time"):
+        search_in(tmp_path / "b", Played(monkeypatch), budget=1).run()
+
+
 def test_a_failed_run_is_a_row_and_the_search_goes_on(tmp_path, monkeypatch):
     search = search_in(tmp_path, Played(monkeypatch, fails=(0.5,)), trials=5)
     search.run()
@@ -228,3 +251,5 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "model.loss.label_smoothing" in capsys.readouterr().err
     fit = ["fit", str(data), "--config", "quickstart", "--config", "tuning/best.yaml", "--print_config"]
     assert main.main(fit) == 0
+    assert main.main([*command, "--budget", "0.1s", "--trainer.default_root_dir", "other"]) == 2
+    assert "allow more time" in capsys.readouterr().err
