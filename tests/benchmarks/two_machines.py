@@ -4,7 +4,8 @@
 
 The machines are joined by a virtual cable; torchrun's rendezvous and gloo go over it. There are 64 training and 15
 validation images, so that the machines do not get equally many. Normalisation layers are frozen, and there is no
-dropout: what remains must equal one process with twice the batch. It prints
+dropout: what remains must equal one process with twice the batch, but for rounding, which AdamW would amplify: the
+optimiser is SGD. It prints
 
 - the largest difference of a weight between two machines and one process after 20 steps;
 - the validation metrics of the two machines, and of one process for the same weights;
@@ -33,6 +34,7 @@ FIT = [
     "-m", "rexnet_lit", "fit", "data", "--config", "quickstart", "--trainer.accelerator", "cpu",
     "--trainer.max_epochs", "3", "--trainer.max_steps", "20", "--data.image_size", "32", "--data.num_workers", "0",
     "--model.strategy.bn", "frozen", "--model.head.dropout", "0", "--model.calibrate", "false",
+    "--model.optimizer", "sgd", "--model.optimizer.lr", "0.02",
 ]  # fmt: skip
 
 
