@@ -276,6 +276,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._use_run_folder(trainer)
         self.refuse_changes(trainer, pl_module, find_datamodule(trainer), checkpoint)
         self._restore_best(trainer, checkpoint)
+        resume.begin_next_epoch(trainer, checkpoint)
         resume.print_length_changes(trainer, checkpoint)
 
     def refuse_changes(self, trainer: Trainer, module: LightningModule, data: Any, content: Any) -> None:

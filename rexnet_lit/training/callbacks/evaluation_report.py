@@ -88,7 +88,7 @@ class EvaluationReport(LimitsCollector):
 
 
 def _strangers(module: RexNetModule, data: ImageFolderDataModule) -> Strangers | None:
-    """Return how the model answers the images of ``data.strangers``; None if there are none."""
+    """Return what the model predicts for the images of ``data.strangers``; None if there are none."""
     limits = module.spec.limits
     if data.strangers is None:
         return None
