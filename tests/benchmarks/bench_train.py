@@ -143,7 +143,7 @@ def main() -> None:
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu")
     parser.add_argument("--workers", type=int, help="loader processes of all; ours by default, and one of timm's")
     parser.add_argument(
-        "--vary", action="append", default=[], help="settings of a run of ours, instead of these; may be repeated"
+        "--vary", action="append", default=[], help="--vary=SETTINGS: a run of ours instead of these; may be repeated"
     )
     parser.add_argument("--busy", type=int, default=0, help="processes that compute beside the trainings")
     o = parser.parse_args()

@@ -38,9 +38,9 @@ echo "## Averaged weights, selection and calibration"
 train "${batches##* }" --workers $workers --vary "--model.ema=0.99 --model.strategy.blend=true --model.calibrate=true"
 if "$python" -m rexnet_lit fit --help_all | grep -q -e --model.compile; then
     echo "## Compiled"
-    train "${batches##* }" --workers $workers --vary "--model.compile=true"
+    train "${batches##* }" --workers $workers --vary=--model.compile=true
 fi
 echo "## Loader processes, images decoded in each epoch"
 for workers in $loaders; do
-    train "${batches##* }" --workers "$workers" --vary "--data.cache=none"
+    train "${batches##* }" --workers "$workers" --vary=--data.cache=none
 done
