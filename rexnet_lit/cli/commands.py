@@ -347,7 +347,7 @@ COMMANDS = {
             "--output": _path(
                 "FILE", "for hub, a new folder that timm can load; for openvino, FILE.xml or a folder", required=True
             ),
-            "--images": _path("DIR", "for onnx-int8, typical images; default: the dataset of its run"),
+            "--images": _path("DIR", "for the int8 formats, typical images; default: the dataset of its run"),
         },
     ),
     "demo": Command(
