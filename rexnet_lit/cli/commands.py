@@ -156,9 +156,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _several_runs(args: argparse.Namespace) -> int:
     with process.gc_paused():
-        from rexnet_lit.cli import plan, several_runs
+        from rexnet_lit.cli import plan, several_runs, tune
 
-    runs = {"tune": several_runs.run_tune, "crossval": several_runs.run_crossval, "plan": plan.run_plan}
+    runs = {"tune": tune.run_tune, "crossval": several_runs.run_crossval, "plan": plan.run_plan}
     return runs[args.command](args.argv)
 
 
