@@ -155,6 +155,13 @@ def test_modules_and_functions_fit_a_screen():
                 assert node.end_lineno - first.lineno < 55, f"{path}: {node.name}"
 
 
+UNUSED_BY_A_FIT = {
+    "sklearn", "pandas", "optuna", "cleanlab", "onnx", "onnxruntime", "openvino", "gradio", "tensorboard",
+    "rexnet_lit.checks.check", "rexnet_lit.export.export", "rexnet_lit.models.predictor", "rexnet_lit.report.figures",
+    "rexnet_lit.report.html", "rexnet_lit.search", "rexnet_lit.training.lr_finder",
+}  # fmt: skip
+
+
 def test_what_really_gets_imported():
     """The same two rules in fresh processes, where third parties' imports count too."""
     check = (
@@ -164,6 +171,10 @@ def test_what_really_gets_imported():
         "import rexnet_lit.models.rexnet, rexnet_lit.models.predictor, rexnet_lit.export.export\n"
         "assert 'torch' in sys.modules\n"
         "assert not {'lightning', 'pytorch_lightning'} & sys.modules.keys(), 'lightning is imported'\n"
+        "for name in [n for n in sys.modules if n.startswith('rexnet_lit')]: del sys.modules[name]\n"
+        "import rexnet_lit.cli.lightning_cli\n"  # what a fit imports before it reads its settings
+        f"found = {UNUSED_BY_A_FIT} & sys.modules.keys()\n"
+        "assert not found, f'{found} imported'\n"
     )
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

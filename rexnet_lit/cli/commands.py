@@ -156,9 +156,9 @@ def _compare(args: argparse.Namespace) -> int:
 
 def _several_runs(args: argparse.Namespace) -> int:
     with process.gc_paused():
-        from rexnet_lit.cli import plan, several_runs
+        from rexnet_lit.cli import plan, several_runs, tune
 
-    runs = {"tune": several_runs.run_tune, "crossval": several_runs.run_crossval, "plan": plan.run_plan}
+    runs = {"tune": tune.run_tune, "crossval": several_runs.run_crossval, "plan": plan.run_plan}
     return runs[args.command](args.argv)
 
 
@@ -239,7 +239,7 @@ def _demo(args: argparse.Namespace) -> int:
     with process.gc_paused():
         from rexnet_lit.cli.demo import serve
 
-    serve(args.model, args.host, args.port)
+    serve(args.model, args.index, args.host, args.port)
     return 0
 
 
@@ -355,6 +355,7 @@ COMMANDS = {
         _demo,
         {
             "model": _path("MODEL", "a .ckpt or .safetensors file of a run"),
+            "--index": _path("DIR", "also show the most similar images of this folder; kept as those of similar"),
             "--port": {"type": int, "default": 7860, "help": "default: 7860; 0 for any that is free"},
             "--host": {"default": "127.0.0.1", "help": "default: 127.0.0.1, for this computer only; 0.0.0.0 for all"},
         },

@@ -41,7 +41,6 @@ from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.callbacks.loggers import RunTensorBoardLogger
 from rexnet_lit.training.callbacks.signals import StopOnSignal
-from rexnet_lit.training.lr_finder import find_lr
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
@@ -291,6 +290,8 @@ class RexNetCLI(LightningCLI):
                 pass
         output.print_start(trainer, model, data)
         if self.config["fit"]["find_lr"]:
+            from rexnet_lit.training.lr_finder import find_lr
+
             find_lr(trainer, model, data)
             raise SystemExit(0)
         for logger in trainer.loggers:

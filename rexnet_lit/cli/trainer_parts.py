@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import (
@@ -21,11 +21,13 @@ from lightning.pytorch.cli import SaveConfigCallback
 
 from rexnet_lit.cli.messages import parser_message
 from rexnet_lit.training.callbacks import run_folder
-from rexnet_lit.training.callbacks.evaluation_report import EvaluationReport
 from rexnet_lit.training.callbacks.predictions import PredictionWriter
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import check_output, check_writable, expand_home, unused_path
+
+if TYPE_CHECKING:
+    from rexnet_lit.training.callbacks.evaluation_report import EvaluationReport
 
 TRAINING_CALLBACKS = (Checkpoint, EarlyStopping, LearningRateMonitor, DeviceStatsMonitor)
 """Callbacks in a fit's config that the other runs leave out: they have no effect there, or need a logger."""
@@ -70,6 +72,8 @@ def prediction_writer(output: str | None, root: Path) -> PredictionWriter:
 
 def evaluation_report(model: Path, root: Path) -> EvaluationReport:
     """Return what writes ``report/``: into the model's run folder if that is below ``root``."""
+    from rexnet_lit.training.callbacks.evaluation_report import EvaluationReport  # a fit needs no report
+
     home = run_folder.run_folder_of(model)
     folder = home if home is not None and root.absolute() in home.parents else root
     check_writable("trainer.default_root_dir", folder / "report")

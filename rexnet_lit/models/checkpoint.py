@@ -220,13 +220,22 @@ def load_model(path: str | os.PathLike[str], key: str = "ckpt_path") -> Model:
         return Model(file, ModelSpec.from_json(description, str(file)), state, _run_data(file))
     content = read_ckpt(str(file))
     spec, data = read_record(content, str(file))
-    tensors, prefix = content.get("state_dict"), "network."
+    return Model(file, spec, network_weights(content, str(file)), data)
+
+
+def network_weights(checkpoint: Mapping[str, Any], where: str) -> dict[str, Tensor]:
+    """Return the weights of the network in a Lightning checkpoint.
+
+    Raises:
+        UserError: It has none.
+    """
+    tensors, prefix = checkpoint.get("state_dict"), "network."
     pairs = tensors.items() if isinstance(tensors, dict) else ()
     state = {name.removeprefix(prefix): t for name, t in pairs if isinstance(name, str) and name.startswith(prefix)}
     state = plain_names(state)
     if not state or not all(map(_is_dense_tensor, state.values())):
-        raise UserError(f"{file}: it holds no weights of a network; use another checkpoint of the run")
-    return Model(file, spec, state, data)
+        raise UserError(f"{where}: it holds no weights of a network; use another checkpoint of the run")
+    return state
 
 
 def _is_dense_tensor(value: object) -> bool:

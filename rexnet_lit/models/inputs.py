@@ -29,7 +29,7 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | IO[bytes] | Image.Image
 - the content of an image file: bytes, or a binary file object, which is read from its start;
 - a PIL image;
 - an array (H, W) or (H, W, C), C in 1, 3, 4, of uint8, uint16, bool or floats from 0 to 1. Colours are RGB or RGBA:
-  OpenCV's ``imread`` gives BGR, which nobody can tell from RGB; pass the path, or ``image[..., ::-1]``;
+  OpenCV's ``imread`` gives BGR, which cannot be detected; pass the path, or ``image[..., ::-1]``;
 - a tensor, as torchvision has it: (H, W) or (C, H, W) of the same types, on any device, not normalised.
 
 Only a file may be a JPEG of more than 80 megapixels, because it is decoded at a fraction of its size.

@@ -15,7 +15,8 @@ from rexnet_lit.report.comparison import TestedRun, compare_runs
 from rexnet_lit.report.tuning_page import write_tuning_page
 from rexnet_lit.search.evaluation import evaluate, metrics_of
 from rexnet_lit.search.space import importance
-from rexnet_lit.search.tune import Search, Trial
+from rexnet_lit.search.trial import Trial
+from rexnet_lit.search.tune import Search
 from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.callbacks.evaluation_report import history_of
 from rexnet_lit.utils.files import write_file
@@ -41,7 +42,7 @@ def ship(search: Search, root: Path) -> Path:
 def _write_best(search: Search, best: Trial) -> None:
     """Write the settings of the best run as an overlay."""
     tree: dict[str, Any] = {}
-    for key, value in {**best.values, "trainer.max_epochs": best.epochs, "seed_everything": best.seed}.items():
+    for key, value in search.settings_of(best).items():
         *groups, name = key.split(".")
         place = tree
         for group in groups:
@@ -55,12 +56,18 @@ def _write_best(search: Search, best: Trial) -> None:
     write_file(search.folder / "best.yaml", header + yaml.safe_dump(tree, sort_keys=False))
 
 
+def changes(search: Search) -> dict[str, tuple[Any, Any]]:
+    """Return the settings in which the best run differs from the config: the config's value, and the best."""
+    settings = search.settings_of(search.best).items()
+    return {key: (search.base.get(key), value) for key, value in settings if value != search.base.get(key)}
+
+
 def describe_test(search: Search, config: Mapping[str, Any]) -> str:
     """Return the result on the test images in words; an empty string if there are none."""
     after = _test(search, search.best, "the best settings", config)
     if after is None:
         return ""
-    result = f"On {len(after.answers)} test images, which decided nothing: top-1 {after.metrics['top1']:.3f}"
+    result = f"On {len(after.answers)} test images, which the search has not seen: top-1 {after.metrics['top1']:.3f}"
     before = None if search.best is search.done[0] else _test(search, search.done[0], "the config's settings", config)
     if before is None:
         return result
@@ -90,7 +97,7 @@ def write_report(search: Search, title: str, verdict: str) -> None:
         title=title,
         best=_row(best),
         default=_row(default),
-        changes={key: (search.base.get(key), value) for key, value in best.values.items()},
+        changes=changes(search),
         importance=importance(search.space, search.seen),
         verdict=verdict,
         histories={name: history_of(search.run_of(trial) / "metrics.csv") for name, trial in names.items()},

@@ -2,8 +2,8 @@
 
 The first run has the settings of the config, in full, so the result is never worse on the validation images than a fit.
 Then short runs try other settings, which Optuna proposes; the best of them are trained in full (successive halving;
-Jamieson and Talwalkar 2016). The rest of the time trains the best settings again with another seed, and the weights
-with the best validation loss ship.
+Jamieson and Talwalkar 2016). In the rest of the time the best settings are trained again with another seed, and
+training continues from the best weights; the weights with the best validation loss ship.
 
 Every decision is a function of what is recorded, so that a search that was killed goes on as it would have.
 """
@@ -16,67 +16,32 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from rexnet_lit.search.pace import TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
-from rexnet_lit.search.state import Fit, finished_run, read_result
+from rexnet_lit.search.state import finished_run, read_result
+from rexnet_lit.search.trial import Trial, write_average, write_leaderboard
 from rexnet_lit.training.parts import SELECT
 from rexnet_lit.utils.errors import Stopped, UserError
-from rexnet_lit.utils.files import write_csv, write_file
+from rexnet_lit.utils.files import write_file
 
 SHORT = 4
 """A short run has this fraction of the epochs of a full one."""
 _SHORT_SHARE, _FULL_SHARE = 0.35, 0.7
 """When the short and the full runs end, as shares of the time after the first run; the rest trains the best again."""
-_COLUMNS = (
-    "trial", "stage", "status", "reason", "epochs", "seed", "val_top1", "val_macro_f1", "val_loss", "seconds",
-)  # fmt: skip
-
-
-@dataclasses.dataclass(frozen=True)
-class Trial:
-    """One run of a search.
-
-    Args:
-        number: From 0.
-        stage: ``default`` (the config's settings), ``short``, ``full`` or ``again`` (with another seed).
-        values: The searched settings that differ from the config's, by key.
-        epochs: Its length.
-        seed: Of the run.
-        seconds: How long it took.
-        status: ``finished`` or ``failed``.
-        reason: Why it failed.
-        metrics: Of its weights on the validation images.
-    """
-
-    number: int
-    stage: str
-    values: Values
-    epochs: int
-    seed: int
-    seconds: float = 0.0
-    status: str = "finished"
-    reason: str = ""
-    metrics: Mapping[str, float] = dataclasses.field(default_factory=dict)
-
-    @property
-    def loss(self) -> float:
-        """The validation loss; infinite for a failed run."""
-        return self.metrics.get("val/loss", math.inf) if self.status == "finished" else math.inf
-
-    @property
-    def name(self) -> str:
-        """Its folder below ``trials/``."""
-        return f"trial_{self.number:03d}"
+_LONGEST = 0.85
+"""The share of the time that the first run may take; if it would take more, all runs have fewer epochs."""
+_LR, _EPOCHS = "model.optimizer.lr", "trainer.max_epochs"
 
 
 class Search:
     """A search, and what it has recorded.
 
     Args:
-        fit: Trains a run.
+        fit: Trains a run; it also takes the seconds that the run may take.
         folder: ``tuning/``.
         space: The settings to search.
         base: The settings of the config, by key.
@@ -87,7 +52,7 @@ class Search:
 
     def __init__(
         self,
-        fit: Fit,
+        fit: Callable[..., Path],
         folder: Path,
         space: Mapping[str, Setting],
         base: Mapping[str, Any],
@@ -95,15 +60,19 @@ class Search:
         trials: int | None,
         select: str,
     ) -> None:
-        self.fit, self.folder, self.space, self.base = fit, folder, space, base
+        self.fit, self.folder, self.space, self.base = fit, folder, dict(space), dict(base)
         self.budget, self.count, self.select = budget, trials, select
-        self.epochs, self.seed = int(base["trainer.max_epochs"]), int(base["seed_everything"])
+        self.epochs, self.seed = int(base[_EPOCHS]), int(base["seed_everything"])
         self.done: list[Trial] = []
         self._earlier = 0.0
         self._start = time.monotonic()
+        self._epochs_file = folder / "epochs.json"
+        if self._epochs_file.is_file():
+            self._shorten(json.loads(self._epochs_file.read_text("utf-8")))
         self._record = folder / "trials.json"
         if self._record.is_file():
-            self.done = [Trial(**row) for row in json.loads(self._record.read_text("utf-8"))]
+            rows = json.loads(self._record.read_text("utf-8"))
+            self.done = [Trial(**{**row, "start": tuple(row.get("start", ()))}) for row in rows]
             self._earlier = sum(trial.seconds for trial in self.done)
 
     @property
@@ -119,15 +88,43 @@ class Search:
             UserError: The first run failed.
         """
         for trial in self._plan():
-            finished = self._train(trial)
+            try:
+                finished = self._train(trial)
+            except TooLongError as error:
+                finished = self._train(dataclasses.replace(trial, epochs=self._epochs_that_fit(error)))
             self.done.append(finished)
             rows = [dataclasses.asdict(each) for each in self.done]
             write_file(self._record, json.dumps(rows, indent=1) + "\n")
-            self._write_leaderboard()
+            order = sorted(self.done, key=lambda t: (t.stage == "short", t.status == "failed", *self._rank(t)))
+            write_leaderboard(self.folder / "leaderboard.csv", order, {key: self.base[key] for key in self.space})
             self._print(finished)
             if finished.stage == "default" and finished.status == "failed":
                 raise UserError(f"the settings of the config fail: {finished.reason}")
             self._remove_checkpoints()
+
+    def _epochs_that_fit(self, error: TooLongError) -> int:
+        """Shorten all runs to what the budget allows; return the number of epochs."""
+        budget = self.budget or 0.0
+        epochs = int((_LONGEST * budget - self.elapsed - error.begun) / error.epoch)
+        if epochs < 1:
+            raise UserError(
+                f"--budget: an epoch takes about {error.epoch:.0f} s, too long for a search of {budget:.0f} s; allow "
+                "more time, or make data.image_size smaller"
+            )
+        print(  # noqa: T201
+            f"{self.epochs} epochs would take about {self.epochs * error.epoch:.0f} s, too long for a search of "
+            f"{budget:.0f} s: its runs have {epochs} epochs.",
+            flush=True,
+        )
+        self._shorten(epochs)
+        write_file(self._epochs_file, f"{epochs}\n")
+        shutil.rmtree(self.folder / "trials", ignore_errors=True)
+        return epochs
+
+    def _shorten(self, epochs: int) -> None:
+        """Let all runs have so many epochs."""
+        self.epochs = self.base[_EPOCHS] = epochs
+        self.space.pop(_EPOCHS, None)
 
     def _plan(self) -> Iterator[Trial]:
         """Yield the trials that are not recorded, one after the other."""
@@ -135,11 +132,7 @@ class Search:
             yield Trial(0, "default", {}, self.epochs, self.seed)
         yield from self._short_trials()
         yield from self._full_trials()
-        while self._fits(self._seconds_of(self.best.epochs)):
-            again = sum(trial.stage == "again" for trial in self.done)
-            if again and self.budget is None:
-                return
-            yield Trial(len(self.done), "again", self.best.values, self.best.epochs, self.seed + 1 + again)
+        yield from self._last_trials()
 
     def _short_trials(self) -> Iterator[Trial]:
         """Yield short runs: first the config's settings, then what may matter most, then Optuna's proposals."""
@@ -149,8 +142,27 @@ class Search:
             if enough or not self._fits(self._seconds_of(_short(self.epochs)), _SHORT_SHARE):
                 return
             values = self._next(len(tried) - 1) if tried else {}
-            epochs = _short(int(values.get("trainer.max_epochs", self.epochs)))
+            epochs = _short(int(values.get(_EPOCHS, self.epochs)))
             yield Trial(len(self.done), "short", values, epochs, self.seed)
+
+    def _last_trials(self) -> Iterator[Trial]:
+        """Yield runs that continue from the best weights, and runs with another seed where these are no better."""
+        while True:
+            last = [trial for trial in self.done if trial.stage in ("again", "continued")]
+            number, recipe = len(self.done), self._recipe
+            epochs, seed = recipe.epochs, self.seed + 1 + len(last)
+            ends = self.budget is None and any(trial.stage == "continued" for trial in last)
+            if ends or (last and last[-1].status == "failed"):
+                return
+            improves = bool(last) and last[-1] is self.best and last[-1].stage == "continued"
+            if not improves and not (last and last[-1].stage == "again") and self._fits(self._seconds_of(epochs)):
+                yield Trial(number, "again", recipe.values, epochs, seed)
+            elif fitting := [n for n in (epochs // 2, epochs // 4) if n and self._fits(self._seconds_of(n))]:
+                rate = float(f"{self._value(recipe, _LR) / 2:.4g}")
+                values = {**recipe.values, _LR: rate}
+                yield Trial(number, "continued", values, fitting[0], seed, start=self._next_start)
+            else:
+                return
 
     @property
     def seen(self) -> list[tuple[Values, float]]:
@@ -177,11 +189,10 @@ class Search:
             others = [value for value in choices if value != self.base[key]]
             more = {"data.augment.quarter_turns": turns[-1]} if turns and key.endswith("vflip") else {}
             found += [{key: value, **more} for value in others[:1]]
-        key = "model.optimizer.lr"
-        rates = self.space[key].choices if key in self.space else ()
-        if self.base[key] in rates:
-            place = rates.index(self.base[key])
-            found += [{key: rates[i]} for i in (place + 1, place - 1) if 0 <= i < len(rates)]
+        rates = self.space[_LR].choices if _LR in self.space else ()
+        if self.base[_LR] in rates:
+            place = rates.index(self.base[_LR])
+            found += [{_LR: rates[i]} for i in (place + 1, place - 1) if 0 <= i < len(rates)]
         return found
 
     def _full_trials(self) -> Iterator[Trial]:
@@ -198,7 +209,7 @@ class Search:
                 continue
             if any(trial.stage == "again" for trial in self.done):
                 return
-            epochs = int(candidate.values.get("trainer.max_epochs", self.epochs))
+            epochs = int(candidate.values.get(_EPOCHS, self.epochs))
             if not self._fits(self._seconds_of(epochs), _FULL_SHARE if full else 1.0):
                 continue
             yield Trial(len(self.done), "full", candidate.values, epochs, self.seed)
@@ -218,17 +229,19 @@ class Search:
     def _train(self, trial: Trial) -> Trial:
         """Run a trial; a failed one is recorded with its reason."""
         root, start = self.folder / "trials" / trial.name, time.monotonic()
-        changes = {**trial.values, "trainer.max_epochs": trial.epochs, "seed_everything": trial.seed}
-        changes["trainer.default_root_dir"] = str(root)
+        changes: Values = {"trainer.default_root_dir": str(root)}
         if self.budget is not None:
             left = max(5.0, 1.05 * self.budget - self.elapsed)
             changes["trainer.max_time"] = {"seconds": math.ceil(left)}
         try:
+            changes |= self.settings_of(trial)
             run = finished_run(root)
+            limited = trial.stage == "default" and self.budget is not None and not self._epochs_file.is_file()
+            limit = _LONGEST * self.budget if limited and self.budget else None
             if run is None:
                 with _screen_in(root / "screen.txt"):
-                    run = self.fit(changes)
-        except (Stopped, KeyboardInterrupt):
+                    run = self.fit(changes, limit)
+        except (Stopped, KeyboardInterrupt, TooLongError):
             raise
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -248,6 +261,24 @@ class Search:
         """The full run with the best weights; of equals the first."""
         return min(self.full, key=self._rank)
 
+    @property
+    def _recipe(self) -> Trial:
+        """The best of the full runs that do not continue another."""
+        return min((trial for trial in self.full if not trial.start), key=self._rank)
+
+    def _value(self, trial: Trial, key: str) -> Any:
+        return trial.values.get(key, self.base[key])
+
+    @property
+    def _next_start(self) -> tuple[str, ...]:
+        """The runs from which training continues: the best, and from given weights the two best.
+
+        Runs that started from the same weights have an average that is often better than each of them (Wortsman et al.,
+        "Model soups", 2022, https://arxiv.org/abs/2203.05482).
+        """
+        given = self.base["model.weights"] or self.base["model.pretrained"]
+        return tuple(trial.name for trial in sorted(self.full, key=self._rank)[: 2 if given else 1])
+
     def _rank(self, trial: Trial) -> tuple[float, float]:
         """Return what is lower for better weights: by ``model.select``, and of equals by the loss."""
         value = trial.metrics.get(f"val/{self.select}", 0.0)
@@ -261,27 +292,27 @@ class Search:
             raise UserError(f"{where}: its files are missing; choose another --trainer.default_root_dir")
         return run
 
+    def settings_of(self, trial: Trial) -> Values:
+        """Return the settings by which a fit repeats a trial."""
+        start = {"model.weights": str(self.start_file(trial).absolute())} if trial.start else {}
+        return {**trial.values, **start, _EPOCHS: trial.epochs, "seed_everything": trial.seed}
+
+    def start_file(self, trial: Trial) -> Path:
+        """Return the file with the weights that a trial starts from."""
+        file = self.folder / "trials" / trial.name / "start.safetensors"
+        if not file.is_file():
+            by_name = {each.name: each for each in self.done}
+            write_average([self.run_of(by_name[name]) / "model.safetensors" for name in trial.start], file)
+        return file
+
     def _remove_checkpoints(self) -> None:
-        """Keep the weights of the best run and of the config's settings only."""
-        kept = {self.best.name, self.done[0].name}
+        """Keep the weights that may ship or be continued, and those of the config's settings."""
+        kept = {*self._next_start, self.done[0].name}
         for trial in self.done:
             runs = (self.folder / "trials" / trial.name / "lightning_logs").glob("*")
             for run in runs if trial.name not in kept else ():
                 shutil.rmtree(run / "checkpoints", ignore_errors=True)
                 (run / "model.safetensors").unlink(missing_ok=True)
-
-    def _write_leaderboard(self) -> None:
-        keys = list(self.space)
-        order = sorted(self.done, key=lambda t: (t.stage == "short", t.status == "failed", *self._rank(t)))
-        rows = [
-            [
-                trial.name, trial.stage, trial.status, trial.reason, str(trial.epochs), str(trial.seed),
-                *(trial.metrics.get(name, "") for name in ("val/top1", "val/macro_f1", "val/loss")),
-                round(trial.seconds, 1), *(str(trial.values.get(key, self.base[key])) for key in keys),
-            ]
-            for trial in order
-        ]  # fmt: skip
-        write_csv(self.folder / "leaderboard.csv", (*_COLUMNS, *keys), rows)
 
     def _print(self, trial: Trial) -> None:
         shown = ", ".join(f"{key.partition('.')[2]} {value}" for key, value in trial.values.items()) or "the config's"

@@ -132,7 +132,7 @@ def killed(sides: Sides) -> Iterator[tuple[bool | None, bool | None]]:
         ours(a, trouble=("kill", step))
         if (run_tools.run_folder(a) / "checkpoints" / "last.ckpt").exists():
             ours(a, "--ckpt_path", "last")
-        else:  # nothing is saved yet: the run starts anew
+        else:  # nothing is saved yet: the run starts from the beginning
             a = sides.fresh()
             ours(a)
         plain(b, ("kill", step))

@@ -7,18 +7,24 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 from cli_tools import rows_of, write_dataset
 
-from rexnet_lit.cli import main, several_runs
+from rexnet_lit.cli import main
+from rexnet_lit.cli import tune as command_line
+from rexnet_lit.models import checkpoint
+from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.search import tune
+from rexnet_lit.search.pace import TooLongError
 from rexnet_lit.search.space import Setting, importance, propose, read_space
 from rexnet_lit.search.tune import Search
 from rexnet_lit.utils.errors import UserError
 
 BASE = {
     "trainer.max_epochs": 8, "seed_everything": 0, "model.optimizer.lr": 0.001, "data.augment.hflip": 0.5,
-    "data.augment.vflip": 0, "data.augment.quarter_turns": 0, "model.backbone": "rexnet_100",
+    "data.augment.vflip": 0, "data.augment.quarter_turns": 0, "model.backbone": "rexnet_100", "model.pretrained": True,
+    "model.weights": None,
 }  # fmt: skip
 SPACE = {
     "model.optimizer.lr": {"times": [0.5, 1, 2]},
@@ -29,25 +35,37 @@ SPACE = {
 
 
 class Played:
-    """Plays fits: an epoch takes a second, and without flips the loss is lower. ``stop_at`` ends one by Ctrl-C."""
+    """Plays fits: an epoch takes a second, and without flips the loss is lower. ``stop_at`` ends one by Ctrl-C.
+
+    The only weight is the number of epochs; a fit that continues another adds its own.
+    """
 
     def __init__(self, monkeypatch, stop_at=None, fails=()):
         self.now, self.started, self.stop_at, self.fails = 0.0, [], stop_at, fails
         monkeypatch.setattr(tune.time, "monotonic", lambda: self.now)
 
-    def __call__(self, changes):
+    def __call__(self, changes, limit=None):
         self.started.append(changes)
         if len(self.started) == self.stop_at:
             raise KeyboardInterrupt
         if changes.get("data.augment.vflip") in self.fails:
             raise RuntimeError("out of memory\nand more")
         epochs = changes["trainer.max_epochs"]
+        if limit is not None and epochs > limit:
+            self.now += 1
+            raise TooLongError(0.5, 1.0)
         self.now += epochs
-        loss = 1 / epochs + changes.get("data.augment.hflip", 0.5) + changes.get("data.augment.vflip", 0)
-        loss += abs(math.log(changes.get("model.optimizer.lr", 0.001) / 0.001)) / 10 + changes["seed_everything"] / 100
+        trained = epochs
+        if "model.weights" in changes:
+            trained += checkpoint.load_model(changes["model.weights"]).state["epochs"].item()
+        loss = 1 / trained + changes.get("data.augment.hflip", 0.5) + changes.get("data.augment.vflip", 0)
+        if "model.weights" not in changes:
+            loss += abs(math.log(changes.get("model.optimizer.lr", 0.001) / 0.001)) / 10
+        loss += changes["seed_everything"] / 100
         run = Path(changes["trainer.default_root_dir"]) / "lightning_logs/version_0"
         (run / "checkpoints").mkdir(parents=True)
-        (run / "model.safetensors").write_bytes(b"")
+        spec = ModelSpec("rexnet_100", ("ant", "bee"))
+        checkpoint.save_model(run / "model.safetensors", spec, {"epochs": torch.tensor(float(trained))})
         metrics = {"val/loss": loss, "val/top1": 1 - loss / 9, "val/macro_f1": 0.5}
         (run / "result.json").write_text(json.dumps({"status": "finished", "metrics": metrics}))
         return run
@@ -61,22 +79,25 @@ def test_the_first_run_is_the_configs_and_the_best_is_never_worse(tmp_path, monk
     search = search_in(tmp_path, Played(monkeypatch), trials=5)
     search.run()
     stages = [trial.stage for trial in search.done]
-    assert stages == ["default", *["short"] * 6, *["full"] * (len(stages) - 8), "again"]
+    assert stages == ["default", *["short"] * 6, *["full"] * (len(stages) - 9), "again", "continued"]
     assert "full" in stages
     assert search.done[0].values == search.done[1].values == {}
     assert [trial.epochs for trial in search.done[:7]] == [8, *[2] * 6]
-    assert {trial.epochs for trial in search.done[7:]} == {8}
-    assert search.best.values == {"data.augment.hflip": 0}
+    assert {trial.epochs for trial in search.done[7:-1]} == {8}
+    assert search.best is search.done[-1]
+    assert (search.best.epochs, search.best.values) == (4, {"data.augment.hflip": 0, "model.optimizer.lr": 0.0005})
     assert search.best.loss <= search.done[0].loss
-    # Only the weights of the best and of the config's settings are kept.
-    assert {path.parts[-4] for path in tmp_path.rglob("model.safetensors")} == {"trial_000", search.best.name}
+    # Only the weights of the two best and of the config's settings are kept.
+    first, second = sorted(search.full, key=lambda trial: trial.loss)[:2]
+    kept = {path.parts[-4] for path in tmp_path.rglob("model.safetensors")}
+    assert kept == {"trial_000", first.name, second.name}
     rows = rows_of(tmp_path / "leaderboard.csv")
     assert rows[0]["trial"] == search.best.name
     assert rows[0]["data.augment.hflip"] == "0"
     assert len(rows) == len(search.done)
 
 
-@pytest.mark.parametrize("stop_at", range(1, 10))
+@pytest.mark.parametrize("stop_at", range(1, 11))
 def test_a_search_that_was_stopped_ends_as_if_it_had_not(tmp_path, monkeypatch, stop_at):
     undisturbed = search_in(tmp_path / "a", Played(monkeypatch), trials=5)
     undisturbed.run()
@@ -99,7 +120,48 @@ def test_budget(tmp_path, monkeypatch, budget):
     assert 0.8 * budget <= search.elapsed <= budget
     assert fit.started[0]["trainer.max_time"] == {"seconds": math.ceil(1.05 * budget)}
     stages = {trial.stage for trial in search.done}
-    assert stages == {"default", "short", "full", *(["again"] if budget > 20 else [])}
+    assert stages == {"default", "short", "full", *(["again", "continued"] if budget > 20 else [])}
+
+
+@pytest.mark.parametrize("given", [True, False])
+def test_training_continues_from_the_average_of_the_best_only_from_given_weights(tmp_path, monkeypatch, given):
+    monkeypatch.setitem(BASE, "model.pretrained", given)
+    search = search_in(tmp_path, Played(monkeypatch), budget=60)
+    search.run()
+    continued = next(trial for trial in search.done if trial.stage == "continued")
+    before = [trial for trial in search.full if trial.number < continued.number]
+    ranked = [trial.name for trial in sorted(before, key=lambda trial: trial.loss)]
+    assert list(continued.start) == ranked[: 2 if given else 1]
+    assert checkpoint.load_model(search.start_file(continued)).state["epochs"] == 8
+
+
+def test_a_search_ends_when_its_last_run_fails(tmp_path, monkeypatch):
+    played = Played(monkeypatch)
+    search = search_in(tmp_path, played, budget=60)
+    monkeypatch.setattr(search, "start_file", lambda trial: 1 / 0)
+    search.run()
+    assert search.done[-1].stage == "continued"
+    assert search.done[-1].reason == "ZeroDivisionError: division by zero"
+    assert search.best.stage != "continued"
+
+
+def test_a_fit_that_is_longer_than_the_budget_is_shortened(tmp_path, monkeypatch, capsys):
+    def epochs_of(search):
+        return [trial.epochs for trial in search.done]
+
+    search = search_in(tmp_path, Played(monkeypatch), budget=8)
+    search.run()
+    assert epochs_of(search)[0] == 5  # 85 % of 8 s, less 1 s lost and 0.5 s before the first epoch
+    assert max(epochs_of(search)) == 5
+    assert (
+        "8 epochs would take about 8 s, too long for a search of 8 s: its runs have 5 epochs."
+        in capsys.readouterr().out
+    )
+    again = search_in(tmp_path, Played(monkeypatch), budget=30)
+    again.run()
+    assert max(epochs_of(again)) == 5
+    with pytest.raises(UserError, match="allow more time"):
+        search_in(tmp_path / "b", Played(monkeypatch), budget=1).run()
 
 
 def test_a_failed_run_is_a_row_and_the_search_goes_on(tmp_path, monkeypatch):
@@ -148,13 +210,13 @@ def test_wrong_spaces(content, problem):
 
 @pytest.mark.parametrize(("text", "seconds"), [("90s", 90), ("30m", 1800), ("1h30m", 5400), ("5", 300), ("0.5h", 1800)])
 def test_times(text, seconds):
-    assert several_runs._seconds(text) == seconds
+    assert command_line._seconds(text) == seconds
 
 
 @pytest.mark.parametrize("text", ["", "soon", "0s", "5x", "-3m"])
 def test_wrong_times(text):
     with pytest.raises(UserError, match="--budget"):
-        several_runs._seconds(text)
+        command_line._seconds(text)
 
 
 @pytest.mark.usefixtures("quick_runs")
@@ -169,11 +231,14 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert main.main(command) == 0
     screen = capsys.readouterr().out
     assert "There is no test split: 3 images are set aside" in screen
-    assert "On 3 test images, which decided nothing" in screen
+    assert "On 3 test images, which the search has not seen" in screen
     run = tmp_path / "lightning_logs/version_0"
     assert (run / "model.safetensors").is_file()
     best = yaml.safe_load((tmp_path / "tuning/best.yaml").read_text())
-    assert best["trainer"]["max_epochs"] == 2
+    row = rows_of(tmp_path / "tuning/leaderboard.csv")[0]
+    assert (best["trainer"]["max_epochs"], best["seed_everything"]) == (int(row["epochs"]), int(row["seed"]))
+    if row["stage"] == "continued":
+        assert checkpoint.load_model(best["model"]["weights"]).spec.class_names
     page = (tmp_path / "tuning/report.html").read_text()
     assert "trial_000" in page
     trials = (tmp_path / "tuning/trials.json").read_text()
@@ -186,3 +251,5 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "model.loss.label_smoothing" in capsys.readouterr().err
     fit = ["fit", str(data), "--config", "quickstart", "--config", "tuning/best.yaml", "--print_config"]
     assert main.main(fit) == 0
+    assert main.main([*command, "--budget", "0.1s", "--trainer.default_root_dir", "other"]) == 2
+    assert "allow more time" in capsys.readouterr().err

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from pathlib import Path
 
 import torch
 from lightning.pytorch import Trainer
@@ -18,9 +17,8 @@ from lightning.pytorch.utilities import rank_zero_only
 from torch import nn
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
-from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import LARGEST_FACTOR, fit_temperature
-from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint, replace_weights
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.callbacks.end_of_training import EndOfTraining, network_restored
 from rexnet_lit.training.features import embedder, head_logits
 from rexnet_lit.training.module import RexNetModule
@@ -48,22 +46,19 @@ class Calibrate(EndOfTraining):
     def _calibrate(
         self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint
     ) -> str:
-        path = Path(saver.best_model_path)
-        best = checkpoint.load_model(path).state if trainer.is_global_zero else None
-        best = trainer.strategy.broadcast(best)
-        assert best is not None  # noqa: S101 (for the type checker)
+        best = saver.best_weights(trainer)
         with network_restored(module):
             module.network.load_state_dict(best)
-            saver.features["val"] = data.compute_features("val", embedder(module))[0]
+            if "val" not in saver.features:
+                saver.features["val"] = data.compute_features("val", embedder(module))[0]
             logits = head_logits(module, saver.features["val"])
         targets = torch.from_numpy(data.splits()["val"].targets)
         temperature, _ = fit_temperature(logits, targets)
         if abs(math.log10(temperature)) > LARGEST_FACTOR - 0.01:
             return "Not calibrated: on the validation images these weights do no better than chance."
-        if trainer.is_global_zero and temperature != 1:
+        if temperature != 1:
             last = [name for name, part in module.network.named_modules() if isinstance(part, nn.Linear)][-1]
-            scaled = {f"network.{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")}
-            replace_weights(path, scaled)
+            saver.change_best({f"{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")})
         before, after = (module.measure(scores, targets) for scores in (logits, logits / temperature))
         saver.shipped = dataclasses.replace(saver.shipped, metrics=after)
         changes = (f"{key} {before[f'val/{key}']:.3f} -> {after[f'val/{key}']:.3f}" for key in ("loss", "ece"))

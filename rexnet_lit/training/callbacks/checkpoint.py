@@ -81,6 +81,9 @@ class RunCheckpoint(ModelCheckpoint):
         """What is in ``best.ckpt``; the selection and the calibration at the end of training change it."""
         self.features: dict[Split, Tensor] = {}
         """Features of the shipped weights, (N, C), of splits for which the end of training has computed them."""
+        self._best: dict[str, Any] | None = None
+        """The content of ``best.ckpt`` while the end of training changes it."""
+        self._best_changed = False
 
     def reset(self) -> None:
         """Forget the run, before the trainer's next one."""
@@ -101,6 +104,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the temporary files of a save that was killed, and handle the signals."""
+        self._forget_best()
         if trainer.is_global_zero and self.dirpath:
             for temporary in Path(self.dirpath).glob(".*.ckpt.*"):
                 temporary.unlink(missing_ok=True)
@@ -167,6 +171,41 @@ class RunCheckpoint(ModelCheckpoint):
             best = last.with_name("best.ckpt")
             best.unlink(missing_ok=True)
             link_or_copy(last, best, best)
+
+    def best_weights(self, trainer: Trainer) -> dict[str, Tensor]:
+        """Return the network's weights in ``best.ckpt``, as the end of training has changed them, in all processes."""
+        path, state = self.best_model_path, None
+        if trainer.is_global_zero:
+            self._best = self._best or checkpoint.read_ckpt(path)
+            state = checkpoint.network_weights(self._best, path)
+        return trainer.strategy.broadcast(state)  # type: ignore[return-value]
+
+    def change_best(self, weights: Mapping[str, Tensor] | None = None, limits: Limits | None = None) -> None:
+        """Change what `best_weights` has read; `write_best` saves it.
+
+        Args:
+            weights: The network's. The file can then no longer be resumed.
+            limits: Those of the answers; the weights stay as they are.
+        """
+        if self._best is None:  # not the first process
+            return
+        self._best_changed = True
+        if weights is not None:
+            self._best["state_dict"] |= {f"network.{name}": tensor for name, tensor in weights.items()}
+            self._best[resume.REPLACED] = True
+        if limits is not None:
+            spec, data = checkpoint.read_record(self._best, self.best_model_path)
+            self._best[checkpoint.KEY] = checkpoint.make_record(dataclasses.replace(spec, limits=limits), data)
+
+    def write_best(self, trainer: Trainer) -> None:
+        """Save what has changed in ``best.ckpt``."""
+        if self._best is not None and self._best_changed:
+            checkpoint.write_ckpt(self._best, self.best_model_path)
+        self._forget_best()
+        trainer.strategy.barrier()
+
+    def _forget_best(self) -> None:
+        self._best, self._best_changed, self.features = None, False, {}
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Restore the signal handlers."""
@@ -237,6 +276,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._use_run_folder(trainer)
         self.refuse_changes(trainer, pl_module, find_datamodule(trainer), checkpoint)
         self._restore_best(trainer, checkpoint)
+        resume.begin_next_epoch(trainer, checkpoint)
         resume.print_length_changes(trainer, checkpoint)
 
     def refuse_changes(self, trainer: Trainer, module: LightningModule, data: Any, content: Any) -> None:
@@ -275,21 +315,6 @@ class RunCheckpoint(ModelCheckpoint):
             self.kth_value = self.best_model_score
             self.best_model_path = self.kth_best_model_path = str(folder / "best.ckpt")
             self.best_k_models = {self.best_model_path: self.best_model_score}
-
-
-def replace_weights(path: Path, state: Mapping[str, Tensor]) -> None:
-    """Replace weights in a ``best.ckpt`` at the end of a run; it can then no longer be resumed."""
-    content = checkpoint.read_ckpt(str(path))
-    content["state_dict"] |= state
-    checkpoint.write_ckpt({**content, resume.REPLACED: True}, path)
-
-
-def add_limits(path: Path, limits: Limits) -> None:
-    """Add limits to the description of the model in a ``best.ckpt``; its weights stay as they are."""
-    content = checkpoint.read_ckpt(str(path))
-    spec, data = checkpoint.read_record(content, str(path))
-    content[checkpoint.KEY] = checkpoint.make_record(dataclasses.replace(spec, limits=limits), data)
-    checkpoint.write_ckpt(content, path)
 
 
 def find_checkpoint(trainer: Trainer) -> RunCheckpoint | None:

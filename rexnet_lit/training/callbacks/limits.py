@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
@@ -11,10 +9,8 @@ from torch import Tensor
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.folder import Samples
-from rexnet_lit.data.splits import Split
-from rexnet_lit.models import checkpoint
 from rexnet_lit.models.limits import COVERAGE, Limits
-from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint, add_limits
+from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.callbacks.end_of_training import EndOfTraining, network_restored
 from rexnet_lit.training.features import embedder, head_logits
 from rexnet_lit.training.limits import MIN_IMAGES, fit_known, fit_limits
@@ -29,7 +25,6 @@ class FitLimits(EndOfTraining):
 
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Fit the limits on the validation images, and save them."""
-        found, saver.features = saver.features, {}
         count = len(data.splits()["val"])
         if not saver.best_model_path or module.spec.num_classes == 1:
             return
@@ -39,24 +34,14 @@ class FitLimits(EndOfTraining):
             images = f"{MIN_IMAGES} validation images, and there are {count}"
             message = f"No limits of the answers: prediction sets, unsure and stranger need {images}."
         else:
-            message = self._fit(trainer, module, data, Path(saver.best_model_path), found)
+            message = self._fit(trainer, module, data, saver)
         rank_zero_only(print)(message, flush=True)
 
-    def _fit(
-        self,
-        trainer: Trainer,
-        module: RexNetModule,
-        data: ImageFolderDataModule,
-        path: Path,
-        found: dict[Split, Tensor],
-    ) -> str:
-        best = checkpoint.load_model(path).state if trainer.is_global_zero else None
-        best = trainer.strategy.broadcast(best)
-        assert best is not None  # noqa: S101 (for the type checker)
-        splits = data.splits()
+    def _fit(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> str:
+        found, splits = saver.features, data.splits()
         samples = {"train": splits["train"], "val": splits["val"]}
         with network_restored(module):
-            module.network.load_state_dict(best)
+            module.network.load_state_dict(saver.best_weights(trainer))
             embed = embedder(module)
             if "val" not in found:
                 found["val"] = data.compute_features("val", embed)[0]
@@ -68,9 +53,7 @@ class FitLimits(EndOfTraining):
         known = fit_known(found["train"].numpy(), samples["train"].targets, module.spec.num_classes)
         val = found["val"].numpy()
         limits = fit_limits(probs.numpy(), samples["val"].targets, val, known, module.target_precision)
-        if trainer.is_global_zero:
-            add_limits(path, limits)
-        trainer.strategy.barrier()
+        saver.change_best(limits=limits)
         return _describe(limits, probs)
 
 

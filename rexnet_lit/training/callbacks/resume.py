@@ -70,6 +70,26 @@ def _refuse_inexact(trainer: Trainer, content: Any) -> None:
     raise UserError(f"ckpt_path: this best.ckpt {why}; {remedy}")
 
 
+def begin_next_epoch(trainer: Trainer, content: Any) -> None:
+    """Let a run with ``max_steps`` that was saved at the end of an epoch go on with the next one.
+
+    Lightning takes every checkpoint of such a run for one within an epoch. It would end the saved epoch a second time,
+    and so leave out the next one.
+    """
+    loop = content["loops"]["fit_loop"]
+    epochs = loop["epoch_progress"]
+    current = epochs["current"]
+    if trainer.max_steps == -1 or not current["ready"] == current["started"] == current["processed"]:
+        return
+    for count in epochs.values():
+        count["completed"] = count["processed"]
+    batches = loop["epoch_loop.batch_progress"]
+    batches["is_last_batch"] = False
+    optimizer = loop["epoch_loop.automatic_optimization.optim_progress"]["optimizer"]
+    for progress in (batches, loop["epoch_loop.scheduler_progress"], *optimizer.values()):
+        progress["current"] = dict.fromkeys(progress["current"], 0)
+
+
 def print_length_changes(trainer: Trainer, content: Any) -> None:
     """Say that a run is made longer or shorter, which a user may do."""
     then = json.loads(content.get(_LENGTH, "{}"))

@@ -8,6 +8,9 @@ fine-tuned weights there is often a better backbone than at either end, which mu
 ``model.select`` decides, and of equals the loss. Where `model.calibrate` will divide the logits by their best
 temperature, the logits of each candidate are divided so first; else the loss would prefer whichever is calibrated.
 
+Embedding the training images and solving a head takes the longest, so it is left out for networks of which the features
+of the validation images show that they cannot win.
+
 Sources: Wortsman et al., "Robust fine-tuning of zero-shot models", 2022 (WiSE-FT, from a zero-shot start); Kang et
 al., "Decoupling Representation and Classifier for Long-Tailed Recognition", 2020 (the new head); Guo et al., "On
 Calibration of Modern Neural Networks", 2017. Measured in docs/experiments.md.
@@ -26,9 +29,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.data.splits import Split
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.calibration import fit_temperature
-from rexnet_lit.training.callbacks.checkpoint import WHY, RunCheckpoint, Shipped, replace_weights
+from rexnet_lit.training.callbacks.checkpoint import WHY, RunCheckpoint, Shipped
 from rexnet_lit.training.callbacks.end_of_training import EndOfTraining, copy_state, network_restored
 from rexnet_lit.training.features import class_weights, embedder, head_logits, solve_head
 from rexnet_lit.training.module import RexNetModule
@@ -46,6 +50,10 @@ BEST = "the best epoch"
 
 MAX_IMAGES = 20_000
 """Training images up to which heads are solved: it takes long for more, and there is less to gain."""
+
+_CLEARLY, _MUCH = 3.0, 0.05
+_COMPARED = 1000
+"""Validation images, at most, on which networks are compared before heads are solved."""
 
 
 @dataclass(frozen=True)
@@ -77,53 +85,113 @@ class WeightSelection(EndOfTraining):
         """Compare the candidates on the validation images, and save the best."""
         if not module.blends or not saver.best_model_path:
             return
-        files = [Path(saver.best_model_path), Path(saver.last_model_path)]
-        states = [checkpoint.load_model(file).state for file in files] if trainer.is_global_zero else []
-        best, last = trainer.strategy.broadcast(states)
+        best = saver.best_weights(trainer)
+        last = _last_weights(trainer, saver, best)
         line: dict[str, State] = {}
         if module.spec.head.name == "linear" and len(data.splits()["train"]) <= MAX_IMAGES:
             start = module.start.state
             line = {name: _interpolate(start, last, share) for share, name in SHARES.items()} if start else {}
             line[SHARES[1.0]] = last
-        if not line and all(torch.equal(tensor, last[name]) for name, tensor in best.items()):
+        if not line and best is last:
             return
         rank_zero_only(print)("Selecting the weights that ship, on the validation images.", flush=True)
         with network_restored(module):
-            candidates, train = _candidates(module, data, best, last, line)
             targets = torch.from_numpy(data.splits()["val"].targets)
             weights = torch.from_numpy(class_weights(module)).float()
-            scores = {name: _score(module, *candidate, targets, weights) for name, candidate in candidates.items()}
+            val = _features(module, data, "val", {**line, "the last epoch": last, BEST: best})
+            solved = _not_clearly_worse({name: val[name] for name in line}, targets, weights, module.select)
+            solved = trainer.strategy.broadcast(solved)
+            train = _features(module, data, "train", {name: line[name] for name in solved})
+            candidates = {BEST: best, "the last epoch": last} | {
+                name: _with_solved_head(module, line[name], train[name], val[name]) for name in solved
+            }
+            scores = {name: _score(module, state, val[name], targets, weights) for name, state in candidates.items()}
         chosen, why = _select(scores, module.select)
         name = saver.shipped.weights if chosen == BEST else chosen
         saver.shipped = Shipped(name, why, scores[chosen].metrics)
-        saver.features = {"train": train[chosen]} if chosen in train else {}
-        if chosen != BEST and trainer.is_global_zero:
-            replace_weights(files[0], {f"network.{name}": tensor for name, tensor in candidates[chosen][0].items()})
+        saver.features = {"val": val[chosen].contiguous()}
+        backbone = SHARES[1.0] if chosen == "the last epoch" or (chosen == BEST and best is last) else chosen
+        if backbone in train:
+            saver.features["train"] = train[backbone]
+        if chosen != BEST:
+            saver.change_best(candidates[chosen])
 
 
-def _candidates(
-    module: RexNetModule, data: ImageFolderDataModule, best: State, last: State, line: Mapping[str, State]
-) -> tuple[dict[str, tuple[State, Tensor]], dict[str, Tensor]]:
-    """Return, by name, the weights of each candidate and its features of the validation images, (N, C).
+def _last_weights(trainer: Trainer, saver: RunCheckpoint, best: State) -> State:
+    """Return the weights in ``last.ckpt``: ``best`` itself if they are the same."""
+    last = None
+    if trainer.is_global_zero and not Path(saver.last_model_path).samefile(saver.best_model_path):
+        found = checkpoint.load_model(saver.last_model_path).state
+        last = None if all(torch.equal(tensor, found[name]) for name, tensor in best.items()) else found
+    last = trainer.strategy.broadcast(last)
+    return best if last is None else last
 
-    With them come the features of the training images, (M, C), where these were computed. A head is solved for each of
-    the weights in ``line``, of which those of the last epoch come last.
+
+def _features(
+    module: RexNetModule, data: ImageFolderDataModule, split: Split, states: Mapping[str, State]
+) -> dict[str, Tensor]:
+    """Return each network's features (N, C) of a split by the eval recipe; the images are read once for all."""
+    embedders: dict[int, Callable[[Tensor], Tensor]] = {}
+    for state in states.values():
+        if id(state) not in embedders:
+            module.network.load_state_dict(state)
+            embedders[id(state)] = embedder(module)
+    if not embedders:
+        return {}
+    all_ = data.compute_features(split, _side_by_side([*embedders.values()]), evaluate=split == "train")[0]
+    found = dict(zip(embedders, all_.chunk(len(embedders), dim=1), strict=True))
+    return {name: found[id(state)] for name, state in states.items()}
+
+
+def _with_solved_head(module: RexNetModule, state: State, train: Tensor, val: Tensor) -> State:
+    module.network.load_state_dict(state)
+    solve_head(module, train, val)
+    return copy_state(module.network.state_dict())
+
+
+def _not_clearly_worse(features: Mapping[str, Tensor], targets: Tensor, weights: Tensor, select: str) -> list[str]:
+    """Return the networks for which it is worth the time to embed the training images and solve a head.
+
+    A ridge regression on the validation images, each left out in turn, is nearly as good as the head, and takes no
+    time. What it finds worse than another network by `_CLEARLY` standard errors of the difference, and by `_MUCH` of
+    that one's error, cannot win.
     """
-    network, embedders = module.network, []
-    for state in (*(line.values() or [last]), best):
-        network.load_state_dict(state)
-        embedders.append(embedder(module))
-    # One pass for all networks, because reading the images may take the longest.
-    val = data.compute_features("val", _side_by_side(embedders))[0].chunk(len(embedders), dim=1)
-    candidates, of_train = {BEST: (best, val[-1]), "the last epoch": (last, val[-2])}, dict[str, Tensor]()
-    if line:
-        train = data.compute_features("train", _side_by_side(embedders[:-1]), evaluate=True)[0].chunk(len(line), dim=1)
-        for (name, state), features, val_features in zip(line.items(), train, val[:-1], strict=True):
-            network.load_state_dict(state)
-            solve_head(module, features, val_features)
-            candidates[name] = copy_state(network.state_dict()), val_features
-        of_train = {**dict(zip(line, train, strict=True)), "the last epoch": train[-1]}
-    return candidates, of_train
+    every = -(-len(targets) // _COMPARED)
+    errors = {
+        name: _left_out_errors(of[::every].double(), targets[::every], weights, select) for name, of in features.items()
+    }
+
+    def clearly_worse(name: str, other: str) -> bool:
+        loss = errors[name] - errors[other]
+        deviation = loss.std(correction=0) / len(loss) ** 0.5
+        return bool(loss.mean() > max(_CLEARLY * deviation, _MUCH * errors[other].mean()))
+
+    return [name for name in errors if not any(clearly_worse(name, other) for other in errors)]
+
+
+def _left_out_errors(features: Tensor, targets: Tensor, weights: Tensor, select: str) -> Tensor:
+    """Return each image's error (N,) by a ridge regression on the others: with the penalty that has the lowest loss."""
+    centred = (features - features.mean(0)) / (features.std(0, correction=0) + 1e-6)
+    truth = functional.one_hot(targets, len(weights)).double()
+    values, vectors = torch.linalg.eigh(centred @ centred.T / centred.shape[1])
+    found = []
+    for penalty in (0.01, 0.1, 1.0, 10.0, 100.0):
+        smoother = (vectors * (values / (values + penalty))) @ vectors.T  # (N, N), from the targets to their estimates
+        itself = smoother.diagonal() + 1 / len(targets)  # the share of an image in its own estimate
+        scores = truth - (truth - truth.mean(0) - smoother @ truth) / (1 - itself)[:, None]
+        temperature, loss = fit_temperature(scores, targets, weights)
+        found.append((loss, scores / temperature))
+    _, logits = min(found, key=lambda pair: pair[0])
+    return _errors(logits, targets, weights, select)
+
+
+def _errors(logits: Tensor, targets: Tensor, weights: Tensor, select: str) -> Tensor:
+    """Return what each image adds to the error that ``model.select`` names, (N,)."""
+    if select == "loss":
+        return functional.cross_entropy(logits, targets, reduction="none") * weights[targets]
+    wrong = (logits.argmax(1) != targets).float()
+    shares = torch.bincount(targets, minlength=len(weights)).clamp(min=1) / len(targets)
+    return wrong if select == "top1" else wrong / shares[targets]
 
 
 def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor, weights: Tensor) -> _Score:
@@ -132,14 +200,8 @@ def _score(module: RexNetModule, state: State, features: Tensor, targets: Tensor
     temperature, loss = 1.0, float(functional.cross_entropy(logits, targets, weights))
     if module.calibrates:
         temperature, loss = fit_temperature(logits, targets, weights)
-    wrong = (logits.argmax(1) != targets).float()
-    shares = torch.bincount(targets, minlength=len(weights)).clamp(min=1) / len(targets)
-    errors = {
-        "top1": wrong,
-        "macro_f1": wrong / shares[targets],
-        "loss": functional.cross_entropy(logits / temperature, targets, reduction="none") * weights[targets],
-    }
-    return _Score(module.measure(logits, targets), loss, errors[module.select])
+    errors = _errors(logits / temperature, targets, weights, module.select)
+    return _Score(module.measure(logits, targets), loss, errors)
 
 
 def _select(scores: Mapping[str, _Score], select: str) -> tuple[str, str]:
@@ -148,6 +210,8 @@ def _select(scores: Mapping[str, _Score], select: str) -> tuple[str, str]:
     eligible = []
     for name, score in scores.items():
         rival, deviations = rivals.get(name, (name, 0))
+        if rival not in scores:  # clearly worse
+            rival, deviations = name, 0
         gain = scores[rival].errors - score.errors
         if not deviations or not float(gain.mean()) < deviations * float(gain.std()) / len(gain) ** 0.5:
             eligible.append(name)

@@ -105,6 +105,7 @@ CHANGING = (
     ("step", "save_every", "settings"),
     [
         (9, -1, ()),  # mid-epoch; the last save is of the step before
+        (9, 600, ("--trainer.max_steps", STEPS - 2)),  # at the end of an epoch, which Lightning would end twice
         (3, -1, SOLVED),
         pytest.param(3, -1, ACCUMULATE, marks=pytest.mark.slow),
         (14, 600, (*CHANGING, *WORKERS)),  # saved at the end of an epoch only; all trains now, on larger images

@@ -5,11 +5,15 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from module_tools import data_of, model_of, trainer_of
+from sklearn.linear_model import Ridge
+from torch.nn import functional
 
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.calibration import fit_temperature
 from rexnet_lit.training.callbacks import weight_selection
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 
@@ -102,6 +106,31 @@ def test_without_calibration_the_plain_loss_decides(tmp_path, shapes, capsys, mo
         fit(tmp_path / str(calibrate), shapes, FirstCheckpoint(), epochs=2, head="mlp", calibrate=calibrate)
         kept = re.search("selected: (.*) \\(", capsys.readouterr().out)[1]
         assert kept == ("the last epoch" if calibrate else "the best epoch")
+
+
+def test_errors_of_images_that_are_left_out():
+    """Those of scikit-learn's ridge regression, fitted again without each image."""
+    random, targets, weights = np.random.default_rng(0), np.arange(14) % 3, torch.tensor([1.0, 0.5, 2.0])
+    features = random.normal(size=(14, 6)) * random.uniform(1, 9, 6) + np.eye(3, 6)[targets]
+    found = weight_selection._left_out_errors(*map(torch.from_numpy, (features, targets)), weights, "loss")
+    scaled, rows = (features - features.mean(0)) / features.std(0), np.arange(14)
+    expected = []
+    for penalty in (0.01, 0.1, 1, 10, 100):
+        ridge = Ridge(penalty * 6)
+        fitted = [ridge.fit(scaled[rows != i], np.eye(3)[targets[rows != i]]).predict(scaled[[i]])[0] for i in rows]
+        logits = torch.from_numpy(np.stack(fitted))
+        temperature, loss = fit_temperature(logits, torch.from_numpy(targets), weights)
+        errors = -torch.log_softmax(logits / temperature, 1)[rows, targets] * weights[targets]
+        expected.append((loss, errors))
+    torch.testing.assert_close(found, min(expected, key=lambda pair: pair[0])[1], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("select", ["loss", "top1", "macro_f1"])
+def test_networks_that_cannot_win_are_left_out(select):
+    targets, noise = torch.arange(60) % 3, torch.randn(60, 5, generator=torch.Generator().manual_seed(0))
+    good = functional.one_hot(targets, 5) + noise / 3
+    features = {"start": noise, "middle": good, "end": good * 1.01 + 1}
+    assert weight_selection._not_clearly_worse(features, targets, torch.ones(3), select) == ["middle", "end"]
 
 
 def test_no_selection_after_one_epoch_with_an_mlp_head(tmp_path, shapes, capsys):
