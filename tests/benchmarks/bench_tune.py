@@ -96,10 +96,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     tools = list(dict.fromkeys(row["tool"] for row in rows))
     print(f"| test top-1 %, macro F1 % | config's settings | {' | '.join(tools)} |\n|{'---|' * (len(tools) + 2)}")
     for data, start in sorted({(row["data"], row["start"]) for row in rows}):
-        given = [
-            100 * row["config"] for row in rows if (row["data"], row["start"]) == (data, start) and "config" in row
-        ]
-        cells = [f"{np.mean(given):.1f} ({np.std(given):.1f})" if given else ""]
+        of_cell = [row for row in rows if (row["data"], row["start"]) == (data, start)]
+        config = [100 * row["config"] for row in of_cell if "config" in row]
+        cells = [f"{np.mean(config):.1f} ({np.std(config):.1f})" if config else ""]
         for tool in tools:
             own = [row for row in of_cell if row["tool"] == tool]
             values = [[100 * row[key] for row in own] for key in ("top1", "macro_f1")]
