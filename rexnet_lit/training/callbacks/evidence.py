@@ -5,15 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from rexnet_lit.data import decode, quarantine, verify
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.folder import Samples
 from rexnet_lit.data.image_header import DecodeError
+from rexnet_lit.data.splits import draw_evenly
 from rexnet_lit.models import rexnet
 from rexnet_lit.models.predictor import Classifier
 from rexnet_lit.report.html import draw_heat
@@ -41,19 +40,6 @@ def embed_training_images(module: RexNetModule, data: ImageFolderDataModule) -> 
         return None
     drawn = quarantine.without_bad(drawn, bad)
     return drawn, nn.functional.normalize(data.compute_features(drawn, embedder(module))[0])
-
-
-def draw_evenly(targets: NDArray[np.int64], most: int) -> NDArray[np.int64]:
-    """Return the indices of at most so many images, rising and always the same: of each class as many, or all it has.
-
-    Args:
-        targets: The class of each image, (N,).
-        most: How many.
-    """
-    shuffled = np.random.default_rng(0).permutation(len(targets))
-    by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]
-    place_in_class = np.arange(len(targets)) - np.searchsorted(targets[by_class], targets[by_class])
-    return np.sort(by_class[np.argsort(place_in_class, kind="stable")[:most]])
 
 
 def describe(embedded: Embedded | None, data: ImageFolderDataModule) -> str:

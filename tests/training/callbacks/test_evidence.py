@@ -13,18 +13,19 @@ from sklearn.neighbors import NearestNeighbors
 
 import rexnet_lit
 from rexnet_lit.cli import main
+from rexnet_lit.data.splits import draw_evenly
 from rexnet_lit.report.html import draw_heat
 from rexnet_lit.training.callbacks import evidence
 
 
 def test_the_draw_is_even():
     targets = np.array([0] * 10 + [1] * 3 + [2])
-    drawn = evidence.draw_evenly(targets, 7)
+    drawn = draw_evenly(targets, 7)
     assert np.bincount(targets[drawn]).tolist() == [3, 3, 1]
     assert (np.diff(drawn) > 0).all()
-    assert (evidence.draw_evenly(targets, 7) == drawn).all()
-    assert evidence.draw_evenly(targets, 14).tolist() == list(range(14))
-    assert evidence.draw_evenly(targets[:0], 7).tolist() == []
+    assert (draw_evenly(targets, 7) == drawn).all()
+    assert draw_evenly(targets, 14).tolist() == list(range(14))
+    assert draw_evenly(targets[:0], 7).tolist() == []
 
 
 @pytest.mark.usefixtures("quick_runs")
