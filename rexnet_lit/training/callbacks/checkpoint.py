@@ -174,10 +174,10 @@ class RunCheckpoint(ModelCheckpoint):
 
     def best_weights(self, trainer: Trainer) -> dict[str, Tensor]:
         """Return the network's weights in ``best.ckpt``, as the end of training has changed them, in all processes."""
-        path, state = self.best_model_path, dict[str, Tensor]()
+        state: dict[str, Tensor] = {}
         if trainer.is_global_zero:
-            self._best = self._best or checkpoint.read_ckpt(path)
-            state = checkpoint.network_weights(self._best, path)
+            self._best = self._best or checkpoint.read_ckpt(self.best_model_path)
+            state = checkpoint.network_weights(self._best, self.best_model_path)
         return trainer.strategy.broadcast(state)
 
     def change_best(self, weights: Mapping[str, Tensor] | None = None, limits: Limits | None = None) -> None:

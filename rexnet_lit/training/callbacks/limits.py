@@ -42,10 +42,10 @@ class FitLimits(EndOfTraining):
         samples = {"train": splits["train"], "val": splits["val"]}
         with network_restored(module):
             module.network.load_state_dict(saver.best_weights(trainer))
-            embed = embedder(module)
-            if "val" not in found:
+            embed = embedder(module) if len(found) < 2 else None
+            if embed and "val" not in found:
                 found["val"] = data.compute_features("val", embed)[0]
-            if "train" not in found:
+            if embed and "train" not in found:
                 samples["train"] = _drawn(samples["train"])
                 all_ = len(samples["train"]) == len(splits["train"])  # of which decoded images may be in memory
                 found["train"] = data.compute_features("train" if all_ else samples["train"], embed, evaluate=True)[0]

@@ -38,6 +38,7 @@ from rexnet_lit.training.features import class_weights, embedder, head_logits, s
 from rexnet_lit.training.module import RexNetModule
 
 State = dict[str, Tensor]
+Embedder = Callable[[Tensor], Tensor]
 
 SHARES = {
     0.0: "the starting weights",
@@ -98,10 +99,11 @@ class WeightSelection(EndOfTraining):
         with network_restored(module):
             targets = torch.from_numpy(data.splits()["val"].targets)
             weights = torch.from_numpy(class_weights(module)).float()
-            val = _features(module, data, "val", {**line, "the last epoch": last, BEST: best})
+            embedders = _embedders(module, {**line, "the last epoch": last, BEST: best})
+            val = _features(data, "val", embedders)
             solved = _not_clearly_worse({name: val[name] for name in line}, targets, weights, module.select)
             solved = trainer.strategy.broadcast(solved)
-            train = _features(module, data, "train", {name: line[name] for name in solved})
+            train = _features(data, "train", {name: embedders[name] for name in solved})
             candidates = {BEST: best, "the last epoch": last} | {
                 name: _with_solved_head(module, line[name], train[name], val[name]) for name in solved
             }
@@ -127,20 +129,24 @@ def _last_weights(trainer: Trainer, saver: RunCheckpoint, best: State) -> State:
     return best if last is None else last
 
 
-def _features(
-    module: RexNetModule, data: ImageFolderDataModule, split: Split, states: Mapping[str, State]
-) -> dict[str, Tensor]:
-    """Return each network's features (N, C) of a split by the eval recipe; the images are read once for all."""
-    embedders: dict[int, Callable[[Tensor], Tensor]] = {}
+def _embedders(module: RexNetModule, states: Mapping[str, State]) -> dict[str, Embedder]:
+    """Return each network's function from images to features; networks of the same weights share it."""
+    made: dict[int, Embedder] = {}
     for state in states.values():
-        if id(state) not in embedders:
+        if id(state) not in made:
             module.network.load_state_dict(state)
-            embedders[id(state)] = embedder(module)
-    if not embedders:
+            made[id(state)] = embedder(module)
+    return {name: made[id(state)] for name, state in states.items()}
+
+
+def _features(data: ImageFolderDataModule, split: Split, embedders: Mapping[str, Embedder]) -> dict[str, Tensor]:
+    """Return each network's features (N, C) of a split by the eval recipe; the images are read once for all."""
+    different = list(dict.fromkeys(embedders.values()))
+    if not different:
         return {}
-    all_ = data.compute_features(split, _side_by_side([*embedders.values()]), evaluate=split == "train")[0]
-    found = dict(zip(embedders, all_.chunk(len(embedders), dim=1), strict=True))
-    return {name: found[id(state)] for name, state in states.items()}
+    features = data.compute_features(split, _side_by_side(different), evaluate=split == "train")[0]
+    found = dict(zip(different, features.chunk(len(different), dim=1), strict=True))
+    return {name: found[embed] for name, embed in embedders.items()}
 
 
 def _with_solved_head(module: RexNetModule, state: State, train: Tensor, val: Tensor) -> State:
@@ -225,7 +231,7 @@ def _select(scores: Mapping[str, _Score], select: str) -> tuple[str, str]:
     return chosen, why
 
 
-def _side_by_side(embedders: Sequence[Callable[[Tensor], Tensor]]) -> Callable[[Tensor], Tensor]:
+def _side_by_side(embedders: Sequence[Embedder]) -> Embedder:
     """Return a function from images (B, 3, H, W) to the features of all E networks side by side, (B, E * C)."""
     return lambda images: torch.cat([embed(images) for embed in embedders], dim=1)
 
