@@ -239,7 +239,7 @@ def _demo(args: argparse.Namespace) -> int:
     with process.gc_paused():
         from rexnet_lit.cli.demo import serve
 
-    serve(args.model, args.host, args.port)
+    serve(args.model, args.index, args.host, args.port)
     return 0
 
 
@@ -347,7 +347,7 @@ COMMANDS = {
             "--output": _path(
                 "FILE", "for hub, a new folder that timm can load; for openvino, FILE.xml or a folder", required=True
             ),
-            "--images": _path("DIR", "for onnx-int8, typical images; default: the dataset of its run"),
+            "--images": _path("DIR", "for the int8 formats, typical images; default: the dataset of its run"),
         },
     ),
     "demo": Command(
@@ -355,6 +355,7 @@ COMMANDS = {
         _demo,
         {
             "model": _path("MODEL", "a .ckpt or .safetensors file of a run"),
+            "--index": _path("DIR", "also show the most similar images of this folder; kept as those of similar"),
             "--port": {"type": int, "default": 7860, "help": "default: 7860; 0 for any that is free"},
             "--host": {"default": "127.0.0.1", "help": "default: 127.0.0.1, for this computer only; 0.0.0.0 for all"},
         },

@@ -20,27 +20,40 @@ from typing import TYPE_CHECKING, Any
 import cv2
 import numpy as np
 
+from rexnet_lit.cli.similar import print_notes
 from rexnet_lit.data import decode
 from rexnet_lit.data.image_header import DecodeError
+from rexnet_lit.models.limits import COVERAGE
 from rexnet_lit.models.predictor import Classifier, load
-from rexnet_lit.report.html import data_uri, render_page
+from rexnet_lit.report.html import THUMBNAIL, data_uri, draw_heat, gallery_entry, render_page, thumbnail
+from rexnet_lit.search.similar import Index, build_index
 from rexnet_lit.utils.errors import UserError, plural, printable
 from rexnet_lit.utils.settings import check_range
 
 if TYPE_CHECKING:
     from numpy.typing import NDArray
 
-TOP_K = 5
+TOP_K, NEAREST = 5, 6
 
 
-def serve(model: str, host: str, port: int) -> None:
+def serve(model: str, folder: str | None, host: str, port: int) -> None:
     """Serve the page until Ctrl-C.
 
+    Args:
+        model: The model file.
+        folder: Where to look for images that are similar to the one on the page, if anywhere.
+        host: The address.
+        port: The port; 0 for any that is free.
+
     Raises:
-        UserError: The model cannot be loaded, or the address cannot be used.
+        UserError: The model or the folder cannot be read, or the address cannot be used.
     """
     check_range("--port", port, "[0, 65535]", "0 for any that is free")
-    with build_server(load(model), Path(model).name, host, port) as server:
+    classifier = load(model)
+    index = build_index(folder, classifier) if folder is not None else None
+    if index is not None:
+        print_notes(index)
+    with build_server(classifier, Path(model).name, host, port, index) as server:
         shown = f"[{host}]" if ":" in host else host
         who = "" if server.is_local else "; it is open to everyone who can reach this computer"
         print(f"http://{shown}:{server.server_address[1]}/  (Ctrl-C ends it{who})", flush=True)  # noqa: T201
@@ -51,14 +64,14 @@ def serve(model: str, host: str, port: int) -> None:
 
 
 class Server(ThreadingHTTPServer):
-    """An HTTP server with a classifier."""
+    """An HTTP server with a classifier, and the images that it looks for similar ones in."""
 
     daemon_threads = True
 
-    def __init__(self, address: tuple[str, int], classifier: Classifier, name: str) -> None:
+    def __init__(self, address: tuple[str, int], classifier: Classifier, name: str, index: Index | None) -> None:
         self.address_family = socket.AF_INET6 if ":" in address[0] else socket.AF_INET
         super().__init__(address, _Handler)
-        self.classifier, self.name, self.lock = classifier, name, threading.Lock()
+        self.classifier, self.name, self.index, self.lock = classifier, name, index, threading.Lock()
         self.is_local = _is_loopback(str(self.server_address[0]))
 
     def handle_error(self, request: Any, client_address: Any) -> None:
@@ -67,14 +80,14 @@ class Server(ThreadingHTTPServer):
             super().handle_error(request, client_address)
 
 
-def build_server(classifier: Classifier, name: str, host: str, port: int) -> Server:
+def build_server(classifier: Classifier, name: str, host: str, port: int, index: Index | None = None) -> Server:
     """Return the server, which listens already.
 
     Raises:
         UserError: The address cannot be used.
     """
     try:
-        return Server((host, port), classifier, name)
+        return Server((host, port), classifier, name, index)
     except socket.gaierror as error:
         raise UserError(f"--host: {host!r} is no address of this computer ({error.strerror})") from None
     except OSError as error:
@@ -95,7 +108,8 @@ class _Handler(BaseHTTPRequestHandler):
         spec, nonce = self.server.classifier.spec, secrets.token_urlsafe()
         view = {
             "model": self.server.name, "backbone": spec.backbone, "nonce": nonce, "limit": decode.MAX_BYTES,
-            "classes": plural(spec.num_classes, "class", "classes"),
+            "classes": plural(spec.num_classes, "class", "classes"), "index": self.server.index,
+            "limits": spec.limits, "coverage": COVERAGE,
         }  # fmt: skip
         policy = (
             f"default-src 'none'; img-src data:; connect-src 'self'; style-src 'nonce-{nonce}'; "
@@ -156,16 +170,29 @@ def _is_loopback(host: str) -> bool:
 
 def explained(server: Server, image: NDArray[np.uint8]) -> dict[str, Any]:
     """Return what the page shows of an image, uint8 (H, W, 3)."""
-    classifier = server.classifier
+    classifier, index, limits = server.classifier, server.index, server.classifier.spec.limits
+    found: dict[str, Any] = {}
     with server.lock:
         (classes,) = classifier.predict(image, TOP_K)
         view, heat = classifier.view(image), classifier.explain(image)
-    colours = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
-    overlay = ((view.astype(np.uint16) + colours) // 2).astype(np.uint8)
+        if limits is not None:
+            unsure = limits.unsure(np.array([[classes[0].prob]], np.float32))[0]
+            marks = {"unsure": unsure, "stranger": classifier.strangeness(image)[0] > 1}
+            members = [printable(label) for label, _ in classifier.predict_set(image)[0]]
+            found |= {"marks": [word for word, holds in marks.items() if holds], "set": members}
+        if index is not None:
+            nearest = index.nearest(classifier.embed(image)[0], NEAREST)
+    if index is not None:
+        found["similar"] = [
+            gallery_entry(thumbnail(lambda path: decode.read(index.root / path, THUMBNAIL), row.path), "")
+            | {"path": printable(row.path), "label": printable(row.label), "similarity": row.similarity}
+            for row in nearest
+        ]
     return {
         "classes": [{"label": printable(label), "prob": prob} for label, prob in classes],
         "view": _png(view),
-        "heat": _png(overlay),
+        "heat": _png(draw_heat(view, heat)),
+        **found,
     }
 
 

@@ -18,7 +18,7 @@ from rexnet_lit.data import decode
 from rexnet_lit.data.folder import list_images
 from rexnet_lit.report.html import check_page
 from rexnet_lit.report.similar_page import write_similar_page
-from rexnet_lit.search.similar import Similar, build_index
+from rexnet_lit.search.similar import Index, Similar, build_index
 from rexnet_lit.utils.errors import UserError, printable
 from rexnet_lit.utils.files import check_writable
 from rexnet_lit.utils.settings import check_range
@@ -53,20 +53,26 @@ def similar(query: str, folder: str, model: str, *, top: int, as_json: bool, pag
         features = classifier.embed(queries)
         index = build_index(folder, classifier)
     found = {path: index.nearest(row, top, path) for path, row in zip(queries, features, strict=True)}
-    bad = index.unreadable
     if as_json:
         results = [{"query": path, "similar": [_entry(s) for s in rows]} for path, rows in found.items()]
-        content = {"index": str(index.root), "images": len(index.paths), "unreadable": bad, "results": results}
+        counts = {"images": len(index.paths), "unreadable": index.unreadable}
+        content = {"index": str(index.root), **counts, "results": results}
         print(json.dumps(content, indent=2))  # noqa: T201
     else:
         for path, rows in found.items():
             _print(path, rows)
-    left_out = [f"{len(bad)} images cannot be read: {', '.join(bad[:3])}"] if bad else []
-    for note in [*index.notes, *left_out]:
-        print(f"note: {printable(note)}", file=sys.stderr)  # noqa: T201
+    print_notes(index)
     if page:
         write_similar_page(page, found, str(index.root), lambda path: decode.read(index.root / path, 160))
         print(f"report: {page}", file=sys.stderr)  # noqa: T201
+
+
+def print_notes(index: Index) -> None:
+    """Print what is to be said about the images of an index, and which of them cannot be read."""
+    bad = index.unreadable
+    left_out = [f"{len(bad)} images cannot be read: {', '.join(bad[:3])}"] if bad else []
+    for note in [*index.notes, *left_out]:
+        print(f"note: {printable(note)}", file=sys.stderr)  # noqa: T201
 
 
 def _entry(found: Similar) -> dict[str, object]:

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Literal, get_args
 
 import numpy as np
+from numpy.typing import NDArray
 
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.walk import PathList, Walk
@@ -206,3 +207,16 @@ def group_by_name(walk: Walk, paths: Iterable[bytes], pattern: str) -> dict[byte
     if not groups:
         walk.problems.append(f"data.group_pattern {quoted(pattern)} matches no path of an image")
     return groups
+
+
+def draw_evenly(targets: NDArray[np.int64], most: int) -> NDArray[np.int64]:
+    """Return the indices of at most so many images, rising and always the same: of each class as many, or all it has.
+
+    Args:
+        targets: The class of each image, (N,).
+        most: How many.
+    """
+    shuffled = np.random.default_rng(0).permutation(len(targets))
+    by_class = shuffled[np.argsort(targets[shuffled], kind="stable")]
+    place_in_class = np.arange(len(targets)) - np.searchsorted(targets[by_class], targets[by_class])
+    return np.sort(by_class[np.argsort(place_in_class, kind="stable")[:most]])

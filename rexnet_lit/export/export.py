@@ -246,5 +246,9 @@ def _sample_views(classifier: Classifier, model: str, images: str | None) -> NDA
 
 
 def _stack(views: list[NDArray[np.uint8]]) -> NDArray[np.float32]:
-    """Return views (S, S, 3) as float32 (N, 3, S, S) from 0 to 1."""
-    return (np.stack(views).transpose(0, 3, 1, 2) / np.float32(255)).astype(np.float32)
+    """Return views (S, S, 3) as float32 (N, 3, S, S) from 0 to 1.
+
+    In that order in memory: of images in channels_last, torch.export makes a graph that gathers the features by their
+    strides, which OpenVINO gets wrong once they are quantised.
+    """
+    return np.ascontiguousarray(np.stack(views).transpose(0, 3, 1, 2) / np.float32(255), np.float32)

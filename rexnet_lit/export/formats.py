@@ -41,6 +41,14 @@ FORMATS = {
         companion=".bin",
         mark=b"<net ",
     ),
+    "openvino-int8": Format(
+        "OpenVINO IR quantised to 8 bits, for CPUs",
+        "openvino_files:write_int8",
+        (".xml",),
+        needs_images=True,
+        companion=".bin",
+        mark=b"<net ",
+    ),
     "torch": Format("a torch.export program, for torch.export.load", "torch_files:write_program", (".pt2",)),
     # The file that exists may be the only copy of another model.
     "safetensors": Format(

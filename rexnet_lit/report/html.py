@@ -82,6 +82,14 @@ def thumbnail(read_image: Callable[[str], Image], path: str, size: int = THUMBNA
     return np.asarray(small)
 
 
+def draw_heat(view: Image, heat: NDArray[np.float32]) -> Image:
+    """Return a view, (S, S, 3), under the colours of a heat map, (S, S) from 0 to 1."""
+    import cv2
+
+    colours = cv2.applyColorMap((255 * heat).astype(np.uint8), cv2.COLORMAP_INFERNO)[..., ::-1]
+    return ((view.astype(np.uint16) + colours) // 2).astype(np.uint8)
+
+
 def data_uri(data: bytes, kind: str = "png") -> str:
     """Return an image file as a URI that an HTML page can hold."""
     return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path, PurePath
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -35,6 +35,19 @@ PAIRS = 10
 WORST, UNSURE = 24, 12
 THRESHOLDS = (0.5, 0.8, 0.9, 0.95, 0.99)
 COLUMNS = ("precision", "recall", "f1", "support")
+NEAR = 96  # pixels of the longer side of a training image
+
+
+class Evidence(NamedTuple):
+    """What may explain a mistake.
+
+    Args:
+        heat: What the model was given, and where in it the evidence for its answer is, RGB, (S, S, 3).
+        nearest: Path and class of the nearest training images, the most similar first.
+    """
+
+    heat: Image
+    nearest: Sequence[tuple[str, int]]
 
 
 def write_report(
@@ -49,6 +62,8 @@ def write_report(
     weights: str = "",
     sha256: Callable[[str], str] = lambda path: "",
     strangers: Strangers | None = None,
+    explain: Callable[[str], Evidence | None] | None = None,
+    compared: str = "",
 ) -> dict[str, Any]:
     """Write the report of a test run.
 
@@ -71,6 +86,8 @@ def write_report(
         weights: A digest of the tested weights, for ``weights.sha256``.
         sha256: Returns the SHA-256 of an image's file, for the fixes that the page saves.
         strangers: How the model answers images of other things.
+        explain: Returns what may explain the mistake at a path; the page shows it.
+        compared: Which training images it has compared, in a sentence.
 
     Returns:
         The content of ``metrics.json``: `results`, with ``per_class`` (name to its figures) in place of the lists,
@@ -109,7 +126,11 @@ def write_report(
     page = {
         "title": title,
         "facts": facts,
-        "worst": [_gallery_entry(p, i, thumbnails[i]) | {"item": items[i]} for i in worst],
+        "worst": [
+            _gallery_entry(p, i, thumbnails[i]) | _explanation(p, i, explain, read_image) | {"item": items[i]}
+            for i in worst
+        ],
+        "compared": compared,
         "unsure": [_gallery_entry(p, i, thumbnails[i]) | {"item": {}} for i in unsure],
         "decide": decisions(title, p.class_names, items.values()),
         **_view(p, metrics, pairs, matrix),
@@ -126,7 +147,26 @@ def _gallery_entry(p: Predictions, index: int, image: Image) -> Row:
         "predicted": p.names[predicted],
         "right": true == predicted,
         "confidence": float(p.confidence[index]),
+        "heat": None,
+        "nearest": [],
     }
+
+
+def _explanation(
+    p: Predictions,
+    index: int,
+    explain: Callable[[str], Evidence | None] | None,
+    read_image: Callable[[str], Image],
+) -> Row:
+    found = None if explain is None else explain(p.paths[index])
+    if found is None:
+        return {}
+    agrees = {int(p.predicted[index]): "wrong", int(p.truth[index]): "right"}
+    nearest = [
+        gallery_entry(thumbnail(read_image, path, NEAR), path) | {"label": p.names[k], "agrees": agrees.get(k, "")}
+        for path, k in found.nearest
+    ]
+    return {"heat": gallery_entry(thumbnail(lambda _: found.heat, ""), ""), "nearest": nearest}
 
 
 def _mistake(p: Predictions, index: int, sha256: str) -> dict[str, str]:

@@ -19,6 +19,7 @@ from lightning.pytorch.callbacks import Callback
 
 from rexnet_lit.data.folder import Samples
 from rexnet_lit.data.sampler import uses_all_batches
+from rexnet_lit.data.splits import draw_evenly
 from rexnet_lit.utils import process
 
 EPOCHS, STEPS = 2, 10
@@ -219,15 +220,7 @@ def all_memory(device: torch.device, used: int) -> int:
 
 def some_of_each_class(samples: Samples, count: int) -> Samples:
     """Return about ``count`` images, of all classes alike, but at least one of each class."""
-    random = np.random.default_rng(0)
-    order = random.permutation(len(samples))
-    targets = samples.targets[order]
-    rank = np.zeros(len(order), np.int64)
-    for target in np.unique(targets):
-        rows = np.flatnonzero(targets == target)
-        rank[rows] = np.arange(len(rows))
-    chosen = order[np.argsort(rank, kind="stable")[: max(count, len(np.unique(targets)))]]
-    return samples.take(np.sort(chosen))
+    return samples.take(draw_evenly(samples.targets, max(count, len(np.unique(samples.targets)))))
 
 
 def work_of(trainer: Mapping[str, Any], sizes: Mapping[str, int], batch: int, devices: int) -> Work:

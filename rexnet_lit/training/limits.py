@@ -2,7 +2,7 @@
 
 All validation images are used, though they have also selected the weights and the temperature: of some hundred images a
 part would give limits that vary more than this selection shifts them. The choice is among a few candidates, so the
-shift is small; docs/benchmarks.md measures it.
+shift is small: in docs/benchmarks.md less than what chance does in one run, and half of the images would cost more.
 
 Sources: the threshold of sure answers is that of Angelopoulos et al., "Learn then Test", 2021
 (https://arxiv.org/abs/2110.01052), for the guarantee of Geifman and El-Yaniv, "Selective Classification for Deep Neural

@@ -1,8 +1,8 @@
-"""INT8 against float32 in onnxruntime: size, milliseconds an image in one thread, and what it costs in accuracy.
+"""INT8 against float32 in onnxruntime and OpenVINO: size, milliseconds an image in one thread, cost in accuracy.
 
     python tests/benchmarks/bench_int8.py RUN_FOLDER [--images CLASS_FOLDERS]
 
-RUN_FOLDER holds model.safetensors; the images, test/ of its dataset by default, are in a folder per class. The two
+RUN_FOLDER holds model.safetensors; the images, test/ of its dataset by default, are in a folder per class. The four
 take turns.
 """
 
@@ -12,9 +12,11 @@ import argparse
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnxruntime
+import openvino
 
 import rexnet_lit
 from rexnet_lit.export.export import export
@@ -37,23 +39,28 @@ def main() -> None:
 
     settings = onnxruntime.SessionOptions()
     settings.intra_op_num_threads = 1
-    sessions, sizes = {}, {}
+    runs: dict[str, Any] = {}
+    sizes: dict[str, float] = {}
     with tempfile.TemporaryDirectory() as folder:
-        for kind in ("onnx", "onnx-int8"):
-            file = Path(folder) / f"{kind}.onnx"
-            export(str(model), kind, str(file))
-            sizes[kind] = file.stat().st_size / 1e6
-            sessions[kind] = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
-    took: dict[str, list[float]] = {kind: [] for kind in sessions}
+        for kind in ("onnx", "onnx-int8", "openvino", "openvino-int8"):
+            file = Path(folder) / f"{kind}.{'onnx' if 'onnx' in kind else 'xml'}"
+            sizes[kind] = export(str(model), kind, str(file)).size / 1e6
+            if "onnx" in kind:
+                session = onnxruntime.InferenceSession(file, settings, providers=["CPUExecutionProvider"])
+                runs[kind] = lambda part, session=session: session.run(None, {"images": part})[0]
+            else:
+                compiled = openvino.Core().compile_model(file, "CPU", {"INFERENCE_NUM_THREADS": 1})
+                runs[kind] = lambda part, compiled=compiled: compiled(part)[0]
+    took: dict[str, list[float]] = {kind: [] for kind in runs}
     for _ in range(60):
-        for kind, session in sessions.items():
+        for kind, run in runs.items():
             started = time.perf_counter()
-            session.run(None, {"images": images[: options.batch]})
+            run(images[: options.batch])
             took[kind].append((time.perf_counter() - started) / options.batch)
     print(f"{classifier.spec.backbone}, {images.shape[-1]} px, batches of {options.batch}, {len(files)} test images")
     print("| | MB | ms an image | test top-1 % |\n|---|---|---|---|")
-    for kind, session in sessions.items():
-        probs = np.concatenate([session.run(None, {"images": part})[0] for part in np.array_split(images, 20)])
+    for kind, run in runs.items():
+        probs = np.concatenate([run(part) for part in np.array_split(images, 20)])
         milliseconds, top1 = 1000 * np.median(took[kind][10:]), 100 * (probs.argmax(1) == truth).mean()
         print(f"| {kind} | {sizes[kind]:.1f} | {milliseconds:.2f} | {top1:.1f} |")
 

@@ -34,7 +34,7 @@ FIT = [
     "-m", "rexnet_lit", "fit", "data", "--config", "quickstart", "--trainer.accelerator", "cpu",
     "--trainer.max_epochs", "3", "--trainer.max_steps", "20", "--data.image_size", "32", "--data.num_workers", "0",
     "--model.strategy.bn", "frozen", "--model.head.dropout", "0", "--model.calibrate", "false",
-    "--model.optimizer", "sgd", "--model.optimizer.lr", "0.02",
+    "--model.optimizer", "sgd", "--model.optimizer.lr", "0.2",
 ]  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import dataclasses
 import http.client
 import json
 import shutil
@@ -11,13 +12,15 @@ import threading
 import cv2
 import numpy as np
 import pytest
-from cli_tools import fails, lively_model
+from cli_tools import fails, lively_model, write_dataset
 from image_tools import encode, photo
 from PIL import Image
 
 import rexnet_lit
 from rexnet_lit.cli import demo
 from rexnet_lit.data import decode
+from rexnet_lit.models.limits import KnownFeatures, Limits
+from rexnet_lit.search.similar import build_index
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 NAMES = ("<b>bars</b>", "disc", "ring")  # a hostile name
@@ -27,9 +30,15 @@ pytestmark = pytest.mark.usefixtures("quick_runs")
 
 @pytest.fixture
 def server(tmp_path):
-    """A server on a free port, and what it serves."""
+    """A server on a free port, of a model that is never sure and knows no image, and of a folder of three."""
     classifier = rexnet_lit.load(lively_model(tmp_path / "model.safetensors", NAMES, size=32), device="cpu")
-    with demo.build_server(classifier, "model.safetensors", "127.0.0.1", 0) as server:
+    features = classifier.embed(photo())[0]
+    basis = np.eye(len(features), 1, dtype=np.float32)
+    known = KnownFeatures(features, basis, basis[:1], np.zeros((3, 1), np.float32), residual=1.0, threshold=1e-9)
+    limits = Limits(9, np.linspace(0.1, 0.75, 9, dtype=np.float32), 0.95, None, known)
+    classifier.spec = dataclasses.replace(classifier.spec, limits=limits)
+    index = build_index(write_dataset(tmp_path / "index", train=1), classifier)
+    with demo.build_server(classifier, "model.safetensors", "127.0.0.1", 0, index) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
         yield server
@@ -73,6 +82,26 @@ def test_answers_are_those_of_the_model(server, tmp_path):
     assert abs(pixels(answer["heat"])[hottest] - (view[hottest] / 2 + np.array(pale_yellow) / 2)).max() <= 2
 
 
+def test_limits_and_similar_images(server, tmp_path):
+    file = tmp_path / "index" / "train" / "disc" / "disc 000.png"
+    post = lambda: json.loads(ask(server, "POST", "/predict", file.read_bytes())[1])  # noqa: E731
+    answer, classifier = post(), server.classifier
+    assert answer["marks"] == ["unsure", "stranger"]
+    assert answer["set"] == [label for label, _ in classifier.predict_set(file)[0]]
+    assert (answer["similar"][0]["path"], answer["similar"][0]["label"]) == ("train/disc/disc 000.png", "disc")
+    assert [row["similarity"] for row in answer["similar"]] == [
+        pytest.approx(row.similarity) for row in server.index.nearest(classifier.embed(file)[0], 3)
+    ]
+    assert (pixels(answer["similar"][0]["image"]) == np.asarray(Image.open(file))).all()
+    known = dataclasses.replace(classifier.limits.known, threshold=1e9)
+    sure = dataclasses.replace(classifier.limits, confidence=0.0, known=known)
+    classifier.spec = dataclasses.replace(classifier.spec, limits=sure)
+    assert post()["marks"] == []
+    classifier.spec, server.index = dataclasses.replace(classifier.spec, limits=None), None
+    assert not {"marks", "set", "similar"} & post().keys()
+    assert b"no limits" in ask(server, "GET", "/")[1]
+
+
 def test_bad_requests(server, monkeypatch):
     post = lambda body, **headers: json.loads(ask(server, "POST", "/predict", body, **headers)[1])["error"]  # noqa: E731
     assert post(b"%PDF-1.7", X_File_Name="a.pdf") == "a.pdf: cannot be read as an image (PDF, which is not supported)"
@@ -91,6 +120,7 @@ def test_addresses(server, tmp_path, capsys):
     assert f"port {port} (" in fails(capsys, "demo", model, "--port", port)
     assert "--port is 70000" in fails(capsys, "demo", model, "--port", 70000)
     assert "there is no file" in fails(capsys, "demo", tmp_path / "gone.ckpt")
+    assert "--index: there is no folder" in fails(capsys, "demo", model, "--index", tmp_path / "gone")
     assert "--host: 'no such host'" in fails(capsys, "demo", model, "--host", "no such host")
 
 
@@ -129,6 +159,14 @@ def test_the_page(server, tmp_path):
         shown = [(label, f"{100 * prob:.1f}\u00a0%") for label, prob in wanted]
         assert [(row[0], row[-1]) for row in rows] == shown
         assert page.locator("#heat-of").inner_text() == f"The evidence for {wanted[0].label}"
+        assert page.locator("#unsure").is_visible()
+        assert page.locator("#stranger").is_visible()
+        assert page.locator("#set").inner_text() == ", ".join(
+            row.label for row in server.classifier.predict_set(good)[0]
+        )
+        similar = page.locator("#similar figure")
+        assert similar.count() == 3
+        assert similar.first.locator("img").evaluate("image => image.decode().then(() => image.naturalWidth)") == 48
         page.locator("#file").set_input_files(bad)
         page.locator("#error", has_text="bad.png: cannot be read as an image (text, not an image)").wait_for()
         assert not page.locator("#answer").is_visible()

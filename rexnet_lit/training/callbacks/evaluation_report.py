@@ -16,6 +16,7 @@ from rexnet_lit.models import checkpoint
 from rexnet_lit.report.limits import Strangers
 from rexnet_lit.report.predictions import Predictions
 from rexnet_lit.report.test_page import write_report
+from rexnet_lit.training.callbacks import evidence
 from rexnet_lit.training.callbacks.predictions import LimitsCollector
 from rexnet_lit.training.features import embedder, head_logits
 from rexnet_lit.training.metrics import main_metrics, stage_results
@@ -51,11 +52,13 @@ class EvaluationReport(LimitsCollector):
         strangers = _strangers(pl_module, data) if split == "test" else None
         metrics = pl_module.test_metrics if split == "test" else pl_module.val_metrics
         self.metrics = {**stage_results(metrics), "split": split}
+        spec, images = pl_module.spec, data.splits()[split]
+        samples, size = images.take(indices), spec.eval_recipe.image_size
+        explains = spec.network is None and bool((probs.argmax(1) != samples.targets).any())
+        trained_on = evidence.embed_training_images(pl_module, data) if explains else None
         if not trainer.is_global_zero:
             return
         name = {"test": "Test", "val": "Validation"}[split]
-        spec, images = pl_module.spec, data.splits()[split]
-        samples, size = images.take(indices), spec.eval_recipe.image_size
         facts = {
             "Model": f"{spec.backbone}, {spec.head.name} head",
             "Input": f"{size} x {size} pixels",
@@ -82,6 +85,8 @@ class EvaluationReport(LimitsCollector):
             sha256=lambda path: sha256_of(root / path),
             weights=checkpoint.digest(pl_module.network.state_dict()),
             strangers=strangers,
+            explain=evidence.explainer(pl_module, root, trained_on) if explains else None,
+            compared=evidence.describe(trained_on, data) if explains else "",
         )
         if data.bad_files:
             verify.write_quarantine(data.bad_files, target / "quarantine.csv")
