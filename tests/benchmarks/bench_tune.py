@@ -41,7 +41,7 @@ def tune(o: argparse.Namespace, root: Path, weights: Path | None, seed: int, out
         "--budget", f"{o.minutes}m", "--data.image_size", o.size, "--seed_everything", seed,
         "--trainer.accelerator", "cpu", "--trainer.default_root_dir", out,
     ], 1, out)  # fmt: skip
-    found = re.search(r"has not seen: top-1 ([\d.]+)(?:, ([\d.]+) with the config's)?", screen)
+    found = re.search(r"has not seen: top-1 (\d\.\d+)(?:, (\d\.\d+) with the config's)?", screen)
     if not found:
         sys.exit(screen)
     folder = next((out / "lightning_logs").iterdir())
