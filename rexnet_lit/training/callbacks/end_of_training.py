@@ -29,7 +29,7 @@ class EndOfTraining(Callback):
         saver.end_training(trainer)
         if isinstance(pl_module, RexNetModule) and data is not None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.finish(trainer, pl_module, data, saver)
-            # Once, after the last of them: a run that is killed before starts them anew.
+            # Once, after the last of them: a run that is killed before it starts them again.
             if self is [c for c in trainer.callbacks if isinstance(c, EndOfTraining)][-1]:  # type: ignore[attr-defined]
                 saver.write_best(trainer)
 

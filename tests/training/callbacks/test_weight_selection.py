@@ -147,7 +147,7 @@ def test_settings_include_a_digest_of_the_starting_weights(weights, tmp_path):
         other = tmp_path / f"{layer}.safetensors"
         checkpoint.save_model(other, module.spec, module.network.state_dict())
         digests.append(model_of(strategy={"blend": True}, weights=str(other)).start.settings()["weights"])
-    assert digests[0] == digests[1] != digests[2]  # the head is solved anew
+    assert digests[0] == digests[1] != digests[2]  # the head is solved again
 
 
 @pytest.mark.parametrize("settings", [{}, {"head": "mlp"}, {"strategy": {"name": "linear_probe", "blend": True}}])
