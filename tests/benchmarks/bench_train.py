@@ -4,7 +4,7 @@
 
 Both train rexnet_100 from scratch, two epochs, and the second epoch counts: its images per second of training, data
 loading included. On a CPU in fp32, timm once at its defaults and once with --channels-last; ours also with half of the
-backbone frozen (`partial`), and with all of it (`linear_probe`, features computed in each epoch). On a GPU (--device cuda)
+backbone frozen (`partial`), and with all of it (`linear_probe`, features computed each epoch). On a GPU (--device cuda)
 in bf16, timm with --amp, in both layouts, and compiled. Of our runs it also says when the first step began, the share
 of the time that steps waited for data, the peak memory (of the process; on a GPU what torch has allocated there) and
 the seconds after the last epoch. --vary says what runs of ours to make instead.
