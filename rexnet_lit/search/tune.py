@@ -34,6 +34,8 @@ _SHORT_SHARE, _FULL_SHARE = 0.35, 0.7
 """When the short and the full runs end, as shares of the time after the first run; the rest trains the best again."""
 _LONGEST = 0.85
 """The share of the time that the first run may take; if it would take more, all runs have fewer epochs."""
+_LAST = ("again", "continued")
+"""The stages after the choice of the settings."""
 _LR, _EPOCHS = "model.optimizer.lr", "trainer.max_epochs"
 
 
@@ -136,10 +138,11 @@ class Search:
 
     def _short_trials(self) -> Iterator[Trial]:
         """Yield short runs: first the config's settings, then what may matter most, then Optuna's proposals."""
-        while not any(trial.stage in ("full", "again") for trial in self.done):
+        while not any(trial.stage in ("full", *_LAST) for trial in self.done):
             tried = [trial for trial in self.done if trial.stage == "short"]
             enough = self.count is not None and len(tried) > self.count
-            if enough or not self._fits(self._seconds_of(_short(self.epochs)), _SHORT_SHARE):
+            runs = 1 if tried else 2  # one alone would show nothing
+            if enough or not self._fits(self._seconds_of(runs * _short(self.epochs)), _SHORT_SHARE):
                 return
             values = self._next(len(tried) - 1) if tried else {}
             epochs = _short(int(values.get(_EPOCHS, self.epochs)))
@@ -148,7 +151,7 @@ class Search:
     def _last_trials(self) -> Iterator[Trial]:
         """Yield runs that continue from the best weights, and runs with another seed where these are no better."""
         while True:
-            last = [trial for trial in self.done if trial.stage in ("again", "continued")]
+            last = [trial for trial in self.done if trial.stage in _LAST]
             number, recipe = len(self.done), self._recipe
             epochs, seed = recipe.epochs, self.seed + 1 + len(last)
             ends = self.budget is None and any(trial.stage == "continued" for trial in last)
@@ -207,7 +210,7 @@ class Search:
             full = [trial.values for trial in self.done if trial.stage == "full"]
             if candidate.values in full:
                 continue
-            if any(trial.stage == "again" for trial in self.done):
+            if any(trial.stage in _LAST for trial in self.done):
                 return
             epochs = int(candidate.values.get(_EPOCHS, self.epochs))
             if not self._fits(self._seconds_of(epochs), _FULL_SHARE if full else 1.0):
