@@ -85,7 +85,8 @@ def measure(o: argparse.Namespace, job: Job) -> dict[str, Any]:
         else:
             python = o.fastai if tool == "fastai" else sys.executable
             command = [python, __file__, tool, given, weights or "-", o.size, seed, 60 * o.minutes]
-            result = json.loads(run(command, 1, Path(out))[0].strip().splitlines()[-1])
+            screen, _ = run(command, 1, Path(out))
+            result = json.loads(next(line for line in screen.splitlines() if line.startswith("{")))
     start = "weights" if from_weights else "scratch"
     row = {"tool": tool, "data": root.name, "start": start, "seed": seed, **result}
     return {**row, "seconds": round(time.monotonic() - started)}
