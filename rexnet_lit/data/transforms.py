@@ -144,7 +144,7 @@ class _RandomResizedCrop(A.RandomResizedCrop):  # type: ignore[misc]
         # No crop of this shape is as large as `min_scale` asks for. albumentations, like torchvision and timm, then
         # always takes the middle; the network would never see the ends.
         left, top, right, bottom = drawn["crop_coords"]
-        x, y = (self.py_random.randint(0, room) for room in (width - (right - left), height - (bottom - top)))
+        x, y = (self.py_random.randint(0, last) for last in (width - (right - left), height - (bottom - top)))
         return {"crop_coords": (x, y, x + right - left, y + bottom - top)}
 
     def apply(self, img: NDArray[np.uint8], crop_coords: tuple[int, int, int, int], **params: Any) -> Any:

@@ -34,7 +34,7 @@ def write_tuning_page(
         default: The row of the config's settings.
         changes: The settings of the best that differ: the config's value, and the best.
         importance: The share of the variation of the loss that each setting explains.
-        verdict: The result on the test images, which the search has not seen, in words; empty if there are none.
+        verdict: A sentence about the result on the test images; empty without a test split.
         histories: The metrics per epoch of the best and of the config's settings, by name.
 
     Raises:

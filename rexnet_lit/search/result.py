@@ -63,7 +63,7 @@ def changes(search: Search) -> dict[str, tuple[Any, Any]]:
 
 
 def describe_test(search: Search, config: Mapping[str, Any]) -> str:
-    """Return the result on the test images in words; an empty string if there are none."""
+    """Describe the result on the test images; return an empty string without a test split."""
     after = _test(search, search.best, "the best settings", config)
     if after is None:
         return ""
@@ -76,7 +76,7 @@ def describe_test(search: Search, config: Mapping[str, Any]) -> str:
 
 
 def _test(search: Search, trial: Trial, name: str, config: Mapping[str, Any]) -> TestedRun | None:
-    """Return a trial's answers for the test images; None if there are none."""
+    """Return the predictions of a trial for the test images, or None without a test split."""
     run = search.run_of(trial)
     split_file = run / "split.csv"
     tested = evaluate(run, config, split_file if split_file.is_file() else None)

@@ -62,7 +62,7 @@ class Search:
         trials: int | None,
         select: str,
     ) -> None:
-        self.fit, self.folder, self.space, self.base = fit, folder, dict(space), dict(base)
+        self.fit, self.folder, self.space, self.base = fit, folder, dict(space), base
         self.budget, self.count, self.select = budget, trials, select
         self.epochs, self.seed = int(base[_EPOCHS]), int(base["seed_everything"])
         self.done: list[Trial] = []
@@ -125,7 +125,7 @@ class Search:
 
     def _shorten(self, epochs: int) -> None:
         """Let all runs have so many epochs."""
-        self.epochs = self.base[_EPOCHS] = epochs
+        self.epochs = epochs
         self.space.pop(_EPOCHS, None)
 
     def _plan(self) -> Iterator[Trial]:
@@ -233,14 +233,15 @@ class Search:
         """Run a trial; a failed one is recorded with its reason."""
         root, start = self.folder / "trials" / trial.name, time.monotonic()
         changes: Values = {"trainer.default_root_dir": str(root)}
+        limit = None
         if self.budget is not None:
             left = max(5.0, 1.05 * self.budget - self.elapsed)
             changes["trainer.max_time"] = {"seconds": math.ceil(left)}
+            if trial.stage == "default" and not self._epochs_file.is_file():
+                limit = _LONGEST * self.budget
         try:
             changes |= self.settings_of(trial)
             run = finished_run(root)
-            limited = trial.stage == "default" and self.budget is not None and not self._epochs_file.is_file()
-            limit = _LONGEST * self.budget if limited and self.budget else None
             if run is None:
                 with _screen_in(root / "screen.txt"):
                     run = self.fit(changes, limit)

@@ -15,7 +15,7 @@ from rexnet_lit.cli import main
 from rexnet_lit.cli import tune as command_line
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.spec import ModelSpec
-from rexnet_lit.search import tune
+from rexnet_lit.search import result, tune
 from rexnet_lit.search.pace import TooLongError
 from rexnet_lit.search.space import Setting, importance, propose, read_space
 from rexnet_lit.search.tune import Search
@@ -153,6 +153,7 @@ def test_a_fit_that_is_longer_than_the_budget_is_shortened(tmp_path, monkeypatch
     search.run()
     assert epochs_of(search)[0] == 5  # 85 % of 8 s, less 1 s lost and 0.5 s before the first epoch
     assert max(epochs_of(search)) == 5
+    assert result.changes(search)["trainer.max_epochs"][0] == 8  # the report compares with the config
     assert (
         "8 epochs would take about 8 s, too long for a search of 8 s: its runs have 5 epochs."
         in capsys.readouterr().out

@@ -93,7 +93,7 @@ class EvaluationReport(LimitsCollector):
 
 
 def _strangers(module: RexNetModule, data: ImageFolderDataModule) -> Strangers | None:
-    """Return what the model predicts for the images of ``data.strangers``; None if there are none."""
+    """Return the predictions for the images of ``data.strangers``, or None if it is not set."""
     limits = module.spec.limits
     if data.strangers is None:
         return None

@@ -30,7 +30,7 @@ Embedded = tuple[Samples, Tensor]
 
 
 def embed_training_images(module: RexNetModule, data: ImageFolderDataModule) -> Embedded | None:
-    """Return at most `MOST` training images; None if there are none here. Each process computes its share."""
+    """Embed at most `MOST` training images, each process its share; return None if there are none to read."""
     train = data.splits().get("train")
     if train is None:
         return None
