@@ -16,7 +16,9 @@ from rexnet_lit.utils.progress import progress
 
 def verify_splits(splits: Mapping[Split, Samples], unlabelled: Samples | None = None) -> None:
     """Verify all images, and print a warning if files have the same content in two splits or classes."""
-    images: dict[str, Samples] = {**splits, **({} if unlabelled is None else {"unlabelled": unlabelled})}
+    images: dict[str, Samples] = dict(splits)
+    if unlabelled is not None:
+        images["unlabelled"] = unlabelled
     results = []
     for name, samples in images.items():
         with progress(f"Verifying the {name} images", len(samples)) as show:

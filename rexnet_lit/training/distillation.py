@@ -18,6 +18,7 @@ from rexnet_lit.data.splits import first_few
 from rexnet_lit.models import checkpoint, rexnet
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.models.weights import load_trained
+from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.settings import check_range, settings_of
 
@@ -56,23 +57,28 @@ class Teacher:
         model = checkpoint.load_model(path, "model.teacher")
         if model.spec.network is not None:
             raise UserError(f"model.teacher: the network of {path} is a {model.spec.network}; only a ReXNet can teach")
-        network = rexnet.build_network(model.spec.backbone, model.spec.num_classes, model.spec.head)
+        with torch.random.fork_rng(devices=[]):  # the model that trains starts as it would without a teacher
+            network = rexnet.build_network(model.spec.backbone, model.spec.num_classes, model.spec.head)
         load_trained(network, model.state, f"model.teacher: {path}")
         self.spec, self._settings, self._path = model.spec, settings, path
-        self._network = rexnet.fuse_batchnorm(network).to(memory_format=torch.channels_last)
-        self._order: list[int] = []
-        self._scale, self._shift = torch.ones(3, 1, 1), torch.zeros(3, 1, 1)
-        self._fingerprint = f"fingerprint {checkpoint.digest(model.state, model.spec.to_json())[:12]}"
+        self._network: Any = rexnet.fuse_batchnorm(network)
+        self._digest = checkpoint.digest(model.state, model.spec.to_json())[:12]
 
     def __str__(self) -> str:
-        return f"{self._fingerprint}, temperature {self._settings.temperature:g}, weight {self._settings.weight:g}"
+        return (
+            f"fingerprint {self._digest}, temperature {self._settings.temperature:g}, weight {self._settings.weight:g}"
+        )
 
     def __deepcopy__(self, memo: Any) -> Teacher:
         """Return the same: it never changes, and an average of the weights copies the module."""
         return self
 
-    def prepare(self, spec: ModelSpec) -> None:
-        """Put its classes in the order of the model that trains, and take that model's preprocessing.
+    def prepare(self, spec: ModelSpec, like: nn.Module | None = None) -> None:
+        """Answer in the order of another model's classes, for images in that model's preprocessing.
+
+        Args:
+            spec: The model that trains.
+            like: Its network, whose memory format to take.
 
         Raises:
             UserError: It has other classes.
@@ -81,23 +87,24 @@ class Teacher:
         differences = (("unknown to it", set(ours) - set(theirs)), ("not in the data", set(theirs) - set(ours)))
         if found := [f"{what}: {first_few(sorted(names))}" for what, names in differences if names]:
             raise UserError(f"model.teacher: the classes of {self._path} are not the data's; {'; '.join(found)}")
-        self._order = [theirs.index(name) for name in ours]
-        mean, std, own_mean, own_std = (
-            torch.tensor(levels).view(3, 1, 1)
+        (mean, std), (own_mean, own_std) = (
+            [torch.tensor(levels).view(3, 1, 1) for levels in (recipe.mean, recipe.std)]
             for recipe in (spec.eval_recipe, self.spec.eval_recipe)
-            for levels in (recipe.mean, recipe.std)
         )
-        self._scale, self._shift = std / own_std, (mean - own_mean) / own_std
+        self._network.scale, self._network.shift = nn.Buffer(std / own_std), nn.Buffer((mean - own_mean) / own_std)
+        self._network.order = nn.Buffer(torch.tensor([theirs.index(name) for name in ours]))
+        if like is not None:
+            last = next(like.parameters()).is_contiguous(memory_format=torch.channels_last)
+            self._network.to(memory_format=torch.channels_last if last else torch.contiguous_format)
 
     @torch.no_grad()
     def logits(self, images: Tensor) -> Tensor:
-        """Return its logits (B, K), float32, for images (B, 3, H, W) that were prepared for the model that trains."""
-        own = next(self._network.parameters())
-        if (own.device, own.dtype) != (images.device, images.dtype):
-            self._network.to(images.device, images.dtype)
-        scale, shift = self._scale.to(images), self._shift.to(images)
-        logits = self._network(rexnet.match_memory_format(images * scale + shift, self._network))
-        return cast(Tensor, logits[:, self._order].float())
+        """Return its logits (B, K), float32, for images (B, 3, H, W) as `prepare` was told."""
+        network = self._network
+        if (network.scale.device, network.scale.dtype) != (images.device, images.dtype):
+            network.to(images.device, images.dtype)
+        prepared = rexnet.match_memory_format(images * network.scale + network.shift, network)
+        return cast(Tensor, network(prepared)[:, network.order].float())
 
     def loss_of(self, of_labels: nn.Module, images: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
         """Return the loss for a batch of images.
@@ -125,7 +132,28 @@ class Teacher:
         return loss
 
 
-def build_teacher(settings: TeacherSettings | Mapping[str, Any] | str | None) -> Teacher | None:
-    """Return the teacher that ``model.teacher`` names, or None."""
+def build_teacher(
+    settings: TeacherSettings | Mapping[str, Any] | str | None, strategy: StrategySettings, spec: ModelSpec | None
+) -> Teacher | None:
+    """Return the teacher that ``model.teacher`` names, or None.
+
+    Args:
+        settings: As the user gives them.
+        strategy: What trains.
+        spec: The model that trains, if the names of its classes are known yet.
+
+    Raises:
+        UserError: It cannot be used, or not with this strategy, or not for these classes.
+    """
     found = settings_of(TeacherSettings, TeacherSettings() if settings is None else settings, "model.teacher")
-    return None if found.path is None else Teacher(found)
+    if found.path is None:
+        return None
+    if strategy.name == "linear_probe":
+        raise UserError(
+            "model.teacher needs a network that trains, and model.strategy linear_probe trains the head on features; "
+            "set the strategy to full"
+        )
+    teacher = Teacher(found)
+    if spec is not None:
+        teacher.prepare(spec)
+    return teacher

@@ -120,7 +120,6 @@ class RexNetModule(pl.LightningModule):
         self.optimizer_settings, own["optimizer"] = settings_and_own(OptimizerSettings, optimizer, "model.optimizer")
         self.schedule_settings, own["schedule"] = settings_and_own(ScheduleSettings, schedule, "model.schedule")
         self.loss_settings, own["loss"] = settings_and_own(LossSettings, loss, "model.loss")
-        self.teacher = build_teacher(teacher)
         self._own = own
         """The user's own parts, by setting."""
         self.ema, self.calibrate, self.select, self.target_precision = ema, calibrate, select, target_precision
@@ -133,6 +132,7 @@ class RexNetModule(pl.LightningModule):
         self.spec = parts.describe_network(self.spec, self.network, image_size, crop_mode)
         size = variants.train_size(backbone) if self.spec.network is None else self.spec.eval_recipe.image_size
         self.train_size = image_size or size
+        self.teacher = build_teacher(teacher, self.strategy_settings, None if self._numbered else self.spec)
         if grad_checkpointing:
             cast(Any, self.network).set_grad_checkpointing(True)
         self.loss: nn.Module = build_loss(LossSettings(), [1] * len(names))
@@ -234,7 +234,7 @@ class RexNetModule(pl.LightningModule):
         self.spec = parts.describe_preprocessing(self.spec, self.trainer)
         parts.check_network(self)
         if self.teacher is not None:
-            self.teacher.prepare(self.spec)
+            self.teacher.prepare(self.spec, self.network)
         if self.loss is self._default_loss[0]:  # not one that the user has set
             self.loss = self.configure_loss()
             self._default_loss = (self.loss,)
