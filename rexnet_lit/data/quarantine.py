@@ -16,7 +16,7 @@ from rexnet_lit.utils.progress import progress
 
 def verify_splits(splits: Mapping[Split, Samples], unlabelled: Samples | None = None) -> None:
     """Verify all images, and print a warning if files have the same content in two splits or classes."""
-    images: dict[str, Samples] = dict(splits)
+    images = {str(name): samples for name, samples in splits.items()}
     if unlabelled is not None:
         images["unlabelled"] = unlabelled
     results = []

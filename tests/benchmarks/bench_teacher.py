@@ -4,8 +4,11 @@
 
 DIR holds train/, val/ and test/ with a folder of images per class; MODEL is a model of rexnet_lit for these classes.
 Each seed draws --labelled training images a class, half as many for validation, and --unlabelled further ones a class,
-whose labels are not used. Rows: ``labels``, the labels alone, for as many steps as with all images; ``teacher``, a teacher
-beside the labels, for as many; ``unlabelled``, also the images without labels. All weights are the last epoch's.
+whose labels are not used. The rows, all with the weights of the last epoch, after the same number of steps:
+
+- labels: the images with labels alone;
+- teacher: a teacher beside the labels;
+- unlabelled: a teacher, and also the images without labels.
 """
 
 from __future__ import annotations
