@@ -22,10 +22,11 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from rexnet_lit.checks.symmetries import Symmetries
 from rexnet_lit.search.pace import Pace, TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
 from rexnet_lit.search.state import finished_run, read_result
-from rexnet_lit.search.symmetries import MeasureSymmetries, Symmetries, read_symmetries
+from rexnet_lit.search.symmetries import MeasureSymmetries, read_symmetries, wanted_settings
 from rexnet_lit.search.trial import Trial, write_average, write_leaderboard
 from rexnet_lit.training.parts import SELECT
 from rexnet_lit.utils.errors import Stopped, UserError
@@ -89,7 +90,7 @@ class Search:
     @property
     def _wanted(self) -> Values:
         """The settings that the symmetries of the images ask for, where they are not the config's."""
-        return self.symmetries.wanted(self.base, self.space) if self.symmetries is not None else {}
+        return wanted_settings(self.symmetries, self.base, self.space)
 
     @property
     def _needed(self) -> int:
