@@ -174,10 +174,9 @@ class Search:
         """Yield runs that continue from the best weights, and runs with another seed where these are no better."""
         first, wanted = self.done[0], self._wanted
         if len(self.done) == 1 and wanted:  # no short runs: what the symmetries ask for goes on from the first run
-            for epochs in (self.epochs, self.epochs // 2, self.epochs // 4):
-                if epochs and self._fits(self._seconds_of(epochs)):
-                    yield Trial(1, "continued", wanted, epochs, self.seed + 1, start=(first.name,))
-                    break
+            most = int(self.base[_EPOCHS])
+            if fitting := [n for n in range(1, most + 1) if self._fits(self._seconds_of(n))]:
+                yield Trial(1, "continued", wanted, fitting[-1], self.seed + 1, start=(first.name,))
         while True:
             last = [trial for trial in self.done if trial.stage in _LAST]
             number, recipe = len(self.done), self._recipe
