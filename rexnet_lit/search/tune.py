@@ -1,6 +1,7 @@
 """Searching for better settings within a number of minutes.
 
 The first run has the settings of the config, in full, so the result is never worse on the validation images than a fit.
+Before its training it measures which symmetries the images have, which decides what is tried first, and what is not.
 Then short runs try other settings, which Optuna proposes; the best of them are trained in full (successive halving;
 Jamieson and Talwalkar 2016). In the rest of the time the best settings are trained again with another seed, and
 training continues from the best weights; the weights with the best validation loss ship.
