@@ -350,6 +350,7 @@ class RexNetCLI(LightningCLI):
         page, count = self.writer.folder / "report" / "report.html", self.writer.metrics.get("count", 0)
         listed = page.with_name("quarantine.csv")
         output.print_metrics(self.trainer, self.datamodule, f"Test: {count} images", listed)
+        output.print_strangers(self.writer.metrics)
         print(f"report: {page}")  # noqa: T201
 
     @rank_zero_only

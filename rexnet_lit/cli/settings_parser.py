@@ -96,7 +96,7 @@ def unused(args: list[str], command: str) -> Iterator[str]:
     for key in (arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")):
         runs = _users(key, command)
         if command not in runs:
-            yield f"--{key} has no effect in {command}; it is for {' and '.join(runs)}"
+            yield f"--{key} has no effect in {command}; it is for {', '.join(runs)}"
 
 
 def parse(parser: LightningArgumentParser, own: Mapping[str, LightningArgumentParser], args: list[str]) -> Namespace:
@@ -122,7 +122,7 @@ def parse(parser: LightningArgumentParser, own: Mapping[str, LightningArgumentPa
         except (ArgumentError, TypeError, ValueError) as error:
             key, problem = named_key(str(error)) or "", parser_message(str(error), known)
             if key.startswith("model.") and command != "fit":
-                problem = f"{key} is taken from the model file; remove it"
+                problem = f"{key} is for fit; the model is taken from its file"
             options = without_option(args, key) if key else args
             shorter = {path: without_key(content, key) for path, content in configs.items()}
             files = [path for path in configs if shorter[path] is not configs[path]]
