@@ -46,7 +46,7 @@ else:
     Strategy: TypeAlias = StrategySettings | Plain
     OptimizerLike: TypeAlias = OptimizerSettings | Plain | Callable[..., Optimizer]
     ScheduleLike: TypeAlias = ScheduleSettings | Plain | Callable[[Optimizer], Any]
-    Loss: TypeAlias = LossSettings | Plain | nn.Module | Callable[[], nn.Module]
+    Loss: TypeAlias = LossSettings | Plain | nn.Module | Callable[..., Any]
     Network: TypeAlias = nn.Module | Mapping[str, Any] | None
 
 
