@@ -186,6 +186,8 @@ def test_a_run(data, tmp_path, monkeypatch, capsys):
     (report,) = tmp_path.rglob("report")
     found = json.loads((report / "metrics.json").read_text())["limits"]
     assert found["stranger"]["images"] == 16
+    recognised = f"{found['stranger']['recognised']:.1%} of 16 readable images in other are recognised"
+    assert recognised in capsys.readouterr().out
     assert "Strangers: other" in (report / "report.html").read_text(encoding="utf-8")
     with (report / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))
