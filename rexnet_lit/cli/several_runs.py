@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from jsonargparse import Namespace
+from lightning.pytorch.callbacks import Callback
 
 from rexnet_lit.cli.config import leaves
 from rexnet_lit.cli.lightning_cli import RexNetCLI
 from rexnet_lit.cli.messages import Parser
 from rexnet_lit.search import crossval
-from rexnet_lit.search.pace import Pace
 from rexnet_lit.training.callbacks.console import print_table
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.utils.errors import UserError
@@ -42,23 +42,21 @@ class SeveralRuns(RexNetCLI):
         return {key: value for key, value in leaves(self.settings) if not key.startswith(_OF_A_RUN)}
 
     def before_fit(self) -> None:
-        """Watch the time of a fit that has a limit."""
-        if self._limit is not None:
-            self.trainer.callbacks.append(Pace(self._limit))  # type: ignore[attr-defined]
+        """Let the fit have the callbacks of a search."""
+        self.trainer.callbacks.extend(self._callbacks)  # type: ignore[attr-defined]
         super().before_fit()
 
-    def train(self, changes: Mapping[str, Any], limit: float | None = None) -> Path:
+    def train(self, changes: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> Path:
         """Train with some settings changed, or resume what ``trainer.default_root_dir`` holds; return the run folder.
 
         Args:
             changes: Settings of a fit, by key.
-            limit: Seconds that it may take.
+            callbacks: Of the trainer, beside those of a fit.
 
         Raises:
             UserError: A setting is wrong, or the run cannot be resumed.
-            TooLongError: It would take longer than the limit.
         """
-        self._limit = limit
+        self._callbacks = callbacks
         self.config, self.folder = self._settings.clone(), None
         for key, value in changes.items():
             self.config["fit"][key] = value
