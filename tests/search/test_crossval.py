@@ -62,7 +62,7 @@ def test_too_few_or_too_many_folds_are_an_error_before_the_first_fit(tmp_path, f
     blank_images(tmp_path / "data", [f"{c}/{i}.png" for c in "ab" for i in range(2)])
     config = {"root": str(tmp_path / "data"), "num_folds": folds, "val_fraction": 0.5}
     with pytest.raises(UserError, match=f"data.num_folds is {folds}.* {reason}"):
-        cross_validate(pytest.fail, config, {}, tmp_path)
+        cross_validate(pytest.fail, config, {}, tmp_path / "crossval")
 
 
 def test_command_goes_on_and_its_figures_equal_scikit_learn(tmp_path, monkeypatch, capsys):
