@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import concurrent.futures
 import csv
 import io
+import json
 import os
 import re
 import shutil
