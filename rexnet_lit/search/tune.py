@@ -1,6 +1,7 @@
 """Searching for better settings within a number of minutes.
 
 The first run has the settings of the config, in full, so the result is never worse on the validation images than a fit.
+Before its training it measures which symmetries the images have, which decides what is tried first, and what is not.
 Then short runs try other settings, which Optuna proposes; the best of them are trained in full (successive halving;
 Jamieson and Talwalkar 2016). In the rest of the time the best settings are trained again with another seed, and
 training continues from the best weights; the weights with the best validation loss ship.
@@ -22,10 +23,11 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from rexnet_lit.checks.symmetries import SETTINGS, Symmetries
 from rexnet_lit.search.pace import Pace, TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
 from rexnet_lit.search.state import finished_run, read_result
-from rexnet_lit.search.symmetries import MeasureSymmetries, Symmetries, read_symmetries
+from rexnet_lit.search.symmetries import MeasureSymmetries, read_symmetries, wanted_settings
 from rexnet_lit.search.trial import Trial, write_average, write_leaderboard
 from rexnet_lit.training.parts import SELECT
 from rexnet_lit.utils.errors import Stopped, UserError
@@ -89,7 +91,7 @@ class Search:
     @property
     def _wanted(self) -> Values:
         """The settings that the symmetries of the images ask for, where they are not the config's."""
-        return self.symmetries.wanted(self.base, self.space) if self.symmetries is not None else {}
+        return wanted_settings(self.symmetries, self.base, self.space)
 
     @property
     def _needed(self) -> int:
@@ -173,10 +175,9 @@ class Search:
         """Yield runs that continue from the best weights, and runs with another seed where these are no better."""
         first, wanted = self.done[0], self._wanted
         if len(self.done) == 1 and wanted:  # no short runs: what the symmetries ask for goes on from the first run
-            for epochs in (self.epochs, self.epochs // 2, self.epochs // 4):
-                if epochs and self._fits(self._seconds_of(epochs)):
-                    yield Trial(1, "continued", wanted, epochs, self.seed + 1, start=(first.name,))
-                    break
+            most = int(self.base[_EPOCHS])
+            if fitting := [n for n in range(1, most + 1) if self._fits(self._seconds_of(n))]:
+                yield Trial(1, "continued", wanted, fitting[-1], self.seed + 1, start=(first.name,))
         while True:
             last = [trial for trial in self.done if trial.stage in _LAST]
             number, recipe = len(self.done), self._recipe
@@ -270,7 +271,7 @@ class Search:
         root, start = self.folder / "trials" / trial.name, time.monotonic()
         changes: Values = {"trainer.default_root_dir": str(root)}
         callbacks = list[Callback]()
-        if trial.stage == "default":
+        if trial.stage == "default" and not SETTINGS.isdisjoint(self.space):
             callbacks.append(MeasureSymmetries(self._symmetries_file))
         if self.budget is not None:
             left, most = max(5.0, 1.05 * self.budget - self.elapsed), _LONGEST * self.budget
