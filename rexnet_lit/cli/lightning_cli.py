@@ -120,6 +120,7 @@ class RexNetCLI(LightningCLI):
         """Parse; for the runs that read a model file, again with its record as the defaults."""
         command, args = argv[0], expand(argv)
         self.config = settings_parser.parse(parser, self._subcommand_parsers, args)
+        rank_zero_only(output.print_notes)(settings_parser.unused(args, command))
         if command == "fit":
             if shipped_configs.needs_default(command, split_configs(argv)[0]):
                 name = shipped_configs.DEFAULT
@@ -349,6 +350,7 @@ class RexNetCLI(LightningCLI):
         page, count = self.writer.folder / "report" / "report.html", self.writer.metrics.get("count", 0)
         listed = page.with_name("quarantine.csv")
         output.print_metrics(self.trainer, self.datamodule, f"Test: {count} images", listed)
+        output.print_strangers(self.writer.metrics)
         print(f"report: {page}")  # noqa: T201
 
     @rank_zero_only

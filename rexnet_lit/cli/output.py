@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -76,6 +77,14 @@ def print_metrics(trainer: Trainer, data: ImageFolderDataModule, title: str, lis
             what = f"{len(absent)} of {len(names)} classes have no images here"
             print_notes([f"{what}, and no part in macro F1: {first_few(absent)}"])
     print_unreadable(data, listed)
+
+
+def print_strangers(metrics: Mapping[str, Any]) -> None:
+    """Print how many images of ``data.strangers`` a test has recognised, if it was set."""
+    found = metrics.get("limits", {}).get("stranger", {})
+    if "recognised" in found:
+        images = plural(found["images"], "readable image", "readable images")
+        print(f"strangers: {found['recognised']:.1%} of {images} in {printable(found['folder'])} are recognised")  # noqa: T201
 
 
 def print_predictions(writer: PredictionWriter, data: ImageFolderDataModule) -> None:

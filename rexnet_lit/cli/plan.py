@@ -42,7 +42,6 @@ _SAFE = {
     "trainer.enable_progress_bar": False,
     "data.max_bad_fraction": 1.0,
     "data.size_schedule": None,
-    "find_lr": False,
 }
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jsonargparse
@@ -22,6 +23,17 @@ from rexnet_lit.utils.files import expand_home
 from rexnet_lit.utils.settings import check_range
 
 _FROM_DATA = ("num_classes", "class_names", "image_size", "crop_mode")  # of the model
+# Settings that only these runs use. The others take them too, because runs may share a config.
+_USED_BY = (
+    (r"data\.predict_(path|output)", ("predict",)),
+    (r"data\.strangers", ("test",)),
+    (r"data\.(augment|sampler|size_schedule|unlabelled)\b.*", ("fit",)),
+    (r"trainer\.((max|min)_(epochs|steps)|accumulate_grad_batches|gradient_clip_\w+|limit_train_batches)", ("fit",)),
+    (
+        r"data\.(root|(val|test|max_bad)_fraction|num_folds|fold|group_pattern|split_file|labels|class_order|fixes|cache\w*)",
+        ("fit", "validate", "test"),
+    ),
+)
 
 
 def add_settings(parser: LightningArgumentParser, command: str) -> None:
@@ -70,11 +82,21 @@ def keys(parser: LightningArgumentParser, command: str) -> list[str]:
     """Return the settings that a user of a command can give."""
     found = [action.dest for action in parser._actions if action.option_strings]
     hidden = {argparse.SUPPRESS, *(f"model.{key}" for key in _FROM_DATA)}
-    if command != "predict":
-        hidden |= {key for key in found if key.startswith("data.predict_")}
-    hidden |= {"data.strangers"} if command != "test" else set()
-    hidden |= {"data.unlabelled"} if command != "fit" else set()
+    hidden |= {key for key in found if command not in _users(key, command)}
     return [*(key for key in found if key not in hidden and not key.endswith(".help")), "help_all"]
+
+
+def _users(key: str, command: str) -> tuple[str, ...]:
+    """Return the runs that use a setting, as far as `_USED_BY` tells; else the one that is asked for."""
+    return next((runs for pattern, runs in _USED_BY if re.fullmatch(pattern, key)), (command,))
+
+
+def unused(args: list[str], command: str) -> Iterator[str]:
+    """Yield what to say of each option of a command line that has no effect in this run."""
+    for key in (arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")):
+        runs = _users(key, command)
+        if command not in runs:
+            yield f"--{key} has no effect in {command}; it is for {', '.join(runs)}"
 
 
 def parse(parser: LightningArgumentParser, own: Mapping[str, LightningArgumentParser], args: list[str]) -> Namespace:
@@ -99,6 +121,8 @@ def parse(parser: LightningArgumentParser, own: Mapping[str, LightningArgumentPa
             break
         except (ArgumentError, TypeError, ValueError) as error:
             key, problem = named_key(str(error)) or "", parser_message(str(error), known)
+            if key.startswith("model.") and command != "fit":
+                problem = f"{key} is for fit; the model is taken from its file"
             options = without_option(args, key) if key else args
             shorter = {path: without_key(content, key) for path, content in configs.items()}
             files = [path for path in configs if shorter[path] is not configs[path]]

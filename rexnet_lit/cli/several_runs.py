@@ -79,6 +79,8 @@ def parse(argv: Sequence[str], kind: type[SeveralRuns] = SeveralRuns) -> Several
     assert isinstance(runs, kind)  # noqa: S101 (for the type checker)
     if not runs.settings["data"]["root"]:
         raise UserError("data.root is not set; name a folder of images: --data.root DIR")
+    if runs.settings["find_lr"]:
+        raise UserError("find_lr is for fit; leave it out")
     if runs.settings["ckpt_path"]:
         raise UserError("ckpt_path: this command goes on by itself when it is started again; leave ckpt_path out")
     return runs

@@ -40,21 +40,21 @@ def named(name: str) -> Path:
     return known[wanted]
 
 
-def find(name: str) -> str:
-    """Return the path of what ``--config`` names: a file, or else a shipped config.
+def find(name: str, option: str = "--config") -> str:
+    """Return the path of what ``option`` names: a file, or else a shipped config.
 
     Raises:
         UserError: There is neither, or it is a URL.
     """
     if "://" in name:
-        raise UserError(f"--config: {name!r} is a URL; configs are read from local files only")
+        raise UserError(f"{option}: {name!r} is a URL; configs are read from local files only")
     name = expand_home(name)
     if Path(name).exists() and not Path(name).is_dir():
         return name
     try:
         return str(named(name))
     except UserError as error:
-        raise UserError(f"--config: there is no file {name!r}, and {error}") from None
+        raise UserError(f"{option}: there is no file {name!r}, and {error}") from None
 
 
 def needs_default(command: str, configs: Iterable[str]) -> bool:

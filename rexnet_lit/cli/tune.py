@@ -79,7 +79,7 @@ def _search(
     if base["model.optimizer.lr"] is None:
         scratch = not (base["model.pretrained"] or base["model.weights"])
         base["model.optimizer.lr"] = OptimizerSettings(name=base["model.optimizer.name"]).full_lr(scratch)
-    file = shipped_configs.find(space_name)
+    file = shipped_configs.find(space_name, "--space")
     space = read_space(yaml.safe_load(Path(file).read_text("utf-8")), space_name, base)
     described = {f"--space {key}": str(setting) for key, setting in space.items()}
     digests = {f"{name} images": fingerprint(samples) for name, samples in images.splits.items()}

@@ -117,7 +117,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         super().__init__()
         trains = root is not None and class_names is None
         problems = failed_checks(
-            partial(check_range, "data.batch_size", batch_size, f"[{1 + trains}, inf)", "BatchNorm needs 2"),
+            partial(check_range, "data.batch_size", batch_size, f"[{1 + trains}, inf)", "for BatchNorm", whole=True),
             partial(check_size_schedule, size_schedule),
             partial(check_range, "data.num_workers", num_workers, "[0, 1024]", "0 for the main process", optional=True),
             partial(check_choice, "data.cache", cache, get_args(CacheName)),

@@ -77,7 +77,7 @@ def apply_fixes(walk: Walk, found: Found, names: Sequence[str], file: str, *, of
     where, faults = f"data.fixes {quoted(file)}", collections.defaultdict[str, list[str]](list)
     try:
         with Path(expand_home(file)).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
-            fixes = list(_read(stream, faults))
+            fixes = list(_read(stream, os.fsdecode(walk.root), faults))
     except (OSError, csv.Error) as error:
         walk.problems.append(f"{where}: {getattr(error, 'strerror', None) or error}")
         return AppliedFixes()
@@ -105,7 +105,7 @@ def apply_fixes(walk: Walk, found: Found, names: Sequence[str], file: str, *, of
     return AppliedFixes(summary, kept)
 
 
-def _read(lines: Iterator[str], faults: _Faults) -> Iterator[_Fix]:
+def _read(lines: Iterator[str], root: str, faults: _Faults) -> Iterator[_Fix]:
     reader = csv.DictReader(lines)
     columns = reader.fieldnames = [column.strip().lower() for column in reader.fieldnames or []]
     if not {"path", "action"} <= set(columns):
@@ -113,6 +113,7 @@ def _read(lines: Iterator[str], faults: _Faults) -> Iterator[_Fix]:
     seen: set[str] = set()
     for row in reader:
         path, action, label, _, digest = (row.get(column) or "" for column in COLUMNS)
+        path = os.path.relpath(os.path.join(root, path), root)  # noqa: PTH118 - "./a.png", or an absolute path
         action = action.strip().lower()
         if action not in ACTIONS:
             faults[f"the action is none of {', '.join(ACTIONS)}"].append(f"{path}: {action}")

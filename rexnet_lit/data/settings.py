@@ -72,7 +72,7 @@ class EvalRecipe:
     crop_mode: CropMode = "center"
 
     def __post_init__(self) -> None:
-        check_range("data.image_size", self.image_size, f"[32, {MAX_IMAGE_SIZE}]", "in pixels")
+        check_range("data.image_size", self.image_size, f"[32, {MAX_IMAGE_SIZE}]", "in pixels", whole=True)
         check_range("crop_pct", self.crop_pct, "(0, 1]")
         check_choice("interpolation", self.interpolation, INTERPOLATIONS)
         check_choice("data.crop_mode", self.crop_mode, get_args(CropMode))

@@ -8,6 +8,7 @@ ending, if only one file has it.
 
 from __future__ import annotations
 
+import codecs
 import collections
 import csv
 import dataclasses
@@ -88,6 +89,9 @@ def read_table(walk: Walk, settings: SplitSettings) -> tuple[Found, dict[bytes, 
         if names:
             noun, _, rest = what.partition(" ")
             walk.notes.append(f"{where}: {listed(names, noun, f'{rest}, left out')}")
+    foreign = sorted({label for label, _ in rows.values() if is_complete and not _is_text(label)})
+    if foreign:
+        walk.notes.append(f"{where}: {listed(foreign, 'label', 'not in UTF-8')}; save the table with that encoding")
     for fault, names in faults.items():
         remedy = f" ({_REMEDIES[fault]})" if fault in _REMEDIES else ""
         walk.problems.append(f"{where}: {len(names)} x {fault}: {first_few(names, 3)}{remedy}")
@@ -106,13 +110,16 @@ def lists_images_of(settings: SplitSettings, root: str | os.PathLike[str]) -> bo
 
 
 def _csv_lines(file: Path) -> Iterator[Sequence[str]]:
-    with file.open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:
+    with file.open("rb") as binary:  # Excel's "Unicode text" is in UTF-16
+        utf16 = binary.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+    errors = "strict" if utf16 else "surrogateescape"
+    with file.open(encoding="utf-16" if utf16 else "utf-8-sig", errors=errors, newline="") as stream:
         delimiter = max(",;\t", key=stream.readline().count)
         stream.seek(0)
         reader = csv.reader(stream, delimiter=delimiter)
         try:
             yield from (line for line in reader if line)
-        except csv.Error as error:
+        except (csv.Error, UnicodeDecodeError) as error:
             raise UserError(f"line {reader.line_num}: {error}") from None
 
 
@@ -152,6 +159,10 @@ def _find_columns(walk: Walk, where: str, header: Sequence[str], is_complete: bo
     return columns
 
 
+def _is_text(label: str) -> bool:
+    return not any("\udc80" <= char <= "\udcff" for char in label)  # bytes that could not be decoded
+
+
 def _plain(name: str) -> str:
     return "".join(filter(str.isalnum, name.lower()))
 
@@ -170,6 +181,7 @@ def _read_rows(
     for count, line in enumerate(lines, 1):  # noqa: B007
         cells = {kind: line[i] if i < len(line) else "" for kind, i in columns.items()}
         name, label = cells["image"], nfc(cells.get("label", ""))
+        label = label.strip() if is_complete else label  # of a folder the spaces count
         split = SPLIT_OF_NAME.get(cells["split"].strip().lower()) if "split" in cells else "train"
         paths = images.find(name, split if "split" in cells else None)
         if split is None:

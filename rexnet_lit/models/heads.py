@@ -83,8 +83,8 @@ class HeadSpec:
         check_choice("model.head.pool", self.pool, get_args(Pool))
         check_range("model.head.temperature", self.temperature, "(0, inf)")
         check_range("model.head.dropout", self.dropout, "[0, 1)")
-        check_range("model.head.hidden", self.hidden, "[1, 65536]")
-        check_range("model.head.layers", self.layers, "[1, 16]")
+        check_range("model.head.hidden", self.hidden, "[1, 65536]", whole=True)
+        check_range("model.head.layers", self.layers, "[1, 16]", whole=True)
 
     @property
     def shape(self) -> tuple[object, ...]:

@@ -30,7 +30,7 @@ from rexnet_lit.models import checkpoint, inputs, rexnet, variants, weights
 from rexnet_lit.models.inputs import ImageLike, Images
 from rexnet_lit.models.limits import COVERAGE, Limits
 from rexnet_lit.models.spec import ModelSpec
-from rexnet_lit.utils.errors import UserError, did_you_mean, plural
+from rexnet_lit.utils.errors import MissingFileError, UserError, did_you_mean, plural
 from rexnet_lit.utils.progress import progress as show_progress
 from rexnet_lit.utils.settings import check_choice, check_range
 
@@ -119,7 +119,7 @@ class Classifier:
         Raises:
             UserError: An image cannot be read (the message has its index), or there are no images.
         """
-        check_range("top_k", top_k, "[1, inf)")
+        check_range("top_k", top_k, "[1, inf)", whole=True)
         rows = Predictions()
         for logits in self._batches(self.network, images, on_error, batch_size, progress, rows.errors):
             probs, classes = logits.softmax(1).topk(min(top_k, self.spec.num_classes))
@@ -265,7 +265,7 @@ class Classifier:
             errors: Gets the index of each image that is skipped, and the reason.
         """
         check_choice("on_error", on_error, ("raise", "skip"))
-        check_range("batch_size", batch_size, "[1, inf)")
+        check_range("batch_size", batch_size, "[1, inf)", whole=True)
         total = len(images) if isinstance(images, Sized) else None
         rest, one = inputs.each(images)
         bar = show_progress("Classifying the images", total) if progress and not one else contextlib.nullcontext()
@@ -330,7 +330,10 @@ def load(
         net = rexnet.build_network(name, spec.num_classes)
         weights.load_pretrained(net, name, keep_head=True)
         return Classifier(spec, net, device)
-    file = checkpoint.load_model(model, "model")
+    try:
+        file = checkpoint.load_model(model, "model")
+    except MissingFileError as error:
+        raise MissingFileError(f"{error}; expected a file of a run, or a name such as 'rexnet_100'") from None
     own = weights.check_own_network(file.spec, network, name)
     net = rexnet.build_network(file.spec.backbone, file.spec.num_classes, file.spec.head) if own is None else own
     weights.load_trained(net, file.state, name)

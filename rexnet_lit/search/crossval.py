@@ -24,6 +24,7 @@ from rexnet_lit.report.test_page import write_report
 from rexnet_lit.search.evaluation import Tested, evaluate, metrics_of
 from rexnet_lit.search.state import Fit, finished_run, remember
 from rexnet_lit.utils.errors import UserError, plural
+from rexnet_lit.utils.settings import check_range
 
 _OF_FOLDS = ("top1", "top5", "macro_f1", "nll", "ece")
 
@@ -50,7 +51,7 @@ def fold_of(folder: ImageFolder, settings: SplitSettings, fold: int) -> ImageFol
     """Return a pooled dataset with the images of a fold in test, and validation images from the other folds.
 
     Raises:
-        UserError: A class has no training images left.
+        UserError: A class has no training images left, or the fold no images.
     """
     samples = folder.splits["train"]
     raws, groups = samples.paths.raws(), folder.groups
@@ -78,6 +79,8 @@ def fold_of(folder: ImageFolder, settings: SplitSettings, fold: int) -> ImageFol
         "val": {name: parts["val"] for name, parts in rest.items()},
         "test": {name: parts["val"] for name, parts in first.items()},
     }
+    if not any(map(len, chosen["test"].values())):
+        raise UserError(f"data.num_folds is {settings.num_folds}, but fold {fold + 1} has no images; use fewer folds")
     names = folder.class_names
     splits = {split: samples_of(folder.root, images, names) for split, images in chosen.items()}
     return dataclasses.replace(folder, splits=splits)
@@ -101,15 +104,16 @@ def cross_validate(fit: Fit, config: Mapping[str, Any], identity: Mapping[str, A
         UserError: The folder or a setting cannot be used, or ``target`` holds another cross-validation.
     """
     settings = SplitSettings.of(config)
+    check_range("data.num_folds", settings.num_folds, "[2, inf)", whole=True)
     if not settings.val_fraction:
         raise UserError("data.val_fraction is 0; crossval needs validation images to select the weights of each fold")
     folder = pool(config["root"], settings)
     remember(target, {**identity, "images": fingerprint(folder.splits["train"])})
-    for note in folder.notes:
+    unused = [f"data.{key} has no effect: each fold is tested" for key in ("fold", "test_fraction") if config.get(key)]
+    for note in (*folder.notes, *unused):
         print(f"note: {note}", flush=True)  # noqa: T201
     tested = []
-    for fold in range(settings.num_folds):
-        parts = fold_of(folder, settings, fold)
+    for fold, parts in enumerate([fold_of(folder, settings, fold) for fold in range(settings.num_folds)]):
         print(f"fold {fold + 1} of {settings.num_folds}: {_counts(parts)}", flush=True)  # noqa: T201
         home = target / f"fold_{fold + 1}"
         run = finished_run(home)

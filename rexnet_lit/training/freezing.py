@@ -86,8 +86,8 @@ class StrategySettings:
         check_choice("model.strategy.name", self.name, STRATEGIES)
         check_choice("model.strategy.bn", self.bn, ("train", "frozen"))
         check_choice("model.strategy.solver", self.solver, ("none", "logistic"))
-        check_range("model.strategy.frozen", self.frozen, f"[0, {_GROUPS}]", "the stem is a group too")
-        check_range("model.strategy.views", self.views, "[0, inf)")
+        check_range("model.strategy.frozen", self.frozen, f"[0, {_GROUPS}]", "the stem is a group too", whole=True)
+        check_range("model.strategy.views", self.views, "[0, inf)", whole=True)
         object.__setattr__(self, "unfreeze_epochs", tuple(self.unfreeze_epochs))
         epochs = self.unfreeze_epochs
         if len(epochs) != 2 or not 0 <= epochs[0] <= epochs[1]:

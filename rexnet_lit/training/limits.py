@@ -114,13 +114,18 @@ def fit_known(features: Floats, targets: NDArray[np.int64], classes: int) -> Kno
 
     count, width = features.shape
     d = max(1, min(COMPONENTS, count // 2, width))
-    found = PCA(d, svd_solver="randomized", random_state=0).fit(features)
+    with np.errstate(invalid="ignore"):  # features that do not vary have no shares of the variance
+        found = PCA(d, svd_solver="randomized", random_state=0).fit(features)
     center, basis = found.mean_.astype(np.float32), found.components_.T.astype(np.float16)
     offset = features.astype(np.float64) - center
     along = offset @ basis.astype(np.float64)
     means = np.zeros((classes, d))
     for c in np.unique(targets):
         means[c] = along[targets == c].mean(0)
-    whiten = np.linalg.cholesky(LedoitWolf(assume_centered=True).fit(along - means[targets]).precision_)
+    spread = along - means[targets]
+    if (spread**2).sum() <= 1e-6 * (along**2).sum():  # classes of one image, or of copies: of the classes instead
+        spread = along
+    precision = LedoitWolf(assume_centered=True).fit(spread).precision_ if spread.any() else np.eye(d)
+    whiten = np.linalg.cholesky(precision)
     rest = float(((offset**2).sum(1) - (along**2).sum(1)).mean()) / max(1, width - d)
     return KnownFeatures(center, basis, whiten.astype(np.float32), (means @ whiten).astype(np.float32), max(rest, 0.0))

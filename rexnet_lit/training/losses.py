@@ -7,6 +7,8 @@ it in `LOSSES`.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -14,7 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from rexnet_lit.utils.settings import check_choice, check_range
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.settings import call_own, check_choice, check_range, class_path_of
+
+_BY_PLACE = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, weights: Tensor, settings: LossSettings) -> Tensor:
@@ -88,6 +93,42 @@ class _Loss(nn.Module):
         targets = targets.to(logits.dtype) * (1 - smoothing) + smoothing / classes
         # Divided by B, not by the sum of the weights: the mean over processes is then the mean over all their images.
         return LOSSES[self._settings.name](logits, targets, self.weights, self._settings).mean()
+
+
+class _OwnFunction(nn.Module):
+    """A user's function of logits and targets."""
+
+    def __init__(self, function: Callable[[Tensor, Tensor], Tensor]) -> None:
+        super().__init__()
+        self._function = function
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        """Call it."""
+        return self._function(logits, targets)
+
+
+def own_loss(own: Any) -> nn.Module:
+    """Return a user's loss as a module.
+
+    Args:
+        own: A module, a function of logits and targets, or what returns a module when it is called without arguments.
+
+    Raises:
+        UserError: It is none of these.
+    """
+    if isinstance(own, nn.Module):
+        return own
+    called = own
+    while isinstance(called, functools.partial):
+        called = called.func
+    if not isinstance(called, type):
+        needed = [p for p in inspect.signature(own).parameters.values() if p.default is p.empty and p.kind in _BY_PLACE]
+        if len(needed) == 2:
+            return _OwnFunction(own)
+    made = call_own(own, "model.loss")
+    if not isinstance(made, nn.Module):
+        raise UserError(f"model.loss: {class_path_of(own)} returns a {class_path_of(made)}; expected a torch.nn.Module")
+    return made
 
 
 def build_loss(settings: LossSettings, counts: Sequence[int]) -> nn.Module:

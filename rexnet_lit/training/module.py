@@ -24,12 +24,12 @@ from rexnet_lit.models.weights import check_own_network, load_trained
 from rexnet_lit.training import features, freezing, parts, plugins, schedules, start
 from rexnet_lit.training.distillation import TeacherSettings, build_teacher
 from rexnet_lit.training.freezing import StrategySettings
-from rexnet_lit.training.losses import LossSettings, build_loss
+from rexnet_lit.training.losses import LossSettings, build_loss, own_loss
 from rexnet_lit.training.metrics import build_metrics
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.settings import call_own, check_choice, check_range, settings_and_own, settings_of
+from rexnet_lit.utils.settings import check_choice, check_range, settings_and_own, settings_of
 
 _LOSSES = "rexnet_lit_losses"
 
@@ -58,7 +58,7 @@ class RexNetModule(pl.LightningModule):
         strategy: Which parts train when.
         optimizer: The optimiser: settings, or what is called with the parameters, such as ``torch.optim.RMSprop``.
         schedule: The learning-rate schedule: settings, or what is called with the optimiser.
-        loss: The training loss: settings, or a module that maps logits (B, K) and targets (B,) to the mean loss.
+        loss: The training loss: settings, or a module or function of logits (B, K) and targets (B,) for the mean loss.
         select: What makes weights the best on the validation images. It decides ``best.ckpt`` and what ships: the
             highest ``top1`` or ``macro_f1``, or the lowest ``loss``; of equals the lower loss wins.
         ema: Decay per step of the exponential moving average of the weights, such as 0.999; the average is then
@@ -169,7 +169,7 @@ class RexNetModule(pl.LightningModule):
         own = self._own["loss"]
         if own is None:
             return build_loss(self.loss_settings, parts.class_counts(self))
-        return own if isinstance(own, nn.Module) else cast(nn.Module, call_own(own, "model.loss"))
+        return own_loss(own)
 
     def configure_metrics(self) -> dict[str, Metric]:
         """Return further metrics by name, each updated with logits (B, K) and targets (B,)."""

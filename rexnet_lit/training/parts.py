@@ -48,7 +48,7 @@ else:
     Strategy: TypeAlias = StrategySettings | Plain
     OptimizerLike: TypeAlias = OptimizerSettings | Plain | Callable[..., Optimizer]
     ScheduleLike: TypeAlias = ScheduleSettings | Plain | Callable[[Optimizer], Any]
-    Loss: TypeAlias = LossSettings | Plain | nn.Module | Callable[[], nn.Module]
+    Loss: TypeAlias = LossSettings | Plain | nn.Module | Callable[..., Any]
     Taught: TypeAlias = TeacherSettings | Plain | None
     Network: TypeAlias = nn.Module | Mapping[str, Any] | None
 

@@ -104,7 +104,9 @@ def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
         raise UserError(f"{key} is {value!r}; expected one of {', '.join(known)}{did_you_mean(str(value), known)}")
 
 
-def check_range(key: str, value: float | None, interval: str, hint: str = "", *, optional: bool = False) -> None:
+def check_range(
+    key: str, value: float | None, interval: str, hint: str = "", *, optional: bool = False, whole: bool = False
+) -> None:
     """Raise `UserError` unless a setting is a number in an interval.
 
     Args:
@@ -113,13 +115,14 @@ def check_range(key: str, value: float | None, interval: str, hint: str = "", *,
         interval: In mathematical notation: ``[0, 1)`` holds 0 but not 1; ``inf`` is no bound.
         hint: What to do, or an example, for the end of the message.
         optional: Whether it may be None.
+        whole: Whether it must be an integer.
     """
     if optional and value is None:
         return
-    if not isinstance(value, numbers.Real) or not _is_within(value, interval):
+    if not isinstance(value, numbers.Integral if whole else numbers.Real) or not _is_within(value, interval):
         end = f"; {hint}" if hint else ""
         shown = repr(value) if isinstance(value, str) else value
-        raise UserError(f"{key} is {shown}; expected a number in {interval}{end}")
+        raise UserError(f"{key} is {shown}; expected {'an integer' if whole else 'a number'} in {interval}{end}")
 
 
 def _is_within(value: Any, interval: str) -> bool:

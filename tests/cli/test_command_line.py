@@ -14,7 +14,7 @@ import pytest
 import yaml
 from cli_tools import fails, lively_model, write_dataset
 
-from rexnet_lit.cli import main, shipped_configs
+from rexnet_lit.cli import main, settings_parser, shipped_configs
 from rexnet_lit.cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
@@ -194,6 +194,20 @@ def test_wrong_options_of_a_fit(start, capsys):
     for line, option in zip(said, given, strict=True):
         assert line.removeprefix("unrecognized arguments: ").startswith(f"{option}; did you mean ")
         assert WRONG_OPTIONS[option] in line
+
+
+def test_settings_of_other_runs(capsys):
+    """A config may be shared, so they are taken, but an option without an effect is said so."""
+    options = ["--data.root=d", "--data.strangers=s", "--data.augment.name=none", "--trainer.max_epochs", "3"]
+    assert list(settings_parser.unused(options, "fit")) == ["--data.strangers has no effect in fit; it is for test"]
+    assert list(settings_parser.unused(options, "test")) == [
+        "--data.augment.name has no effect in test; it is for fit",
+        "--trainer.max_epochs has no effect in test; it is for fit",
+    ]
+    assert [line.split()[0] for line in settings_parser.unused(options, "predict")] == [
+        *("--data.root", "--data.strangers", "--data.augment.name", "--trainer.max_epochs"),
+    ]
+    assert fails(capsys, "test", "m.ckpt", "--model.loss", "focal").startswith("model.loss.name is for fit")
 
 
 def test_a_wrong_key_in_a_config(capsys):

@@ -51,7 +51,8 @@ def apply(root, text, **settings):
 
 def test_labels_change_and_splits_do_not(root):
     before = labels(scan(root))
-    text = "path,action,label\ncat/3.png,relabel,dog\nemu/1.png,remove,\ndog/0.png,keep,\ndog/2.png,relabel,dog\n"
+    text = f"path,action,label\n./cat/3.png,relabel,dog\n{root}/emu/1.png,remove,\n"
+    text += "dog/0.png,keep,\ndog/2.png,relabel,dog\n"
     folder = apply(root, text)
     expected = {**before, "cat/3.png": (before["cat/3.png"][0], "dog")}
     del expected["emu/1.png"]

@@ -809,6 +809,17 @@ def test_what_names_an_image(tmp_path, cell, path):
     assert names(folder, "train")["a"] == [path]
 
 
+def test_tables_that_other_programs_write(tmp_path):
+    """Excel's "Unicode text" is in UTF-16; spaces after a comma are no part of a label; Latin-1 is said so."""
+    root = make(tmp_path / "root", *many("x", 4))
+    table = "id\tlabel\n" + "".join(f"{i:04}\t {'é' if i % 2 else 'b '}\n" for i in range(4))
+    for encoding in ("utf-16", "utf-8-sig"):
+        (tmp_path / "t.csv").write_bytes(table.encode(encoding))
+        assert scan(root, labels=tmp_path / "t.csv").class_names == ("b", "é")
+    (tmp_path / "t.csv").write_bytes(table.encode("latin-1"))
+    assert "1 label not in UTF-8" in "".join(scan(root, labels=tmp_path / "t.csv").notes)
+
+
 def test_all_faults_of_a_table_of_labels_are_reported(tmp_path):
     make(tmp_path, "a/1.jpg", "b/1.jpg", "a/2.jpg", "a/3.jpg", "a/4.jpg", "a/5.jpg")
     rows = ["1,x", "a/2.jpg,x", "2,y", "3,x", "3.jpg,x", "4,", "5,y", "elsewhere/5.jpg,y"]

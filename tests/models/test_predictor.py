@@ -286,8 +286,9 @@ def test_bad_input_is_one_line(classifier, tmp_path):
             rexnet_lit.Classifier(classifier.spec, classifier.network, device)
     with pytest.raises(UserError, match="on_error is 'ignore'; expected one of raise, skip"):
         classifier.predict(picture("disc", 1), on_error="ignore")
-    with pytest.raises(UserError, match="top_k is 0"):
-        classifier.predict(picture("disc", 1), top_k=0)
+    for top_k in (0, 1.5):
+        with pytest.raises(UserError, match=f"top_k is {top_k}; expected an integer"):
+            classifier.predict(picture("disc", 1), top_k=top_k)
     with pytest.raises(UserError, match="no class 'rings'; did you mean 'ring'"):
         classifier.explain(picture("disc", 1), "rings")
     with pytest.raises(UserError, match="no class 3; it knows"):

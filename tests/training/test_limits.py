@@ -126,6 +126,15 @@ def test_strangers_among_known_images():
     assert limits.confidence is None
 
 
+@pytest.mark.parametrize("features", [np.arange(24.0).reshape(6, 4) ** 2, np.zeros((6, 4))])
+def test_known_features_of_one_image_per_class(features):
+    """Images of a class do not tell how much they differ; a fit of 300 such classes ended in a traceback."""
+    train = features.astype(np.float32)
+    limits = fit_limits(np.full((6, 6), 1 / 6), np.arange(6), train + 0.1, fit_known(train, np.arange(6), 6), 0.95)
+    near, far = limits.strangeness(np.stack([train[1], train[1] + 1e4]))
+    assert near <= 1 < far < np.inf
+
+
 def test_a_description_keeps_limits_and_refuses_damaged_ones():
     spec = ModelSpec("rexnet_100", ("ant", "bee"), limits=limits_of(np.arange(1, 10) / 10, None))
     again = ModelSpec.from_json(spec.to_json(), "x").limits
@@ -177,6 +186,8 @@ def test_a_run(data, tmp_path, monkeypatch, capsys):
     (report,) = tmp_path.rglob("report")
     found = json.loads((report / "metrics.json").read_text())["limits"]
     assert found["stranger"]["images"] == 16
+    recognised = f"{found['stranger']['recognised']:.1%} of 16 readable images in other are recognised"
+    assert recognised in capsys.readouterr().out
     assert "Strangers: other" in (report / "report.html").read_text(encoding="utf-8")
     with (report / "predictions.csv").open(encoding="utf-8", newline="") as file:
         rows = list(csv.DictReader(file))

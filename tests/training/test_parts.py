@@ -18,6 +18,7 @@ from torchvision.datasets import ImageFolder
 import rexnet_lit
 from rexnet_lit import RexNetModule, UserError
 from rexnet_lit.models import checkpoint
+from rexnet_lit.training.losses import own_loss
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -72,6 +73,21 @@ def test_an_own_loss_trains(build, shapes, tmp_path):
     assert module.loss.calls == 3
     assert float(module.loss.scale.detach()) != 2.0  # its parameter is trained
     assert rexnet_lit.load(trainer.checkpoint_callback.best_model_path).class_names == NAMES
+
+
+def test_an_own_loss_as_a_module_a_function_or_what_makes_a_module():
+    cross_entropy, kind = torch.nn.functional.cross_entropy, torch.nn.CrossEntropyLoss
+    logits, targets = torch.tensor([[1.0, 2.0, 0.0]]), torch.tensor([0])
+    for own in (
+        cross_entropy,
+        partial(cross_entropy, weight=None),
+        lambda x, y: cross_entropy(x, y),
+        kind,
+        lambda: kind(),
+    ):
+        assert own_loss(own)(logits, targets) == cross_entropy(logits, targets)
+    with pytest.raises(UserError, match=r"model.loss: .* returns a builtins.int; expected a torch.nn.Module"):
+        own_loss(lambda: 5)
 
 
 def test_an_own_loss_by_its_class_path(shapes, tmp_path):

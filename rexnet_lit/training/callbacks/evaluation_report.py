@@ -35,6 +35,16 @@ class EvaluationReport(LimitsCollector):
 
     on_test_batch_end = on_validation_batch_end = LimitsCollector.collect
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Check that strangers can be told."""
+        super().setup(trainer, pl_module, stage)
+        data = find_datamodule(trainer)
+        if stage == "test" and data is not None and data.strangers is not None and self._limits is None:
+            raise UserError(
+                "data.strangers: there are no limits to tell strangers by: fit with 20 or more validation images, and "
+                "test at the model's own data.image_size and data.crop_mode"
+            )
+
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Write the report of a test."""
         self._write(trainer, pl_module, "test")
@@ -74,7 +84,7 @@ class EvaluationReport(LimitsCollector):
         target, root = self.folder / "report", samples.root
         if target.exists():  # the newest report gets the name; earlier ones are kept
             target.rename(unused_path(target))
-        write_report(
+        self.metrics = write_report(
             target,
             predictions,
             self.metrics,
@@ -95,10 +105,8 @@ class EvaluationReport(LimitsCollector):
 def _strangers(module: RexNetModule, data: ImageFolderDataModule) -> Strangers | None:
     """Return the predictions for the images of ``data.strangers``, or None if it is not set."""
     limits = module.spec.limits
-    if data.strangers is None:
+    if data.strangers is None or limits is None:
         return None
-    if limits is None:
-        raise UserError("data.strangers: this model has no limits to tell strangers by; fit it again")
     samples = quarantine.without_bad(data.strangers, verify.find_unreadable(data.strangers))
     features = data.compute_features(samples, embedder(module))[0]
     confidence = head_logits(module, features).softmax(1).max(1).values

@@ -64,19 +64,25 @@ class RunRecord(Callback):
         """Write ``result.json``; keep the rows of the epochs that a resumed run has done."""
         self._enter("training")
         self.on_train_epoch_start(trainer, pl_module)
+        if not self._keep_rows(trainer):
+            return
+        self._write_result(trainer, "running")
+        for logger in trainer.loggers:
+            if not isinstance(logger, TensorBoardLogger):  # it gets them with the final metrics
+                self._log(logger.log_hyperparams, _settings(trainer, pl_module))
+
+    def _keep_rows(self, trainer: Trainer) -> bool:
+        """Read the rows of the epochs that are done; return whether this process writes into a run folder."""
         folder = find_run_folder(trainer)
         if folder is None or not trainer.is_global_zero:
-            return
+            return False
         own = [logger for logger in trainer.loggers if isinstance(logger, CSVLogger)]
         self._own_csv = all(Path(logger.log_dir) != folder for logger in own)
         if (folder / "metrics.csv").is_file() and self._own_csv:
             with (folder / "metrics.csv").open(encoding="utf-8", newline="") as file:
                 rows = list(csv.DictReader(file))
             self._rows = [row for row in rows if row["epoch"].isdecimal() and int(row["epoch"]) < trainer.current_epoch]
-        self._write_result(trainer, "running")
-        for logger in trainer.loggers:
-            if not isinstance(logger, TensorBoardLogger):  # it gets them with the final metrics
-                self._log(logger.log_hyperparams, _settings(trainer, pl_module))
+        return True
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
@@ -123,6 +129,16 @@ class RunRecord(Callback):
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Record what ships."""
+        if getattr(pl_module, "started", True):
+            self._finish(trainer, pl_module)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Record what ships of a run that is resumed after its last epoch: the others' `on_fit_end` has selected it."""
+        if stage == "fit" and not getattr(pl_module, "started", True):
+            self._keep_rows(trainer)
+            self._finish(trainer, pl_module)
+
+    def _finish(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._enter(_PHASES[-1])
         if not trainer.is_global_zero or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return

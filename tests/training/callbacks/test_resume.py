@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import csv
 import io
+import json
 import os
 import re
 import shutil
@@ -177,6 +178,12 @@ def test_resume_after_a_kill_during_weight_selection_writes_the_model(cwd):
     shipped = [run_folder(cwd, n) / "model.safetensors" for n in (0, 1)]
     whole, resumed = (checkpoint.load_model(file).state for file in shipped)
     assert differing(whole, resumed) == []
+    records = [json.loads((run_folder(cwd, n) / "result.json").read_text()) for n in (0, 1)]
+    for key in ("weights", "why", "metrics"):
+        assert records[1][key] == records[0][key]
+    rows = [(run_folder(cwd, n) / "metrics.csv").read_text().splitlines() for n in (0, 1)]
+    assert [len(each) for each in rows] == [3, 3]  # the header, the epoch, what ships
+    assert rows[1][2] == rows[0][2]
     shipped[0].unlink()  # as if killed with everything done but that: nothing is blended or calibrated twice
     assert fit(cwd, *settings, "--ckpt_path", run_folder(cwd, 0) / "checkpoints" / "last.ckpt").code == 0
     assert differing(whole, checkpoint.load_model(shipped[0]).state) == []
