@@ -16,6 +16,7 @@ from rexnet_lit.cli.several_runs import SeveralRuns, options_parser, parse
 from rexnet_lit.data.folder import fingerprint, scan
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.search import result
+from rexnet_lit.search.pace import Pace
 from rexnet_lit.search.space import read_space
 from rexnet_lit.search.state import remember
 from rexnet_lit.search.tune import Search
@@ -85,7 +86,7 @@ def _search(
     remember(root / "tuning", {**runs.identity, **fixed, **described, **digests})
 
     def train(changes: Mapping[str, Any], limit: float | None = None) -> Path:
-        return runs.train({**fixed, **changes}, limit)
+        return runs.train({**fixed, **changes}, *([] if limit is None else [Pace(limit)]))
 
     return Search(train, root / "tuning", space, base, budget, trials, base["model.select"]), data
 

@@ -97,8 +97,8 @@ def _strangers(module: RexNetModule, data: ImageFolderDataModule) -> Strangers |
     limits = module.spec.limits
     if data.strangers is None:
         return None
-    if limits is None:
-        raise UserError("data.strangers: this model has no limits to tell strangers by; fit it again")
+    if limits is None or limits.known is None:
+        raise UserError("data.strangers: this model has no limits to tell strangers by; fit one with validation images")
     samples = quarantine.without_bad(data.strangers, verify.find_unreadable(data.strangers))
     features = data.compute_features(samples, embedder(module))[0]
     confidence = head_logits(module, features).softmax(1).max(1).values
