@@ -15,8 +15,10 @@ from scipy.optimize import minimize_scalar
 import rexnet_lit
 from rexnet_lit.cli import main, several_runs
 from rexnet_lit.models import checkpoint
+from rexnet_lit.search import crossval, evaluation
 from rexnet_lit.search.ship import LAST, Agreement
 from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.utils.errors import UserError
 
 SETTINGS = (
     "--config", "quickstart", "--data.val_fraction", "0.34", "--data.num_workers", "0", "--data.batch_size", "4",
@@ -128,19 +130,29 @@ def test_an_average_ships_if_it_is_no_worse_than_the_folds(crossed, monkeypatch,
     shutil.copytree(crossed, root)
     monkeypatch.chdir(root)
     monkeypatch.setattr(several_runs.SeveralRuns, "train", None)  # nothing is trained
+    trainer, accelerators = evaluation.pl.Trainer, []
+
+    def build(**settings):
+        accelerators.append(settings["accelerator"])
+        return trainer(**settings)
+
+    monkeypatch.setattr(evaluation.pl, "Trainer", build)
     command = ["crossval", str(crossed / "data"), *SETTINGS, "--data.num_folds", "2", "--ship", "average"]
     runs, _ = fold_results(root)
     images = sorted((crossed / "data/test").rglob("*.png"))
     models = [rexnet_lit.load(run / "model.safetensors") for run in runs]
     truth = [image.parent.name for image in images]
     right = [np.mean(np.array([row[0].label for row in model.predict(images)]) == truth) for model in models]
-    shutil.copy(runs[int(np.argmax(right))] / "model.safetensors", runs[0])
-    shutil.copy(runs[0] / "model.safetensors", runs[1])  # the average is then the model of each fold
+    best, other = (runs[k] for k in np.argsort([-share for share in right]))
+    shutil.copy(best / "model.safetensors", other)  # the average is then the model of each fold
     assert main.main(command) == 0
+    assert accelerators == 5 * [
+        "cpu"
+    ]  # of the folds for their images, and of these and the average for the test images
     screen = capsys.readouterr().out
     assert f"top-1 {max(right):.3f} for the average of the folds' weights" in screen
     shipped = next((root / "lightning_logs").glob("version_*/checkpoints/best.ckpt")).parent.parent
-    model, fold = (checkpoint.load_model(path / "model.safetensors") for path in (shipped, runs[0]))
+    model, fold = (checkpoint.load_model(path / "model.safetensors") for path in (shipped, best))
     assert model.spec.limits is None
     assert all(torch.equal(model.state[name], tensor) for name, tensor in fold.state.items())
     assert main.main(["test", str(shipped / "model.safetensors"), "--data.num_workers", "0"]) == 0
@@ -157,6 +169,22 @@ def test_agreement():
     solved = "the last epoch with a solved head"
     found = Agreement.of(results(solved, "epoch 1", solved, solved, strengths=(0.1, None, 0.001, 0.01)))
     assert found == Agreement(solved, 8, 0.01, "3 of 4")
+
+
+def test_five_folds_are_the_same_settings_as_none_given(tmp_path, monkeypatch):
+    data = write_dataset(tmp_path / "data", train=4) / "train"
+    monkeypatch.chdir(tmp_path)
+    found = []
+
+    def record(fit, settings, folder, identity, target):
+        found.append((settings["data"]["num_folds"], identity))
+        raise UserError("enough")
+
+    monkeypatch.setattr(crossval, "cross_validate", record)
+    for argv in ((), ("--data.num_folds", "5")):
+        assert main.main(["crossval", str(data), *SETTINGS, *argv]) == 2
+    assert found[0] == found[1]
+    assert found[0][0] == 5
 
 
 def test_what_cannot_be_shipped_is_refused_before_training(tmp_path, monkeypatch, capsys):
