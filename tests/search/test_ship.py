@@ -22,7 +22,7 @@ from rexnet_lit.utils.errors import UserError
 
 SETTINGS = (
     "--config", "quickstart", "--data.val_fraction", "0.34", "--data.num_workers", "0", "--data.batch_size", "4",
-    "--trainer.max_epochs", "5", "--trainer.accelerator", "cpu", "--model.optimizer.lr", "0.01",
+    "--trainer.max_epochs", "3", "--trainer.accelerator", "cpu", "--model.optimizer.lr", "0.01",
 )  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def crossed(tmp_path_factory):
             return train(self, changes)
 
         patch.setattr(several_runs.SeveralRuns, "train", stop_before_the_refit)
-        assert main.main(["crossval", "data", *SETTINGS, "--data.num_folds", "2", "--ship", "refit"]) == 130
+        assert main.main(["crossval", str(root / "data"), *SETTINGS, "--data.num_folds", "2", "--ship", "refit"]) == 130
     return root
 
 
@@ -61,7 +61,7 @@ def test_a_refit_trains_on_all_images_and_is_calibrated_by_the_folds(crossed, mo
         before(self, batch, batch_idx)
 
     monkeypatch.setattr(RexNetModule, "on_train_batch_start", watched)
-    command = ["crossval", "data", *SETTINGS, "--data.num_folds", "2", "--ship", "refit"]
+    command = ["crossval", str(crossed / "data"), *SETTINGS, "--data.num_folds", "2", "--ship", "refit"]
     assert main.main(command) == 0
     screen = capsys.readouterr().out
     run, (_, results) = crossed / "lightning_logs/version_0", fold_results(crossed)
@@ -111,13 +111,13 @@ def test_a_refit_trains_on_all_images_and_is_calibrated_by_the_folds(crossed, mo
     probs /= probs.sum(1, keepdims=True)
     assert limits.scores == pytest.approx(np.sort(1 - probs[np.arange(36), targets]), abs=2e-4)
 
-    assert main.main(["test", str(run / "model.safetensors"), "--data.num_workers", "0"]) == 0
-    tested = rows_of(run / "report/predictions.csv")
-    assert {row["path"].split("/")[0] for row in tested} == {"test"}
-    assert {row["stranger"] for row in tested} == {""}
-    model = rexnet_lit.load(run / "model.safetensors")
-    with pytest.raises(rexnet_lit.UserError, match="tells no strangers"):
-        model.strangeness(crossed / "data" / tested[0]["path"])
+    images = crossed / "data/test"
+    assert main.main(["predict", str(run / "model.safetensors"), str(images), "--data.num_workers", "0"]) == 0
+    answers = rows_of(crossed / "predictions.csv")
+    assert {row["stranger"] for row in answers} == {""}
+    assert {row["unsure"] for row in answers} <= {"0", "1"}
+    with pytest.raises(UserError, match="tells no strangers"):
+        rexnet_lit.load(run / "model.safetensors").strangeness(images / answers[0]["path"])
     trained = len(seen)
     assert main.main(command) == 0
     assert "lightning_logs/version_0/model.safetensors" in capsys.readouterr().out.splitlines()[-1]
@@ -128,6 +128,7 @@ def test_an_average_ships_if_it_is_no_worse_than_the_folds(crossed, monkeypatch,
     make_runs_quick(monkeypatch)
     root = crossed.with_name("average")
     shutil.copytree(crossed, root)
+    shutil.rmtree(root / "lightning_logs", ignore_errors=True)
     monkeypatch.chdir(root)
     monkeypatch.setattr(several_runs.SeveralRuns, "train", None)  # nothing is trained
     trainer, accelerators = evaluation.pl.Trainer, []
@@ -155,8 +156,10 @@ def test_an_average_ships_if_it_is_no_worse_than_the_folds(crossed, monkeypatch,
     model, fold = (checkpoint.load_model(path / "model.safetensors") for path in (shipped, best))
     assert model.spec.limits is None
     assert all(torch.equal(model.state[name], tensor) for name, tensor in fold.state.items())
-    assert main.main(["test", str(shipped / "model.safetensors"), "--data.num_workers", "0"]) == 0
-    assert {row["path"].split("/")[0] for row in rows_of(shipped / "report/predictions.csv")} == {"test"}
+    assert model.data.split_file == str(root / "crossval/average/split.csv")
+    splits = [row["split"] for row in rows_of(shipped / "split.csv")]
+    assert splits.count("train") == 36
+    assert splits.count("test") == 12
 
 
 def test_agreement():
