@@ -160,7 +160,7 @@ def _refit(folds: Folds, fit: Fit, settings: Mapping[str, Any], root: Path) -> P
     results = [read_result(run) for run in folds.runs]
     agreed = Agreement.of(results)
     logits = [
-        torch.from_numpy(part.probs).double().clamp(min=np.finfo(np.float32).tiny).log() * result["temperature"]
+        torch.from_numpy(part.probs).double().clamp(min=torch.finfo(torch.float32).tiny).log() * result["temperature"]
         for part, result in zip(folds.tested, results, strict=True)
     ]
     targets = torch.from_numpy(np.concatenate([part.samples.targets for part in folds.tested]))
