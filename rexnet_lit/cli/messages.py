@@ -166,7 +166,14 @@ def trainer_message(error: ValueError) -> str | None:
         cause = cause.__cause__ or cause.__context__ or cause
     if _raised_in(cause, "jsonargparse"):  # the class was refused as each type of a union; its settings follow
         return one_line(str(error).partition("\nGiven ")[0])
-    return one_line(cause) if raised_by_lightning(cause) else None
+    return one_line(cause) if raised_by_lightning(cause) or _built_by_lightning(cause) else None
+
+
+def _built_by_lightning(error: BaseException) -> bool:
+    """Return whether a class of Lightning, such as a logger, was refused by a library that it uses."""
+    files = [Path(frame.filename).parts for frame in traceback.extract_tb(error.__traceback__)]
+    last = max((i for i, parts in enumerate(files) if "jsonargparse" in parts), default=len(files))
+    return any("lightning" in parts for parts in files[last + 1 : last + 2])
 
 
 def raised_by_lightning(error: BaseException) -> bool:

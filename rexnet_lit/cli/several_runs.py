@@ -45,16 +45,16 @@ class SeveralRuns(RexNetCLI):
         return {key: value for key, value in leaves(self.settings) if not key.startswith(_OF_A_RUN)}
 
     def before_fit(self) -> None:
-        """Add the callbacks of this fit."""
-        self.trainer.callbacks += self._callbacks  # type: ignore[attr-defined]
+        """Let the fit have the callbacks of a search."""
+        self.trainer.callbacks.extend(self._callbacks)  # type: ignore[attr-defined]
         super().before_fit()
 
-    def train(self, changes: Mapping[str, Any], *callbacks: Callback) -> Path:
+    def train(self, changes: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> Path:
         """Train with some settings changed, or resume what ``trainer.default_root_dir`` holds; return the run folder.
 
         Args:
             changes: Settings of a fit, by key.
-            callbacks: Further ones for this fit.
+            callbacks: Of the trainer, beside those of a fit.
 
         Raises:
             UserError: A setting is wrong, or the run cannot be resumed.

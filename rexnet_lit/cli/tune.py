@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch.callbacks import Callback
 
 from rexnet_lit.cli import shipped_configs
 from rexnet_lit.cli.config import leaves
@@ -16,7 +17,6 @@ from rexnet_lit.cli.several_runs import SeveralRuns, options_parser, parse
 from rexnet_lit.data.folder import fingerprint, scan
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.search import result
-from rexnet_lit.search.pace import Pace
 from rexnet_lit.search.space import read_space
 from rexnet_lit.search.state import remember
 from rexnet_lit.search.tune import Search
@@ -85,8 +85,8 @@ def _search(
     digests = {f"{name} images": fingerprint(samples) for name, samples in images.splits.items()}
     remember(root / "tuning", {**runs.identity, **fixed, **described, **digests})
 
-    def train(changes: Mapping[str, Any], limit: float | None = None) -> Path:
-        return runs.train({**fixed, **changes}, *([] if limit is None else [Pace(limit)]))
+    def train(changes: Mapping[str, Any], callbacks: Sequence[Callback] = ()) -> Path:
+        return runs.train({**fixed, **changes}, callbacks)
 
     return Search(train, root / "tuning", space, base, budget, trials, base["model.select"]), data
 

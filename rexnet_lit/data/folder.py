@@ -160,7 +160,7 @@ def try_scan(
     if class_names is None and "val" not in found and settings.val_fraction == 0 and not settings.num_folds:
         lines, what = walk.problems, "training needs one to choose weights"
         if settings.may_lack_val:
-            lines, what = walk.notes, "the last weights ship, neither selected nor calibrated by such images"
+            lines, what = walk.notes, "no such images select or calibrate the weights"
         lines.append(f"there is no val split and data.val_fraction is 0; {what}")
     drawn = draw_missing(walk, found, settings, groups)
     fixes = AppliedFixes()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
@@ -31,13 +32,13 @@ class Pace(Callback):
     """Measures the first steps and the first epoch.
 
     Args:
-        limit: Seconds that the whole fit may take.
+        limit: Returns the seconds that the whole fit may take.
 
     Raises:
         TooLongError: It would take longer.
     """
 
-    def __init__(self, limit: float) -> None:
+    def __init__(self, limit: Callable[[], float]) -> None:
         self.limit = limit
         self._start = self._epoch = self._step = time.monotonic()
         self._measured = False
@@ -67,5 +68,5 @@ class Pace(Callback):
 
     def _check(self, trainer: Trainer, epoch: float, rest: float) -> None:
         begun, left = self._epoch - self._start, (trainer.max_epochs or 0) - trainer.current_epoch
-        if begun + epoch * left > self.limit:  # even without the rest
+        if begun + epoch * left > self.limit():  # even without the rest
             raise TooLongError(begun, rest * epoch)

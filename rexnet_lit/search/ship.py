@@ -179,7 +179,7 @@ def _refit(folds: Folds, fit: Fit, settings: Mapping[str, Any], root: Path) -> P
         "trainer.max_steps": -1, **({"trainer.callbacks": kept} if left_out else {}),
     }  # fmt: skip
     end = Refit(agreed, torch.cat(logits), targets, calibrate=settings["model"]["calibrate"])
-    run = fit({**changes(settings["data"], home), **of_refit}, end)
+    run = fit({**changes(settings["data"], home), **of_refit}, [end])
     _annotate(run, folds)
     return ship_run(run, root, record, {})
 

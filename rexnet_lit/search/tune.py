@@ -20,9 +20,12 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from rexnet_lit.search.pace import TooLongError
+from lightning.pytorch.callbacks import Callback
+
+from rexnet_lit.search.pace import Pace, TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
 from rexnet_lit.search.state import finished_run, read_result
+from rexnet_lit.search.symmetries import MeasureSymmetries, Symmetries, read_symmetries
 from rexnet_lit.search.trial import Trial, write_average, write_leaderboard
 from rexnet_lit.training.parts import SELECT
 from rexnet_lit.utils.errors import Stopped, UserError
@@ -33,7 +36,8 @@ SHORT = 4
 _SHORT_SHARE, _FULL_SHARE = 0.35, 0.7
 """When the short and the full runs end, as shares of the time after the first run; the rest trains the best again."""
 _LONGEST = 0.85
-"""The share of the time that the first run may take; if it would take more, all runs have fewer epochs."""
+"""The share of the time that the first run may take, with the second one where the symmetries of the images ask for
+other settings; if it would take more, all runs have fewer epochs."""
 _LAST = ("again", "continued")
 """The stages after the choice of the settings."""
 _LR, _EPOCHS = "model.optimizer.lr", "trainer.max_epochs"
@@ -68,7 +72,7 @@ class Search:
         self.done: list[Trial] = []
         self._earlier = 0.0
         self._start = time.monotonic()
-        self._epochs_file = folder / "epochs.json"
+        self._epochs_file, self._symmetries_file = folder / "epochs.json", folder / "symmetries.json"
         if self._epochs_file.is_file():
             self._shorten(json.loads(self._epochs_file.read_text("utf-8")))
         self._record = folder / "trials.json"
@@ -76,6 +80,21 @@ class Search:
             rows = json.loads(self._record.read_text("utf-8"))
             self.done = [Trial(**{**row, "start": tuple(row.get("start", ()))}) for row in rows]
             self._earlier = sum(trial.seconds for trial in self.done)
+
+    @property
+    def symmetries(self) -> Symmetries | None:
+        """What the first run has measured, before its training."""
+        return read_symmetries(self._symmetries_file)
+
+    @property
+    def _wanted(self) -> Values:
+        """The settings that the symmetries of the images ask for, where they are not the config's."""
+        return self.symmetries.wanted(self.base, self.space) if self.symmetries is not None else {}
+
+    @property
+    def _needed(self) -> int:
+        """How many full runs there should be time for."""
+        return 2 if self._wanted else 1
 
     @property
     def elapsed(self) -> float:
@@ -94,6 +113,8 @@ class Search:
                 finished = self._train(trial)
             except TooLongError as error:
                 finished = self._train(dataclasses.replace(trial, epochs=self._epochs_that_fit(error)))
+            if trial.stage == "default" and self.symmetries is not None:
+                print(f"{self.symmetries}.", flush=True)  # noqa: T201
             self.done.append(finished)
             rows = [dataclasses.asdict(each) for each in self.done]
             write_file(self._record, json.dumps(rows, indent=1) + "\n")
@@ -107,7 +128,7 @@ class Search:
     def _epochs_that_fit(self, error: TooLongError) -> int:
         """Shorten all runs to what the budget allows; return the number of epochs."""
         budget = self.budget or 0.0
-        epochs = int((_LONGEST * budget - self.elapsed - error.begun) / error.epoch)
+        epochs = int(((_LONGEST * budget - self.elapsed) / self._needed - error.begun) / error.epoch)
         if epochs < 1:
             raise UserError(
                 f"--budget: an epoch takes about {error.epoch:.0f} s, too long for a search of {budget:.0f} s; allow "
@@ -141,7 +162,7 @@ class Search:
         while not any(trial.stage in ("full", *_LAST) for trial in self.done):
             tried = [trial for trial in self.done if trial.stage == "short"]
             enough = self.count is not None and len(tried) > self.count
-            runs = 1 if tried else 2  # one alone would show nothing
+            runs = 1 if tried else 4 if self._wanted else 2  # one alone would show nothing
             if enough or not self._fits(self._seconds_of(runs * _short(self.epochs)), _SHORT_SHARE):
                 return
             values = self._next(len(tried) - 1) if tried else {}
@@ -150,6 +171,12 @@ class Search:
 
     def _last_trials(self) -> Iterator[Trial]:
         """Yield runs that continue from the best weights, and runs with another seed where these are no better."""
+        first, wanted = self.done[0], self._wanted
+        if len(self.done) == 1 and wanted:  # no short runs: what the symmetries ask for goes on from the first run
+            for epochs in (self.epochs, self.epochs // 2, self.epochs // 4):
+                if epochs and self._fits(self._seconds_of(epochs)):
+                    yield Trial(1, "continued", wanted, epochs, self.seed + 1, start=(first.name,))
+                    break
         while True:
             last = [trial for trial in self.done if trial.stage in _LAST]
             number, recipe = len(self.done), self._recipe
@@ -162,7 +189,7 @@ class Search:
                 yield Trial(number, "again", recipe.values, epochs, seed)
             elif fitting := [n for n in (epochs // 2, epochs // 4) if n and self._fits(self._seconds_of(n))]:
                 rate = float(f"{self._value(recipe, _LR) / 2:.4g}")
-                values = {**recipe.values, _LR: rate}
+                values = {**self.best.values, _LR: rate}
                 yield Trial(number, "continued", values, fitting[0], seed, start=self._next_start)
             else:
                 return
@@ -179,23 +206,32 @@ class Search:
 
     def _next(self, number: int) -> Values:
         """Return the values to try: one change at a time of what matters most, then what Optuna proposes."""
-        first = self._single_changes()
-        changed = first[number] if number < len(first) else propose(self.space, self.seen, number, self.seed)
+        first, holds = self._first_changes(), self.symmetries.holds if self.symmetries is not None else {}
+        if number < len(first):
+            changed = first[number]
+        else:
+            absent = {
+                key: Setting(choices=(self._wanted.get(key, self.base[key]),))
+                for key in self.space
+                if holds.get(key) is False
+            }
+            changed = propose({**self.space, **absent}, self.seen, number, self.seed)
         return {key: value for key, value in changed.items() if value != self.base[key]}
 
-    def _single_changes(self) -> list[Values]:
-        """Return what to change first: each symmetry of the images, then the learning rate by one step."""
-        found = list[Values]()
+    def _first_changes(self) -> list[Values]:
+        """Return what to change first: what the symmetries ask for, those that are unknown, then the learning rate."""
+        wanted, holds = self._wanted, self.symmetries.holds if self.symmetries is not None else {}
+        found = [wanted] if wanted else []
         turns = self.space["data.augment.quarter_turns"].choices if "data.augment.quarter_turns" in self.space else ()
         for key in ("data.augment.hflip", "data.augment.vflip"):
-            choices = self.space[key].choices if key in self.space else ()
+            choices = self.space[key].choices if key in self.space and holds.get(key) is None else ()
             others = [value for value in choices if value != self.base[key]]
             more = {"data.augment.quarter_turns": turns[-1]} if turns and key.endswith("vflip") else {}
-            found += [{key: value, **more} for value in others[:1]]
+            found += [{**wanted, key: value, **more} for value in others[:1]]
         rates = self.space[_LR].choices if _LR in self.space else ()
         if self.base[_LR] in rates:
             place = rates.index(self.base[_LR])
-            found += [{_LR: rates[i]} for i in (place + 1, place - 1) if 0 <= i < len(rates)]
+            found += [{**wanted, _LR: rates[i]} for i in (place + 1, place - 1) if 0 <= i < len(rates)]
         return found
 
     def _full_trials(self) -> Iterator[Trial]:
@@ -233,18 +269,20 @@ class Search:
         """Run a trial; a failed one is recorded with its reason."""
         root, start = self.folder / "trials" / trial.name, time.monotonic()
         changes: Values = {"trainer.default_root_dir": str(root)}
-        limit = None
+        callbacks = list[Callback]()
+        if trial.stage == "default":
+            callbacks.append(MeasureSymmetries(self._symmetries_file))
         if self.budget is not None:
-            left = max(5.0, 1.05 * self.budget - self.elapsed)
+            left, most = max(5.0, 1.05 * self.budget - self.elapsed), _LONGEST * self.budget
             changes["trainer.max_time"] = {"seconds": math.ceil(left)}
             if trial.stage == "default" and not self._epochs_file.is_file():
-                limit = _LONGEST * self.budget
+                callbacks.append(Pace(lambda: most / self._needed))
         try:
             changes |= self.settings_of(trial)
             run = finished_run(root)
             if run is None:
                 with _screen_in(root / "screen.txt"):
-                    run = self.fit(changes, limit)
+                    run = self.fit(changes, callbacks)
         except (Stopped, KeyboardInterrupt, TooLongError):
             raise
         except Exception as error:

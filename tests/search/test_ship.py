@@ -36,7 +36,7 @@ def crossed(tmp_path_factory):
         patch.chdir(root)
         train = several_runs.SeveralRuns.train
 
-        def stop_before_the_refit(self, changes, *callbacks):
+        def stop_before_the_refit(self, changes, callbacks=()):
             if callbacks:
                 raise KeyboardInterrupt
             return train(self, changes)
@@ -119,8 +119,13 @@ def test_a_refit_trains_on_all_images_and_is_calibrated_by_the_folds(crossed, mo
     with pytest.raises(UserError, match="tells no strangers"):
         rexnet_lit.load(run / "model.safetensors").strangeness(images / answers[0]["path"])
     trained = len(seen)
+    (crossed / "crossval/refit.json").unlink()  # killed at the very end
     assert main.main(command) == 0
-    assert "lightning_logs/version_0/model.safetensors" in capsys.readouterr().out.splitlines()[-1]
+    again = checkpoint.load_model(crossed / "lightning_logs/version_1/model.safetensors")
+    assert all(torch.equal(again.state[name], tensor) for name, tensor in shipped.state.items())
+    assert again.spec.to_json() == shipped.spec.to_json()
+    assert main.main(command) == 0
+    assert "lightning_logs/version_1/model.safetensors" in capsys.readouterr().out.splitlines()[-1]
     assert len(seen) == trained
 
 

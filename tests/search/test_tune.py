@@ -16,8 +16,9 @@ from rexnet_lit.cli import tune as command_line
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.search import result, tune
-from rexnet_lit.search.pace import TooLongError
+from rexnet_lit.search.pace import Pace, TooLongError
 from rexnet_lit.search.space import Setting, importance, propose, read_space
+from rexnet_lit.search.symmetries import MeasureSymmetries
 from rexnet_lit.search.tune import Search
 from rexnet_lit.utils.errors import UserError
 
@@ -37,21 +38,27 @@ SPACE = {
 class Played:
     """Plays fits: an epoch takes a second, and without flips the loss is lower. ``stop_at`` ends one by Ctrl-C.
 
-    The only weight is the number of epochs; a fit that continues another adds its own.
+    The only weight is the number of epochs; a fit that continues another adds its own. ``holds`` says which symmetries
+    the first one finds.
     """
 
-    def __init__(self, monkeypatch, stop_at=None, fails=()):
-        self.now, self.started, self.stop_at, self.fails = 0.0, [], stop_at, fails
+    def __init__(self, monkeypatch, stop_at=None, fails=(), holds=None):
+        self.now, self.started, self.stop_at, self.fails, self.holds = 0.0, [], stop_at, fails, holds
         monkeypatch.setattr(tune.time, "monotonic", lambda: self.now)
 
-    def __call__(self, changes, limit=None):
+    def __call__(self, changes, callbacks=()):
         self.started.append(changes)
+        for callback in callbacks:
+            if isinstance(callback, MeasureSymmetries) and self.holds is not None:
+                shares = dict.fromkeys(self.holds, 0.5)
+                callback.file.parent.mkdir(parents=True, exist_ok=True)
+                callback.file.write_text(json.dumps({"upright": 0.9, "changed": shares, "holds": self.holds}))
         if len(self.started) == self.stop_at:
             raise KeyboardInterrupt
         if changes.get("data.augment.vflip") in self.fails:
             raise RuntimeError("out of memory\nand more")
         epochs = changes["trainer.max_epochs"]
-        if limit is not None and epochs > limit:
+        if any(isinstance(callback, Pace) and epochs > callback.limit() for callback in callbacks):
             self.now += 1
             raise TooLongError(0.5, 1.0)
         self.now += epochs
@@ -163,6 +170,29 @@ def test_a_fit_that_is_longer_than_the_budget_is_shortened(tmp_path, monkeypatch
     assert max(epochs_of(again)) == 5
     with pytest.raises(UserError, match="allow more time"):
         search_in(tmp_path / "b", Played(monkeypatch), budget=1).run()
+
+
+HFLIP, VFLIP, TURNS = "data.augment.hflip", "data.augment.vflip", "data.augment.quarter_turns"
+
+
+def test_what_the_symmetries_ask_for_is_tried_first(tmp_path, monkeypatch, capsys):
+    """From the first run where there is no time for short runs; and a symmetry that fails is not tried."""
+    holds = {HFLIP: False, VFLIP: False, TURNS: None}
+    search = search_in(tmp_path / "a", Played(monkeypatch, holds=holds), budget=12)
+    search.run()
+    found = [(trial.stage, trial.values, trial.epochs, list(trial.start)) for trial in search.done]
+    assert found[0] == ("default", {}, 4, [])  # 85 % of 12 s for two runs, less 1 s lost and 0.5 s before the epoch
+    assert found[1] == ("continued", {HFLIP: 0}, 4, ["trial_000"])
+    assert found[2] == ("continued", {HFLIP: 0, "model.optimizer.lr": 0.0005}, 2, ["trial_001", "trial_000"])
+    assert f"{HFLIP} does not hold (50%)" in capsys.readouterr().out
+    search = search_in(tmp_path / "c", Played(monkeypatch, holds=holds), trials=8)
+    search.run()
+    tried = [trial.values for trial in search.done if trial.stage == "short"]
+    assert tried[:2] == [{}, {HFLIP: 0}]
+    assert all(values[HFLIP] == 0 and VFLIP not in values for values in tried[1:])
+    search = search_in(tmp_path / "d", Played(monkeypatch, holds={HFLIP: True, VFLIP: True, TURNS: True}), trials=1)
+    search.run()
+    assert search.done[2].values == {VFLIP: 0.5, TURNS: 0.75}
 
 
 def test_a_failed_run_is_a_row_and_the_search_goes_on(tmp_path, monkeypatch):

@@ -67,8 +67,11 @@ class RunFiles(Callback):
             )
         self.module = pl_module
         self._take(trainer)
+        if self.folder is None or not trainer.is_global_zero:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)  # some loggers make none
         data = find_datamodule(trainer)
-        if data is None or data.folder is None or self.folder is None or not trainer.is_global_zero:
+        if data is None or data.folder is None:
             return
         if data.folder.pooled or data.record.fixes:
             write_split(data.folder, self.folder / "split.csv")

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from cli_tools import write_dataset
-from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from module_tools import data_of, model_of, trainer_of
 
 from rexnet_lit.cli import main
@@ -56,6 +56,27 @@ def test_a_logger_of_the_users(version, pooled, capsys):
     with (folders[0] / "split.csv").open(newline="") as file:
         validated = [row for row in csv.DictReader(file) if row["split"] == "val"]
     assert metrics["count"] == len(validated)
+
+
+class Remote(Logger):
+    """Sends what it gets elsewhere, as loggers of W&B and MLflow do: it makes no folder."""
+
+    name, version = "mine", "first"
+
+    def log_metrics(self, metrics, step=None):
+        """Do nothing."""
+
+    def log_hyperparams(self, params):
+        """Do nothing."""
+
+
+def test_a_logger_that_makes_no_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    write_dataset(tmp_path / "data", train=8, val=4)
+    for _ in range(2):
+        assert main.main([*FIT, "--trainer.logger", f"{__name__}.Remote"]) == 0, capsys.readouterr()
+    for folder in (Path("mine/first"), Path("mine/first-1")):
+        assert {file.name for file in folder.iterdir()} == FILES - {"split.csv"}
 
 
 def test_a_checkpoint_whose_name_makes_a_folder_knows_its_run(pooled, capsys):
