@@ -14,7 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from rexnet_lit.checks import suspects as labels
+from rexnet_lit.checks import symmetries
 from rexnet_lit.checks.findings import SPOIL_SCORES, CheckResult, Finding, Severity, Suspect
+from rexnet_lit.checks.symmetries import Change, Symmetries
 from rexnet_lit.data.duplicates import equal_groups, groups_across, near_groups
 from rexnet_lit.data.folder import ImageFolder, try_scan
 from rexnet_lit.data.image_header import ImageInfo
@@ -38,7 +40,7 @@ _COPIES: tuple[tuple[Severity, str, str, str], ...] = (
     ("info", "within-class", "in one class and split", "they only weigh more; delete them if unwanted"),
 )
 
-Embed = Callable[[list[str], int], NDArray[np.float32]]
+Embed = Callable[[list[str], int, Change], NDArray[np.float32]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,8 +69,9 @@ def check(
             keep are not reported again.
         recipe: How images will be cropped.
         progress: Called with the number of images read and their total.
-        embed: Checks the labels too, by the features (N, C) that it returns for the absolute paths of N images; its
-            second argument is the median length of their shorter side in pixels.
+        embed: Checks the labels and the symmetries too, by the features (N, C) that it returns for the absolute paths
+            of N images. Its second argument is the median length of their shorter side in pixels, the third one is
+            applied to each image (H, W, 3).
         predictions: Checks the labels by this ``predictions.csv`` instead.
 
     Returns:
@@ -80,7 +83,7 @@ def check(
     kept = folder.fixes.kept
     equal, alike = ([g for g in groups if not kept.issuperset(images[i].path for i in g)] for groups in (equal, alike))
     infos = [image.details.info for image in images if image.details]
-    suspects, share = _check_labels(folder, images, [*equal, *alike], embed, predictions)
+    suspects, share, symmetry = _check_labels(folder, images, [*equal, *alike], embed, predictions)
     suspects = tuple(suspect for suspect in suspects if suspect.path not in kept)
     findings = [
         *(Finding("error", "folder", problem) for problem in problems),
@@ -95,6 +98,7 @@ def check(
         *_check_depth(images),
         *_check_sizes(images, recipe, kept),
         *_report_suspects(suspects, share),
+        *symmetries.report(symmetry),
     ]
 
     def paths(groups: list[list[int]]) -> tuple[tuple[str, ...], ...]:
@@ -156,21 +160,23 @@ def _check_labels(
     copies: Sequence[Sequence[int]],
     embed: Embed | None,
     predictions: str | None,
-) -> tuple[tuple[Suspect, ...], float | None]:
-    """Return the images of all splits whose labels are probably wrong, and the estimated share of these.
+) -> tuple[tuple[Suspect, ...], float | None, Symmetries | None]:
+    """Return the images of all splits whose labels are probably wrong, their estimated share, and the symmetries.
 
-    Unreadable images are left out. The share is None if there is nothing to check the labels by.
+    Unreadable images are left out. The share is None if there is nothing to check the labels by, and the symmetries if
+    there are no features.
     """
     good = [i for i, image in enumerate(images) if image.details]
     if len(folder.class_names) < 2 or not good or (embed is None and predictions is None):
-        return (), None
+        return (), None, None
     targets, paths = np.array([images[i].target for i in good]), [images[i].path for i in good]
     if predictions is not None:
         judgement = labels.judge_logits(labels.read_logits(predictions, folder.class_names, paths), targets)
-        return labels.describe(judgement, targets, paths, folder.class_names), judgement.share
+        return labels.describe(judgement, targets, paths, folder.class_names), judgement.share, None
     assert embed is not None  # noqa: S101 (for the type checker)
     sides = [min(image.details.info.width, image.details.info.height) for image in images if image.details]
-    features = embed([os.path.join(folder.root, path) for path in paths], int(np.median(sides)))  # noqa: PTH118
+    files, side = [os.path.join(folder.root, path) for path in paths], int(np.median(sides))  # noqa: PTH118
+    features = embed(files, side, symmetries.unchanged)
     by_name: dict[str, list[int]] = {}
     for i, image in enumerate(images if folder.groups else ()):
         if (group := folder.groups.get(os.fsencode(image.path))) is not None:
@@ -178,7 +184,8 @@ def _check_labels(
     units = labels.join_units(len(images), [*copies, *by_name.values()])[good]
     judgement = labels.judge_features(features, targets, len(folder.class_names), units)
     same = labels.join_units(len(images), copies)[good]
-    return labels.describe(judgement, targets, paths, folder.class_names, features, same), judgement.share
+    found = symmetries.measure(features, targets, units, lambda some, how: embed([files[i] for i in some], side, how))
+    return labels.describe(judgement, targets, paths, folder.class_names, features, same), judgement.share, found
 
 
 def _report_suspects(suspects: Sequence[Suspect], share: float | None) -> list[Finding]:

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import nn
 
+from rexnet_lit.checks.symmetries import Change
 from rexnet_lit.cli.config import CheckSettings
 from rexnet_lit.data import decode, image_header
 from rexnet_lit.data.settings import EvalRecipe
@@ -22,7 +23,7 @@ from rexnet_lit.utils.process import cpu_count
 _SMALLEST = 64  # pixels
 _AHEAD = 64  # images that are decoded while the network computes
 
-Embedder = Callable[[list[str], int], NDArray[np.float32]]
+Embedder = Callable[[list[str], int, Change], NDArray[np.float32]]
 
 
 def build_embedder(
@@ -57,12 +58,13 @@ def build_embedder(
         fixed = variants.eval_recipe(backbone, config.image_size) if config.image_size else None
     network = network if spec.network else rexnet.fuse_batchnorm(network)
 
-    def embed(paths: list[str], side: int) -> NDArray[np.float32]:
+    def embed(paths: list[str], side: int, change: Change) -> NDArray[np.float32]:
         size = min(max(32 * round(side / 32), _SMALLEST), spec.eval_recipe.image_size)
         recipe = fixed or variants.eval_recipe(spec.backbone, size)
         classifier = predictor.Classifier(ModelSpec(spec.backbone, spec.class_names, eval_recipe=recipe), network)
         report = show(f"computing features at {recipe.image_size} px")
-        return classifier.embed(_read(paths, EvalTransform(recipe).min_size, report))
+        images = _read(paths, EvalTransform(recipe).min_size, report)
+        return classifier.embed(np.ascontiguousarray(change(image)) for image in images)
 
     return embed
 

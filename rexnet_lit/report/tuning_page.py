@@ -21,6 +21,7 @@ def write_tuning_page(
     changes: Mapping[str, tuple[Any, Any]],
     importance: Mapping[str, float],
     verdict: str,
+    symmetries: str,
     histories: Mapping[str, Sequence[Mapping[str, float]]],
 ) -> None:
     """Write the page.
@@ -35,6 +36,7 @@ def write_tuning_page(
         changes: The settings of the best that differ: the config's value, and the best.
         importance: The share of the variation of the loss that each setting explains.
         verdict: A sentence about the result on the test images; empty without a test split.
+        symmetries: A sentence about the symmetries of the images; may be empty.
         histories: The metrics per epoch of the best and of the config's settings, by name.
 
     Raises:
@@ -52,6 +54,7 @@ def write_tuning_page(
         "changes": changes,
         "importance": importance,
         "verdict": verdict,
+        "symmetries": symmetries,
         "curves": [(name, drawn) for name, drawn in curves if drawn],
     }
     write_file(file, render_page("tuning.html", view))

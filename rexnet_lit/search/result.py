@@ -96,6 +96,7 @@ def write_report(search: Search, title: str, verdict: str) -> None:
         changes=changes(search),
         importance=importance(search.space, search.seen),
         verdict=verdict,
+        symmetries=str(search.symmetries or ""),
         histories={name: history_of(search.run_of(trial) / "metrics.csv") for name, trial in names.items()},
     )
 

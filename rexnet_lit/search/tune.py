@@ -22,10 +22,11 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
+from rexnet_lit.checks.symmetries import Symmetries
 from rexnet_lit.search.pace import Pace, TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
 from rexnet_lit.search.state import finished_run, read_result
-from rexnet_lit.search.symmetries import MeasureSymmetries, Symmetries, read_symmetries
+from rexnet_lit.search.symmetries import MeasureSymmetries, read_symmetries, wanted_settings
 from rexnet_lit.search.trial import Trial, write_average, write_leaderboard
 from rexnet_lit.training.parts import SELECT
 from rexnet_lit.utils.errors import Stopped, UserError
@@ -89,7 +90,7 @@ class Search:
     @property
     def _wanted(self) -> Values:
         """The settings that the symmetries of the images ask for, where they are not the config's."""
-        return self.symmetries.wanted(self.base, self.space) if self.symmetries is not None else {}
+        return wanted_settings(self.symmetries, self.base, self.space)
 
     @property
     def _needed(self) -> int:
@@ -173,10 +174,9 @@ class Search:
         """Yield runs that continue from the best weights, and runs with another seed where these are no better."""
         first, wanted = self.done[0], self._wanted
         if len(self.done) == 1 and wanted:  # no short runs: what the symmetries ask for goes on from the first run
-            for epochs in (self.epochs, self.epochs // 2, self.epochs // 4):
-                if epochs and self._fits(self._seconds_of(epochs)):
-                    yield Trial(1, "continued", wanted, epochs, self.seed + 1, start=(first.name,))
-                    break
+            most = int(self.base[_EPOCHS])
+            if fitting := [n for n in range(1, most + 1) if self._fits(self._seconds_of(n))]:
+                yield Trial(1, "continued", wanted, fitting[-1], self.seed + 1, start=(first.name,))
         while True:
             last = [trial for trial in self.done if trial.stage in _LAST]
             number, recipe = len(self.done), self._recipe

@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from rexnet_lit.checks import check, suspects
+from rexnet_lit.checks.symmetries import Change
 from rexnet_lit.cli.config import CheckSettings
 from rexnet_lit.cli.label_features import Embedder, build_embedder
 from rexnet_lit.data.folder import scan
@@ -58,17 +59,17 @@ def plant(label_of: Mapping[str, str], share: float, seed: int, names: tuple[str
 
 def cached(embed: Embedder, seconds: list[float]) -> Embedder:
     """Compute the features of each file once, whatever folder it is linked in; record the time."""
-    known: dict[tuple[int, int], Any] = {}
+    known: dict[tuple[int, int, Change], Any] = {}
 
-    def key(path: str) -> tuple[int, int]:
-        status = os.stat(path)  # noqa: PTH116
-        return status.st_ino, status.st_size
+    def compute(paths: list[str], side: int, change: Change) -> Any:
+        def key(path: str) -> tuple[int, int, Change]:
+            status = os.stat(path)  # noqa: PTH116
+            return status.st_ino, status.st_size, change
 
-    def compute(paths: list[str], side: int) -> Any:
         new = [path for path in paths if key(path) not in known]
         if new:
             started = time.monotonic()
-            known.update(zip(map(key, new), embed(new, side), strict=True))
+            known.update(zip(map(key, new), embed(new, side, change), strict=True))
             seconds.append(time.monotonic() - started)
         return np.stack([known[key(path)] for path in paths])
 

@@ -95,10 +95,10 @@ def test_predictions_of_a_model_instead(tmp_path):
     assert 0 < found.share < 1 / 21  # part of it may be the model's own mistake
 
 
-def mean_colour(paths, side):
+def mean_colour(paths, side, change):
     """Features that tell the drawn classes apart."""
     assert side == 48
-    return np.stack([cv2.imread(path).reshape(-1, 3).mean(0) for path in paths]).astype(np.float32)
+    return np.stack([change(cv2.imread(path)).reshape(-1, 3).mean(0) for path in paths]).astype(np.float32)
 
 
 @pytest.fixture

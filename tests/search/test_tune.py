@@ -181,9 +181,10 @@ def test_what_the_symmetries_ask_for_is_tried_first(tmp_path, monkeypatch, capsy
     search = search_in(tmp_path / "a", Played(monkeypatch, holds=holds), budget=12)
     search.run()
     found = [(trial.stage, trial.values, trial.epochs, list(trial.start)) for trial in search.done]
-    assert found[0] == ("default", {}, 4, [])  # 85 % of 12 s for two runs, less 1 s lost and 0.5 s before the epoch
-    assert found[1] == ("continued", {HFLIP: 0}, 4, ["trial_000"])
-    assert found[2] == ("continued", {HFLIP: 0, "model.optimizer.lr": 0.0005}, 2, ["trial_001", "trial_000"])
+    assert found == [
+        ("default", {}, 4, []),  # 85 % of 12 s for two runs, less 1 s lost and 0.5 s before the epoch
+        ("continued", {HFLIP: 0}, 7, ["trial_000"]),  # all that is left
+    ]
     assert f"{HFLIP} does not hold (50%)" in capsys.readouterr().out
     search = search_in(tmp_path / "c", Played(monkeypatch, holds=holds), trials=8)
     search.run()
