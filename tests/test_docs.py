@@ -32,6 +32,8 @@ NOT_RUN = {
     "hardware/ddp": "needs a GPU, or starts a second process; tests/cli does that",
     "hardware/multinode": "needs several machines",
     "--data.fixes": "tests/cli does that",
+    "--model.teacher": "tests/training trains with one",
+    "--model.backbone rexnet_2": "larger networks take longer; tests/models builds them all",
     "--find_lr true": "trains a hundred steps; tests/cli does that",
     "--model.backbone rexnet_1": "larger networks take longer; tests/models builds them all",
     "fit DIR --data.labels": "tests/cli trains with a table",

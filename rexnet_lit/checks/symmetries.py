@@ -33,6 +33,7 @@ _VIEWS: dict[str, tuple[str, Change, float]] = {
     "data.augment.quarter_turns": ("turned by a quarter", lambda image: np.rot90(image), 0.75),
 }
 """The setting that uses each symmetry: in words, what it does with an image (H, W, 3), and a value to use it with."""
+SETTINGS = frozenset(_VIEWS)
 _TRAIN, _PER_CLASS, VALIDATION = 500, 10, 250
 """The images that are used, at most: for training, or so many of each class, and for validation."""
 _SURE, _ERRORS = 0.01, 2.5

@@ -17,8 +17,11 @@ from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.utils.errors import UserError
 
 _yaml_load = jsonargparse.get_loader("yaml")  # before `load_yaml` replaces it
-# Settings for which a bare name is short for {name: ...}.
-_NAMED = {"model": ("head", "strategy", "optimizer", "schedule", "loss"), "data": ("augment",)}
+# Settings for which a bare word is short for a field: a name for {name: ...}, a file for {path: ...}.
+_SHORT = {
+    "model": {**dict.fromkeys(("head", "strategy", "optimizer", "schedule", "loss"), "name"), "teacher": "path"},
+    "data": {"augment": "name"},
+}
 ARGUMENTS = {
     "fit": {"DIR": "data.root"},
     "validate": {"MODEL": "ckpt_path", "DIR": "data.root"},
@@ -56,12 +59,13 @@ def expand(argv: Sequence[str]) -> list[str]:
     rest = _name_arguments(rest, configs)
     if shipped_configs.needs_default(argv[0], configs):
         configs = [str(shipped_configs.named(shipped_configs.DEFAULT)), *configs]
-    keys = {f"--{group}.{key}" for group, names in _NAMED.items() for key in names}
+    keys = {f"--{group}.{key}": field for group, fields in _SHORT.items() for key, field in fields.items()}
     expanded = []
     for argument, following in zip(rest, [*rest[1:], ""], strict=True):
         key, equals, value = argument.partition("=")
-        short = key in keys and re.fullmatch(r"\w+", value if equals else following)
-        expanded.append(f"{key}.name{equals}{value}" if short else argument)
+        pattern = r"\w+" if keys.get(key) == "name" else r"[^{].*"
+        short = key in keys and re.fullmatch(pattern, value if equals else following)
+        expanded.append(f"{key}.{keys[key]}{equals}{value}" if short else argument)
     return [*expanded[:1], *(f"--config={path}" for path in configs), *expanded[1:]]
 
 
@@ -141,9 +145,9 @@ def load_yaml(text: str, command: str, leave_out: Iterable[str] = ()) -> Any:
             del value[group]
         elif not isinstance(section, dict):
             raise yaml.YAMLError(f"{group} must be a mapping, such as {group}: {{key: value}}")
-        for name in _NAMED.get(group, ()) if section else ():
-            if isinstance(section.get(name), str):
-                section[name] = {"name": section[name]}
+        for name, field in _SHORT.get(group, {}).items() if section else ():
+            if isinstance(section.get(name), str) or (field == "path" and section.get(name, "") is None):
+                section[name] = {field: section[name]}
             elif isinstance(section.get(name), list):
                 section[name] = {"transforms": section[name]}
         if section and isinstance(section.get("callbacks"), dict):  # for a list the parser's messages are better

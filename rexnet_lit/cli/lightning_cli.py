@@ -178,8 +178,8 @@ class RexNetCLI(LightningCLI):
         except UserError as error:
             raise UserError("; ".join(dict.fromkeys([str(error), *self._wrong_settings()]))) from None
         # The run folder's config.yaml must work from any folder.
-        paths = [("data", key) for key in ("root", "split_file", "labels", "fixes", "class_order")]
-        for group, key in (*paths, ("model", "weights")):
+        paths = [("data", key) for key in ("root", "split_file", "labels", "fixes", "class_order", "unlabelled")]
+        for group, key in (*paths, ("model", "weights"), ("model", "teacher.path")):
             path = config[group][key]
             if path not in ("sorted", "natural"):
                 config[group][key] = absolute_path(path)

@@ -50,6 +50,7 @@ def print_notes(notes: Iterable[str]) -> None:
 def print_start(trainer: Trainer, model: RexNetModule, data: ImageFolderDataModule) -> None:
     """Print what a fit trains, on what, and the notes about the folder."""
     counts = ", ".join(f"{len(samples)} {name}" for name, samples in data.splits().items())
+    counts += f", {len(data.unlabelled)} without labels" if data.unlabelled is not None else ""
     millions = sum(p.numel() for p in model.network.parameters()) / 1e6
     print(  # noqa: T201
         f"{model.spec.backbone} ({millions:.1f} M parameters) on {trainer.world_size} x "

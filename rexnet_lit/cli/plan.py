@@ -61,6 +61,7 @@ class ShortRuns(several_runs.SeveralRuns):
         self.sizes = {name: len(samples) for name, samples in folder.splits.items()}
         splits = {name: plan.some_of_each_class(samples, self.count) for name, samples in folder.splits.items()}
         data.folder = dataclasses.replace(folder, splits=splits)
+        self.sizes["train"], data.unlabelled = self.sizes["train"] + len(data.unlabelled or ()), None
         if data.cache in ("auto", "ram"):  # images are kept in memory if all of them would be
             share = sum(map(len, splits.values())) / sum(self.sizes.values())
             limit = data._cache_bytes or process.available_memory() / (4 if data.cache == "auto" else 2)

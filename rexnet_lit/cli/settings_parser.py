@@ -72,8 +72,8 @@ def keys(parser: LightningArgumentParser, command: str) -> list[str]:
     hidden = {argparse.SUPPRESS, *(f"model.{key}" for key in _FROM_DATA)}
     if command != "predict":
         hidden |= {key for key in found if key.startswith("data.predict_")}
-    if command != "test":
-        hidden |= {"data.strangers"}
+    hidden |= {"data.strangers"} if command != "test" else set()
+    hidden |= {"data.unlabelled"} if command != "fit" else set()
     return [*(key for key in found if key not in hidden and not key.endswith(".help")), "help_all"]
 
 

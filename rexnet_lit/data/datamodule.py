@@ -19,15 +19,16 @@ from rexnet_lit.data.augmentation import AugmentSettings, build_mix
 from rexnet_lit.data.cache import DiskCache
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.data.features import embed_dataset
-from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan, unlabelled
+from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan, without_labels
 from rexnet_lit.data.loader import Loader, build_loader
-from rexnet_lit.data.memory import has_several_epochs, keep_in_memory
-from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, training_order, training_position
+from rexnet_lit.data.memory import keep_in_memory
+from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, build_sampler, training_order
 from rexnet_lit.data.settings import CropMode, DataRecord, EvalRecipe, check_size_schedule, failed_checks
 from rexnet_lit.data.splits import Split
 from rexnet_lit.data.transforms import EvalTransform, ProgressiveTransform, TrainTransform
+from rexnet_lit.data.unlabelled import JointDataset, find_bad, require_teacher
 from rexnet_lit.utils import process
-from rexnet_lit.utils.errors import UserError, plural
+from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import absolute_path
 from rexnet_lit.utils.settings import check_choice, check_range, settings_of
 
@@ -77,6 +78,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         predict_path: An image, or a folder of unlabelled images.
         predict_output: CSV that `predict` writes; a new ``predictions.csv`` in ``trainer.default_root_dir`` by default.
         strangers: A folder of images of other things, for the report of `test`: how many of them it tells apart.
+        unlabelled: A folder of images without labels, flat or nested, from which ``model.teacher`` teaches as well.
 
     Raises:
         UserError: The folder or a setting is wrong; all problems are listed at once.
@@ -108,6 +110,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         predict_path: str | None = None,
         predict_output: str | None = None,
         strangers: str | None = None,
+        unlabelled: str | None = None,
         *,
         class_names: tuple[str, ...] | None = None,
     ) -> None:
@@ -139,21 +142,20 @@ class ImageFolderDataModule(pl.LightningDataModule):
             fixes=absolute_path(fixes),
             max_bad_fraction=max_bad_fraction,
         )
-        self.image_size, self.crop_mode = image_size, crop_mode
+        self.image_size, self.crop_mode, self.size_schedule = image_size, crop_mode, size_schedule
         self.batch_size, self.num_workers = batch_size, num_workers
-        self.size_schedule = size_schedule
         self.augment, self.sampler, self.cache = settings_of(AugmentSettings, augment, "data.augment"), sampler, cache
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
         self._disk: DiskCache | None = None
         self.predict_output = predict_output
-        self.predict_samples, self.predict_notes = unlabelled(predict_path)
-        self.strangers = unlabelled(strangers)[0]
+        self.predict_samples, self.predict_notes = without_labels(predict_path)
+        self.strangers, self.unlabelled = without_labels(strangers)[0], without_labels(unlabelled)[0]
         self.eval_recipe: EvalRecipe | None = None
         """The preprocessing; `setup` takes it from the trainer's model."""
         self.bad_files: list[verify.UnreadableFile] = []
         self._datasets: dict[str, ImageDataset] = {}
         self._features: dict[str, FeatureDataset] = {}
-        self._fingerprints: dict[str, str] | None = None
+        self._fingerprints: dict[str, str | None] | None = None
         self.folder: ImageFolder | None = None
         self.class_names = class_names or ()
         if root is not None:
@@ -188,26 +190,29 @@ class ImageFolderDataModule(pl.LightningDataModule):
             **{f"augment.{key}": value for key, value in dataclasses.asdict(self.augment).items()},
         }
 
-    def fingerprints(self) -> dict[str, str]:
-        """Return what identifies the training and validation images."""
+    def fingerprints(self) -> dict[str, str | None]:
+        """Return what identifies the training and validation images; None for none."""
         if self._fingerprints is None:
             splits = self.folder.splits if self.folder else self.splits()
+            images = {f"{name} images": splits[name] for name in _SPLITS_OF_STAGE["fit"] if name in splits}
             self._fingerprints = {
-                f"{name} images": f"{len(splits[name])}, fingerprint {fingerprint(splits[name])[:12]}"
-                for name in _SPLITS_OF_STAGE["fit"]
-                if name in splits
+                key: None if samples is None else f"{len(samples)}, fingerprint {fingerprint(samples)[:12]}"
+                for key, samples in {**images, "data.unlabelled": self.unlabelled}.items()
             }
         return self._fingerprints
 
     def prepare_data(self) -> None:
         """Find unreadable and duplicate files in one process; the others read the result from the cache."""
+        if self.unlabelled is not None:
+            require_teacher(self.trainer)
         if self.folder and self.folder.splits:
-            quarantine.verify_splits(self.folder.splits)
+            quarantine.verify_splits(self.folder.splits, self.unlabelled)
 
     def lost_files(self) -> list[verify.UnreadableFile]:
         """Return the training images that have become unreadable since `setup`."""
-        samples = self._datasets["train"].samples
-        return [verify.UnreadableFile(samples.paths[i], reason) for i, reason in verify.find_unreadable(samples)]
+        parts = [self._datasets[name].samples for name in ("train", "unlabelled") if name in self._datasets]
+        found = ((samples.paths[i], reason) for samples in parts for i, reason in verify.find_unreadable(samples))
+        return [verify.UnreadableFile(path, reason) for path, reason in found]
 
     def setup(self, stage: str) -> None:
         """Create the datasets of ``stage`` (``fit``, ``validate``, ``test`` or ``predict``).
@@ -234,13 +239,17 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 raise UserError(self.record.missing_split(name))
             if name != "train" and name in self._datasets and self._datasets[name].transform == evaluate:
                 continue
-            samples = self._readable(splits[name], bad[name])
+            parts = {str(name): self._readable(splits[name], bad[name])}
             if name == "train":
-                quarantine.check_classes(samples, self.class_names)
+                quarantine.check_classes(parts[name], self.class_names)
+                if self.unlabelled is not None:
+                    require_teacher(self.trainer)
+                    parts["unlabelled"] = self._readable(*find_bad(self.unlabelled, self.record.max_bad_fraction))
             transform = self.train_transform() if name == "train" else evaluate
             mix = build_mix(self.augment, self.num_classes) if name == "train" else None
-            self._datasets.pop(name, None)  # free its memory first
-            self._datasets[name] = self._dataset(samples, transform, mix)
+            for part, samples in parts.items():
+                self._datasets.pop(part, None)  # free its memory first
+                self._datasets[part] = self._dataset(samples, transform, mix)
 
     def train_transform(self) -> TrainTransform:
         """Return the transform of training images."""
@@ -265,15 +274,11 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def _keep_in_memory(self, name: str) -> None:
         """Decode a split's images for all epochs if asked for, or if that saves time and fits."""
-        dataset, trainer, auto = self._datasets[name], self.trainer, self.cache == "auto"
-        if self.cache not in ("auto", "ram") or name not in ("train", "val") or dataset.images is not None:
-            return
-        if auto and not has_several_epochs(trainer):
-            return
-        limit = process.available_memory() / (4 if auto else 2)
-        if self._cache_bytes is not None:
-            limit = self._cache_bytes - sum(data.images_bytes for data in self._datasets.values())
-        keep_in_memory(dataset, limit / (trainer.world_size if trainer is not None else 1), only_if_all_fit=auto)
+        dataset = self._datasets[name]
+        if self.cache in ("auto", "ram") and dataset.images is None:
+            taken = sum(data.images_bytes for data in self._datasets.values())
+            limit = None if self._cache_bytes is None else self._cache_bytes - taken
+            keep_in_memory(dataset, self.trainer, limit, auto=self.cache == "auto")
 
     def _recipe(self) -> tuple[EvalRecipe, int]:
         """Return the eval recipe and the training size: the model's if there is one."""
@@ -336,27 +341,22 @@ class ImageFolderDataModule(pl.LightningDataModule):
         if name not in self._datasets:
             stage = {"train": "fit", "val": "validate"}.get(name, name)
             raise UserError(f"the {name} images are not ready: call setup({stage!r}) first")
-        samples, trainer = self._datasets[name].samples, self.trainer
-        rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
-        least = 2 if name == "train" else 1  # BatchNorm cannot train on one
-        if len(samples) < least * world:
-            counts = f"{plural(len(samples), 'image', 'images')} for {plural(world, 'process', 'processes')}"
-            hint = "add images, or set fewer trainer.devices"
-            raise UserError(f"{samples.root}: {name} has {counts}; each needs at least {least}: {hint}")
-        if name != "train":
-            return BatchSampler(len(samples), self.batch_size, rank=rank, world_size=world)
-        order = partial(training_order, samples.targets, self.sampler, run_seed())
-        position = partial(training_position, trainer) if trainer is not None else None
-        return BatchSampler(len(samples), self.batch_size, order, position, rank, world)
+        samples, others = self._datasets[name].samples, len(self._datasets.get("unlabelled", ()))
+        order = partial(training_order, samples.targets, self.sampler, run_seed(), unlabelled=others)
+        train = name == "train"
+        return build_sampler(samples, name, self.batch_size, self.trainer, *((order, others) if train else ()))
 
     def _loader(self, name: str) -> Loader:
         sampler, stays = self._sampler(name), name in ("train", "val")
         workers, on_gpu = self._workers()
-        dataset: ImageDataset | FeatureDataset = self._datasets[name]
+        dataset: ImageDataset | JointDataset | FeatureDataset = self._datasets[name]
         if name in self._features:
             dataset, workers = self._features[name], 0
-        else:
+        elif stays:
             self._keep_in_memory(name)
+        if name == "train" and "unlabelled" in self._datasets:
+            self._keep_in_memory("unlabelled")
+            dataset = JointDataset(self._datasets[name], self._datasets["unlabelled"])
         return build_loader(dataset, sampler, workers, stays=stays, on_gpu=on_gpu, seed=run_seed())
 
     def steps_per_epoch(self) -> int:

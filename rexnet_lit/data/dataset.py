@@ -133,7 +133,9 @@ class ImageDataset(Dataset[Batch]):
         seed = np.random.SeedSequence((self.seed, batch.epoch, *batch.indices.tolist())).generate_state(1)[0]
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(int(seed))
-            return *self.mix(inputs, targets), indices
+            mixed, probabilities = self.mix(inputs, targets.clamp(min=0))
+        probabilities[targets < 0] = -1  # without labels, which are never mixed with others
+        return mixed, probabilities, indices
 
 
 class FeatureDataset(Dataset[Batch]):

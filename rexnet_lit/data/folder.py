@@ -379,7 +379,7 @@ def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList, tuple[str
     return where, paths, notes
 
 
-def unlabelled(path: str | None) -> tuple[Samples | None, tuple[str, ...]]:
+def without_labels(path: str | None) -> tuple[Samples | None, tuple[str, ...]]:
     """Return what `list_images` does as samples with the target -1, and the notes; None for no path."""
     if path is None:
         return None, ()

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.data.sampler import BatchKey, BatchSampler
+from rexnet_lit.data.unlabelled import JointDataset
 from rexnet_lit.utils.errors import UserError
 
 _POLL = 10
@@ -92,7 +93,7 @@ class Loader(DataLoader[Any]):
     def _failure(self, batch: BatchKey, timed_out: bool, reason: str) -> UserError:
         what = f"gave nothing for {_PATIENCE:g} s" if timed_out else "died"
         hint = "the disk may be stuck" if timed_out else "memory, or /dev/shm, may be full"
-        paths = cast(ImageDataset | FeatureDataset, self.dataset).samples.paths
+        paths = cast(ImageDataset | JointDataset | FeatureDataset, self.dataset).samples.paths
         names = ", ".join(repr(paths[int(i)]) for i in batch.indices[:8])
         return UserError(
             f"a data loading worker {what} ({reason.splitlines()[0]}) before the batch of {names}, ...; {hint}: "
@@ -101,7 +102,7 @@ class Loader(DataLoader[Any]):
 
 
 def build_loader(
-    dataset: ImageDataset | FeatureDataset,
+    dataset: ImageDataset | JointDataset | FeatureDataset,
     sampler: BatchSampler,
     num_workers: int,
     *,

@@ -12,6 +12,7 @@ import torch
 
 from rexnet_lit.data.cache import Image, decode_all
 from rexnet_lit.data.sampler import uses_all_batches
+from rexnet_lit.utils import process
 from rexnet_lit.utils.progress import progress
 
 if TYPE_CHECKING:
@@ -84,23 +85,28 @@ class DecodedImages:
         return self.__dict__
 
 
-def has_several_epochs(trainer: Any) -> bool:
+def _has_several_epochs(trainer: Any) -> bool:
     """Return whether a trainer reads all training images more than once."""
     if trainer is None or trainer.state.fn != "fit" or trainer.max_epochs == 1:
         return False
     return uses_all_batches(trainer.limit_train_batches)
 
 
-def keep_in_memory(dataset: ImageDataset, limit: float, *, only_if_all_fit: bool) -> None:
+def keep_in_memory(dataset: ImageDataset, trainer: Any, limit: float | None, *, auto: bool) -> None:
     """Decode a dataset's images for all epochs.
 
     Args:
         dataset: The images.
-        limit: Bytes to use, at most.
-        only_if_all_fit: Keep none if a sample of the images is too large; else as many as fit, with a warning.
+        trainer: What trains on them, or None.
+        limit: Bytes to use in all processes, at most; a share of the free memory by default.
+        auto: Only if that saves time and all fit; else as many as fit, with a warning.
     """
+    if auto and not _has_several_epochs(trainer):
+        return
+    limit = process.available_memory() / (4 if auto else 2) if limit is None else limit
+    limit /= trainer.world_size if trainer is not None else 1
     paths = [dataset.samples.path(i) for i in range(len(dataset))]
-    if only_if_all_fit:
+    if auto:
         sizes = [
             np.inf if image is None else image.nbytes
             for image in decode_all(paths[:: max(1, len(paths) // 64)], dataset.min_size, limit)
@@ -110,5 +116,5 @@ def keep_in_memory(dataset: ImageDataset, limit: float, *, only_if_all_fit: bool
     with progress(f"Reading {len(paths):,} images into memory"):
         dataset.images = DecodedImages(decode_all(paths, dataset.min_size, limit))
     missing = dataset.images.missing
-    if missing and not only_if_all_fit:
+    if missing and not auto:
         warnings.warn(f"data.cache: {missing} of {len(paths)} images do not fit into the memory", stacklevel=2)

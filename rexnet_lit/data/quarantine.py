@@ -14,24 +14,32 @@ from rexnet_lit.utils.errors import UserError, plural
 from rexnet_lit.utils.progress import progress
 
 
-def verify_splits(splits: Mapping[Split, Samples]) -> None:
+def verify_splits(splits: Mapping[Split, Samples], unlabelled: Samples | None = None) -> None:
     """Verify all images, and print a warning if files have the same content in two splits or classes."""
+    images = {str(name): samples for name, samples in splits.items()}
+    if unlabelled is not None:
+        images["unlabelled"] = unlabelled
     results = []
-    for name, samples in splits.items():
+    for name, samples in images.items():
         with progress(f"Verifying the {name} images", len(samples)) as show:
             results.append(verify.verify_images(samples, progress=lambda done, total: show(done)))
     groups = equal_groups(np.concatenate([result.contents for result in results]))
-    split_of = np.repeat(np.arange(len(splits)), [len(samples) for samples in splits.values()])
-    class_of = np.concatenate([samples.targets for samples in splits.values()])
+    split_of = np.repeat([*images], [len(samples) for samples in images.values()])
+    class_of = np.concatenate([samples.targets for samples in images.values()])
+    labelled = [[i for i in group if class_of[i] >= 0] for group in groups]
     for labels, where in (
         (split_of, "splits: the scores are too good"),
         (class_of, "classes: one label is wrong"),
     ):
-        count = sum(map(len, groups_across(groups, labels)))
+        count = sum(map(len, groups_across(labelled, labels)))
         if count:
             many = plural(count, "image", "images")
             hint = "`python -m rexnet_lit check` lists them"
             print(f"warning: {many} with the same content in several {where}; {hint}")  # noqa: T201
+    copies = sum(class_of[i] < 0 and not {"val", "test"}.isdisjoint(split_of[group]) for group in groups for i in group)
+    if copies:
+        many = plural(copies, "image", "images")
+        print(f"warning: {many} of data.unlabelled are also in val or test: the scores may be too good")  # noqa: T201
 
 
 def find_bad(folder: ImageFolder, needed: Sequence[Split], limit: float) -> dict[Split, list[tuple[int, str]]]:
@@ -50,13 +58,18 @@ def find_bad(folder: ImageFolder, needed: Sequence[Split], limit: float) -> dict
     names = verify.splits_over_limit(folder, {name: len(rows) for name, rows in bad.items()}, limit)
     if names:
         found = [(folder.splits[name].paths[i], reason) for name in names for i, reason in bad[name]]
-        total, (path, reason) = sum(len(folder.splits[name]) for name in names), found[0]
-        raise UserError(
-            f"{folder.root}: {len(found)} of {total} images of {', '.join(names)} cannot be read (such as {path!r}: "
-            f"{reason}), more than data.max_bad_fraction {limit}; `python -m rexnet_lit check` lists them: repair or "
-            "remove them, or set a larger fraction"
-        )
+        total = sum(len(folder.splits[name]) for name in names)
+        where = f"{folder.root}: {len(found)} of {total} images of {', '.join(names)}"
+        raise too_many(where, *found[0], limit, "`python -m rexnet_lit check` lists them: ")
     return bad
+
+
+def too_many(where: str, path: str, reason: str, limit: float, hint: str = "") -> UserError:
+    """Return the error for too many unreadable images, with one of them as an example."""
+    return UserError(
+        f"{where} cannot be read (such as {path!r}: {reason}), more than data.max_bad_fraction {limit}; {hint}repair "
+        "or remove them, or set a larger fraction"
+    )
 
 
 def without_bad(samples: Samples, bad: Sequence[tuple[int, str]]) -> Samples:

@@ -10,11 +10,15 @@ import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 from torch.utils.data import DistributedSampler
+
+from rexnet_lit.data.folder import Samples
+from rexnet_lit.utils.errors import UserError, plural
 
 SAMPLERS = {"shuffle": 0.0, "balanced": -1.0, "balanced_sqrt": -0.5}
 """Ways to draw training images: an image's weight is its class's number of images to this power."""
@@ -35,17 +39,32 @@ class BatchKey:
     """How often each was drawn before in this epoch."""
 
 
-def training_order(targets: NDArray[np.int64], sampler: SamplerName, seed: int, epoch: int) -> NDArray[np.int64]:
-    """Return the indices of one epoch, (N,), in training order.
+def training_order(
+    targets: NDArray[np.int64], sampler: SamplerName, seed: int, epoch: int, unlabelled: int = 0
+) -> NDArray[np.int64]:
+    """Return the indices of one epoch in training order, (N,), or (N + U,) with images without a label.
 
     ``balanced`` draws with replacement so that every class is drawn equally often, ``balanced_sqrt`` in proportion
     to the square root of its images (Mahajan et al. 2018).
+
+    Args:
+        targets: (N,) class numbers of the images with a label.
+        sampler: How these are drawn.
+        seed: The run's seed.
+        epoch: From 0.
+        unlabelled: U. Their indices follow the others; in the order they are spread evenly.
     """
-    rng = np.random.default_rng((seed, epoch))
+    rng, size = np.random.default_rng((seed, epoch)), len(targets)
     if sampler == "shuffle":
-        return rng.permutation(len(targets))
-    weights = class_sampling_weights(np.bincount(targets), sampler)[targets]
-    return rng.choice(len(targets), size=len(targets), p=weights / weights.sum())
+        order = rng.permutation(size)
+    else:
+        weights = class_sampling_weights(np.bincount(targets), sampler)[targets]
+        order = rng.choice(size, size=size, p=weights / weights.sum())
+    if not unlabelled:
+        return order
+    places = np.concatenate([(np.arange(count) + 0.5) / count for count in (size, unlabelled)])
+    both = np.concatenate([order, size + rng.permutation(unlabelled)])
+    return both[np.argsort(places, kind="stable")]
 
 
 def class_sampling_weights(counts: NDArray[np.int64], sampler: SamplerName) -> NDArray[np.float64]:
@@ -108,6 +127,37 @@ class BatchSampler(DistributedSampler[BatchKey]):
         if self._order is not None:
             return self._steps
         return len(range(self.rank * self._batch_size, self._size, self._batch_size * self.num_replicas))
+
+
+def build_sampler(
+    samples: Samples,
+    name: str,
+    batch_size: int,
+    trainer: Any,
+    order: Callable[[int], NDArray[np.int64]] | None = None,
+    unlabelled: int = 0,
+) -> BatchSampler:
+    """Return the sampler of a split for this process of a trainer.
+
+    Args:
+        samples: The split's images.
+        name: Its name.
+        batch_size: As `BatchSampler` takes it.
+        trainer: Knows the processes, and the position in training; None for one process.
+        order: As `BatchSampler` takes it.
+        unlabelled: Number of images without a label that ``order`` contains as well.
+
+    Raises:
+        UserError: There are too few images for the processes.
+    """
+    rank, world = (trainer.global_rank, trainer.world_size) if trainer is not None else (0, 1)
+    least = 1 if order is None else 2  # BatchNorm cannot train on one
+    if len(samples) < least * world:
+        counts = f"{plural(len(samples), 'image', 'images')} for {plural(world, 'process', 'processes')}"
+        hint = "add images, or set fewer trainer.devices"
+        raise UserError(f"{samples.root}: {name} has {counts}; each needs at least {least}: {hint}")
+    position = partial(training_position, trainer) if trainer is not None and order is not None else None
+    return BatchSampler(len(samples) + unlabelled, batch_size, order, position, rank, world)
 
 
 def _draws_before(images: NDArray[np.int64]) -> NDArray[np.int64]:

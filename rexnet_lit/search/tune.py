@@ -1,6 +1,7 @@
 """Searching for better settings within a number of minutes.
 
 The first run has the settings of the config, in full, so the result is never worse on the validation images than a fit.
+Before its training it measures which symmetries the images have, which decides what is tried first, and what is not.
 Then short runs try other settings, which Optuna proposes; the best of them are trained in full (successive halving;
 Jamieson and Talwalkar 2016). In the rest of the time the best settings are trained again with another seed, and
 training continues from the best weights; the weights with the best validation loss ship.
@@ -22,7 +23,7 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from rexnet_lit.checks.symmetries import Symmetries
+from rexnet_lit.checks.symmetries import SETTINGS, Symmetries
 from rexnet_lit.search.pace import Pace, TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
 from rexnet_lit.search.state import finished_run, read_result
@@ -270,7 +271,7 @@ class Search:
         root, start = self.folder / "trials" / trial.name, time.monotonic()
         changes: Values = {"trainer.default_root_dir": str(root)}
         callbacks = list[Callback]()
-        if trial.stage == "default":
+        if trial.stage == "default" and not SETTINGS.isdisjoint(self.space):
             callbacks.append(MeasureSymmetries(self._symmetries_file))
         if self.budget is not None:
             left, most = max(5.0, 1.05 * self.budget - self.elapsed), _LONGEST * self.budget

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
 from collections.abc import Sequence
 from typing import Any, cast
@@ -23,6 +22,7 @@ from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.models.weights import check_own_network, load_trained
 from rexnet_lit.training import features, freezing, parts, plugins, schedules, start
+from rexnet_lit.training.distillation import TeacherSettings, build_teacher
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.losses import LossSettings, build_loss
 from rexnet_lit.training.metrics import build_metrics
@@ -69,6 +69,7 @@ class RexNetModule(pl.LightningModule):
         calibrate: When training ends, fit the temperature, so that the probabilities match the validation accuracy.
         target_precision: The share of sure answers that should be right; the others are marked as unsure.
         keep_matching_classes: Copy the head's rows of the classes that the starting weights have under the same name.
+        teacher: A fine-tuned model of the same classes, to learn from its probabilities too: its file, or settings.
         metrics: Further metrics by name: torchmetrics that are updated with logits (B, K) and targets (B,), or their
             ``class_path`` and ``init_args``. They are logged as ``val/NAME`` and ``test/NAME``.
         network: A network of your own: a module that maps images to logits and has timm's ``forward_features``,
@@ -100,6 +101,7 @@ class RexNetModule(pl.LightningModule):
         calibrate: bool = False,
         target_precision: float = 0.95,
         keep_matching_classes: bool = False,
+        teacher: parts.Taught = TeacherSettings(),  # noqa: B008
         metrics: dict[str, Any] | None = None,
         network: parts.Network = None,
         num_classes: int | None = None,
@@ -130,6 +132,7 @@ class RexNetModule(pl.LightningModule):
         self.spec = parts.describe_network(self.spec, self.network, image_size, crop_mode)
         size = variants.train_size(backbone) if self.spec.network is None else self.spec.eval_recipe.image_size
         self.train_size = image_size or size
+        self.teacher = build_teacher(teacher, self.strategy_settings, None if self._numbered else self.spec)
         if grad_checkpointing:
             cast(Any, self.network).set_grad_checkpointing(True)
         self.loss: nn.Module = build_loss(LossSettings(), [1] * len(names))
@@ -230,6 +233,8 @@ class RexNetModule(pl.LightningModule):
         self.spec = parts.describe_network(self.spec, self.network, recipe.image_size, recipe.crop_mode)
         self.spec = parts.describe_preprocessing(self.spec, self.trainer)
         parts.check_network(self)
+        if self.teacher is not None:
+            self.teacher.prepare(self.spec, self.network)
         if self.loss is self._default_loss[0]:  # not one that the user has set
             self.loss = self.configure_loss()
             self._default_loss = (self.loss,)
@@ -282,20 +287,12 @@ class RexNetModule(pl.LightningModule):
 
     def training_step(self, batch: Sequence[Tensor], batch_idx: int) -> Tensor:
         """Return the mean loss of images (B, 3, H, W) and targets (B,), or (B, K) after MixUp."""
-        loss: Tensor = self.loss(self(batch[0]), batch[1])
+        loss_of = self.loss if self.teacher is None else self.teacher.loss_of(self.loss, batch[0])
+        loss: Tensor = loss_of(self(batch[0]), batch[1])
         self.log("train/loss_step", loss, prog_bar=True, on_epoch=False)
         self.train_loss.update(loss.detach(), len(batch[1]))
         self.log("train/loss", self.train_loss, on_step=False, on_epoch=True)
-        return loss * self._share(batch_idx)
-
-    def _share(self, batch_idx: int) -> float:
-        """Return the factor that makes the gradient of accumulated batches their mean.
-
-        Lightning divides by ``accumulate_grad_batches`` in an epoch's last step too, which may have fewer.
-        """
-        every, batches = self.trainer.accumulate_grad_batches, self.trainer.num_training_batches
-        rest = 0 if math.isinf(batches) else int(batches) % every
-        return every / rest if rest and batch_idx >= batches - rest else 1.0
+        return loss * schedules.gradient_factor(self.trainer, batch_idx)
 
     def on_validation_epoch_start(self) -> None:
         """Reset: outside a fit Lightning leaves inference tensors, which a fit cannot update."""
@@ -397,4 +394,5 @@ class RexNetModule(pl.LightningModule):
         }
         nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
         names = ("select", "ema", "drop_path_rate", "grad_checkpointing")
-        return {**nested, **self.start.settings(), **{name: getattr(self, name) for name in names}}
+        taught = {"teacher": self.teacher and str(self.teacher)}
+        return {**nested, **self.start.settings(), **taught, **{name: getattr(self, name) for name in names}}

@@ -21,6 +21,7 @@ from rexnet_lit.models import variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.training import optim, schedules
+from rexnet_lit.training.distillation import TeacherSettings
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.losses import LossSettings
 from rexnet_lit.training.optim import OptimizerSettings
@@ -39,6 +40,7 @@ if not TYPE_CHECKING:
     Select = Literal[tuple(SELECT)]
     Head, Strategy, OptimizerLike = HeadSpec, StrategySettings, OptimizerSettings
     ScheduleLike, Loss, Network = ScheduleSettings, LossSettings, dict[str, Any] | None
+    Taught = TeacherSettings
 else:
     Plain: TypeAlias = str | Mapping[str, Any]
     Select = str
@@ -47,6 +49,7 @@ else:
     OptimizerLike: TypeAlias = OptimizerSettings | Plain | Callable[..., Optimizer]
     ScheduleLike: TypeAlias = ScheduleSettings | Plain | Callable[[Optimizer], Any]
     Loss: TypeAlias = LossSettings | Plain | nn.Module | Callable[[], nn.Module]
+    Taught: TypeAlias = TeacherSettings | Plain | None
     Network: TypeAlias = nn.Module | Mapping[str, Any] | None
 
 

@@ -173,7 +173,9 @@ def images_per_step(trainer: pl.Trainer) -> int | None:
     if size is None:
         return None
     images = size * trainer.accumulate_grad_batches * trainer.world_size
-    return min(images, len(data.splits()["train"])) if isinstance(data, ImageFolderDataModule) else images
+    if not isinstance(data, ImageFolderDataModule):
+        return images
+    return min(images, len(data.splits()["train"]) + len(data.unlabelled or ()))
 
 
 def count_steps(trainer: pl.Trainer, settings: ScheduleSettings) -> tuple[int, int]:
@@ -203,3 +205,13 @@ def count_steps(trainer: pl.Trainer, settings: ScheduleSettings) -> tuple[int, i
     if not ends and settings.name in _NEED_AN_END and settings.class_path is None:
         raise UserError(f"model.schedule: {settings.name} needs an end; set trainer.max_epochs or trainer.max_steps")
     return per_epoch, min(ends, default=2**62)
+
+
+def gradient_factor(trainer: pl.Trainer, batch_idx: int) -> float:
+    """Return what a batch's loss is multiplied by, so that the gradient of accumulated batches is their mean.
+
+    Lightning divides by ``accumulate_grad_batches`` in an epoch's last step too, which may have fewer.
+    """
+    every, batches = trainer.accumulate_grad_batches, trainer.num_training_batches
+    rest = 0 if math.isinf(batches) else int(batches) % every
+    return every / rest if rest and batch_idx >= batches - rest else 1.0

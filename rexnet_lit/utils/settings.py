@@ -19,14 +19,14 @@ def settings_of(kind: type[T], value: T | str | Mapping[str, Any], key: str) -> 
 
     Args:
         kind: A dataclass.
-        value: Such settings, a name, or a mapping.
+        value: Such settings, a name (the first field), or a mapping.
         key: The setting, as the user writes it: ``model.loss``.
 
     Raises:
         UserError: It is something else, or has an unknown key.
     """
     if isinstance(value, str):
-        return kind(name=value)  # type: ignore[call-arg]
+        return kind(value)  # type: ignore[call-arg]
     if isinstance(value, Mapping):
         known = [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
         for name in value:

@@ -100,6 +100,6 @@ def _image_names(trainer: Trainer, indices: Tensor | None) -> str:
     data = find_datamodule(trainer)
     if data is None or indices is None:
         return ""
-    paths = data.splits()["train"].paths
+    paths = trainer.train_dataloader.dataset.samples.paths  # type: ignore[union-attr]
     names = [repr(paths[i]) for i in indices.tolist()[:8]]
     return f" (images {', '.join(names)}{', ...' if len(indices) > 8 else ''})"
