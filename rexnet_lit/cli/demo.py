@@ -177,7 +177,7 @@ def explained(server: Server, image: NDArray[np.uint8]) -> dict[str, Any]:
         view, heat = classifier.view(image), classifier.explain(image)
         if limits is not None:
             unsure = limits.unsure(np.array([[classes[0].prob]], np.float32))[0]
-            marks = {"unsure": unsure, "stranger": classifier.strangeness(image)[0] > 1}
+            marks = {"unsure": unsure, "stranger": limits.strangeness(classifier.embed(image))[0] > 1}
             members = [printable(label) for label, _ in classifier.predict_set(image)[0]]
             found |= {"marks": [word for word, holds in marks.items() if holds], "set": members}
         if index is not None:

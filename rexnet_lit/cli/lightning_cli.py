@@ -276,6 +276,8 @@ class RexNetCLI(LightningCLI):
         """Check the run as a whole, print what it trains, and take its folder."""
         trainer: Trainer = self.trainer
         data, model = self.datamodule, self.model
+        if "val" not in data.splits():
+            trainer.limit_val_batches = 0
         trainer_checks.check_fit(trainer, model)
         trainer_checks.disable_slurm_requeue(trainer, resumes=bool(self.resumed))
         if self.resumed:  # before anything in the run folder is changed

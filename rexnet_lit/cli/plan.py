@@ -78,7 +78,7 @@ class ShortRuns(several_runs.SeveralRuns):
             self.train(changes)
         self.watch.stop()
         splits = {name: len(samples) for name, samples in self.datamodule.folder.splits.items()}
-        train, val = (min(splits[name], batch * plan.STEPS) for name in ("train", "val"))
+        train, val = (min(splits.get(name, 0), batch * plan.STEPS) for name in ("train", "val"))
         return ShortFit(self.watch, min(batch, train), train, val, plan.peak_memory(self.model.device))
 
 

@@ -12,10 +12,13 @@ from lightning.pytorch.callbacks import Callback
 from rexnet_lit.cli.config import leaves
 from rexnet_lit.cli.lightning_cli import RexNetCLI
 from rexnet_lit.cli.messages import Parser
-from rexnet_lit.search import crossval
+from rexnet_lit.data.settings import SplitSettings
+from rexnet_lit.search import crossval, ship
+from rexnet_lit.search.state import read_result
 from rexnet_lit.training.callbacks.console import print_table
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.settings import check_choice
 
 _OF_A_RUN = ("trainer.default_root_dir", "trainer.logger", "ckpt_path", "accept_changes", "find_lr", "config")
 
@@ -95,18 +98,32 @@ def options_parser(command: str, options: str, description: str) -> Parser:
 
 def run_crossval(argv: Sequence[str]) -> int:
     """Run `crossval`."""
-    parser = options_parser("crossval", "[--data.num_folds 5]", "Train and test a model for each fold.")
-    _, rest = parser.parse_known_args(argv[1:])
+    about = "Train and test a model for each fold."
+    parser = options_parser("crossval", "[--data.num_folds 5] [--ship refit|average]", about)
+    parser.add_argument("--ship", metavar="HOW", help="then make one model: " + "; ".join(ship.HELP))
+    args, rest = parser.parse_known_args(argv[1:])
+    if args.ship is not None:
+        check_choice("--ship", args.ship, ship.SHIP)
     runs = parse(rest)
-    data = dict(runs.settings["data"])
-    if not data["num_folds"]:
-        data["num_folds"] = 5
-    target = Path(runs.settings["trainer"]["default_root_dir"] or ".") / "crossval"
-    metrics = crossval.cross_validate(runs.train, data, runs.identity, target)
+    settings = runs.settings
+    data = settings["data"]
+    data["num_folds"] = data["num_folds"] or 5
+    root = Path(settings["trainer"]["default_root_dir"] or ".")
+    target, folder = root / "crossval", crossval.pool(data["root"], SplitSettings.of(data))
+    if args.ship is not None:
+        ship.check(args.ship, settings, folder)
+    identity = {**runs.identity, "data.num_folds": data["num_folds"]}
+    folds = crossval.cross_validate(runs.train, settings, folder, identity, target)
+    metrics = folds.metrics
     rows = [
         (name, f"{metrics[name]:.4f}    {mean:.4f} ({metrics['std'][name]:.4f})")
         for name, mean in metrics["mean"].items()
     ]
     print_table(f"Cross-validation: {metrics['count']} images    mean of {data['num_folds']} folds (spread)", rows)
-    print(f"report: {target / 'report.html'}")  # noqa: T201
+    print(f"report: {target / 'report.html'}", flush=True)  # noqa: T201
+    if args.ship is not None:
+        run = ship.SHIP[args.ship](folds, runs.train, settings, root)
+        result = read_result(run)
+        rows = [("run folder", str(run)), ("model", str(run / "model.safetensors"))]
+        print_table(f"Shipped: {result['weights']} ({result['why']})", rows)
     return 0

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, Literal, NoReturn, get_args
 
@@ -164,11 +164,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     @classmethod
     def load_from_checkpoint(cls, *args: Any, **kwargs: Any) -> NoReturn:
-        """Refuse: Lightning's version would unpickle, and no checkpoint contains the data.
-
-        Raises:
-            UserError: Always.
-        """
+        """Refuse: Lightning's version would unpickle, and no checkpoint contains the data."""
         raise UserError("a checkpoint contains no data: use ImageFolderDataModule(root=DIR)")
 
     @property
@@ -238,6 +234,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
         bad = quarantine.find_bad(self.folder, needed, self.record.max_bad_fraction) if self.folder else {}
         for name in needed:
             if name not in splits or len(splits[name]) == 0:
+                if (stage, name) == ("fit", "val") and self.record.may_lack_val:
+                    continue
                 raise UserError(self.record.missing_split(name))
             if name != "train" and name in self._datasets and self._datasets[name].transform == evaluate:
                 continue
@@ -270,8 +268,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         """Return a dataset, which reads through the disk cache if there is one."""
         read: Callable[[str, int], NDArray[np.uint8]] = decode.read
         if self.cache == "disk":
-            if self._disk is None:
-                self._disk = DiskCache(limit=self._cache_bytes)
+            self._disk = self._disk or DiskCache(limit=self._cache_bytes)
             read = self._disk.read
         return ImageDataset(samples, transform, run_seed(), read, mix)
 
@@ -329,10 +326,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
             dataset, embed, trainer, views=views, batch_size=self.batch_size, num_workers=workers, on_gpu=on_gpu
         )
 
-    def train_on_features(self, train: Tensor, val: Tensor) -> None:
-        """Load features, (V, N, C) of both splits, instead of images until the next `setup`."""
-        for name, features in (("train", train), ("val", val)):
-            self._features[name] = FeatureDataset(self._datasets[name].samples, features)
+    def train_on_features(self, features: Mapping[Split, Tensor]) -> None:
+        """Load features, (V, N, C) of each split, instead of images until the next `setup`."""
+        for name, values in features.items():
+            self._features[name] = FeatureDataset(self._datasets[name].samples, values)
 
     def _workers(self) -> tuple[int, bool]:
         """Return the number of loader processes, and whether their batches go to a GPU."""
@@ -370,8 +367,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
         """Batches of the training split, augmented, in a different order each epoch."""
         return self._loader("train")
 
-    def val_dataloader(self) -> DataLoader[Any]:
-        """Batches of the validation split, in order."""
+    def val_dataloader(self) -> DataLoader[Any] | list[DataLoader[Any]]:
+        """Batches of the validation split, in order; no loader for a fit without validation images."""
+        if "val" not in self._datasets and "train" in self._datasets:
+            return []
         loader = self._loader("val")
         loader.start()
         return loader

@@ -158,7 +158,10 @@ def try_scan(
         raws = (path for _, paths in raw_paths(found) for path in paths)
         groups |= group_by_name(walk, raws, settings.group_pattern)
     if class_names is None and "val" not in found and settings.val_fraction == 0 and not settings.num_folds:
-        walk.problems.append("there is no val split and data.val_fraction is 0; training needs one to choose weights")
+        lines, what = walk.problems, "training needs one to choose weights"
+        if settings.may_lack_val:
+            lines, what = walk.notes, "no such images select or calibrate the weights"
+        lines.append(f"there is no val split and data.val_fraction is 0; {what}")
     drawn = draw_missing(walk, found, settings, groups)
     fixes = AppliedFixes()
     if settings.fixes:

@@ -130,6 +130,11 @@ class SplitSettings:
         names = {field.name for field in dataclasses.fields(cls)}
         return cls(**{name: value for name, value in data.items() if name in names})
 
+    @property
+    def may_lack_val(self) -> bool:
+        """Whether a fit may do without validation images: a file has assigned every image, and none is to be drawn."""
+        return self.split_file is not None and not self.val_fraction and not self.num_folds
+
     def problems(self) -> list[str]:
         """Return what is wrong with the fractions, folds and tables."""
         folds = self.num_folds if isinstance(self.num_folds, int) else 0

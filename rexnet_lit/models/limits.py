@@ -57,6 +57,17 @@ class KnownFeatures:
             found[start : start + 1024] = self._distance(features[start : start + 1024])
         return found
 
+    @classmethod
+    def from_plain(cls, raw: Mapping[str, Any], classes: int) -> KnownFeatures:
+        """Read what `plain` and JSON have made of them; raise as `Limits.from_plain` does."""
+        center, basis, whiten, means = (unpack(raw[name]) for name in ("center", "basis", "whiten", "means"))
+        residual, threshold = float(raw["residual"]), float(raw["threshold"])
+        (width,), (_, d) = center.shape, basis.shape
+        fits = (basis.shape, whiten.shape, means.shape) == ((width, d), (d, d), (classes, d))
+        if not fits or not np.isfinite([residual, threshold]).all() or threshold <= 0 or residual < 0:
+            raise ValueError("what it knows is not finite, or of shapes that do not fit")
+        return cls(center, basis, whiten, means, residual, threshold)
+
     def _distance(self, features: Floats) -> NDArray[np.float64]:
         offset = features.astype(np.float64) - self.center
         along = offset @ self.basis.astype(np.float64)
@@ -77,14 +88,14 @@ class Limits:
         scores: 1 - the probability of the true class of these images, rising; of more than 1,000 every (N / 1,000)th.
         precision: The share of sure answers that is right, at least, with a confidence of 90 %.
         confidence: An answer with more is sure; None where no confidence is enough.
-        known: What strangers are told by.
+        known: What strangers are told by; None in a model whose every image was trained on.
     """
 
     images: int
     scores: Floats
     precision: float
     confidence: float | None
-    known: KnownFeatures
+    known: KnownFeatures | None
 
     def least_probability(self, coverage: float = COVERAGE) -> float:
         """Return how probable a class must be to be in the set; 0 where there are too few images for the coverage.
@@ -110,7 +121,12 @@ class Limits:
         return np.asarray(probs.max(1) <= (1.0 if self.confidence is None else self.confidence))
 
     def strangeness(self, features: Floats) -> NDArray[np.float64]:
-        """Return how strange images with features (N, C) are, (N,): 95 % of known images have 1 or less."""
+        """Return how strange images with features (N, C) are, (N,): 95 % of known images have 1 or less.
+
+        NaN where it is not known what the model knows.
+        """
+        if self.known is None:
+            return np.full(len(features), np.nan)
         return self.known.distance(features) / self.known.threshold
 
     @classmethod
@@ -120,18 +136,12 @@ class Limits:
         Raises:
             ValueError: The numbers do not fit together; or TypeError or KeyError.
         """
-        names = ("center", "basis", "whiten", "means")
-        center, basis, whiten, means = (unpack(raw["known"][name]) for name in names)
-        residual, threshold = (float(raw["known"][name]) for name in ("residual", "threshold"))
-        (width,), (_, d) = center.shape, basis.shape
-        fits = (basis.shape, whiten.shape, means.shape) == ((width, d), (d, d), (classes, d))
+        known = None if raw["known"] is None else KnownFeatures.from_plain(raw["known"], classes)
         confidence = None if raw["confidence"] is None else float(raw["confidence"])
-        known = KnownFeatures(center, basis, whiten, means, residual, threshold)
         found = cls(int(raw["images"]), unpack(raw["scores"]), float(raw["precision"]), confidence, known)
-        finite = [residual, threshold, found.precision, 0.0 if confidence is None else confidence]
-        if not fits or not np.isfinite(finite).all():
-            raise ValueError("its limits are not finite, or of shapes that do not fit")
-        if found.images < 1 or found.scores.shape != kept_ranks(found.images).shape or threshold <= 0 or residual < 0:
+        if not np.isfinite([found.precision, 0.0 if confidence is None else confidence]).all():
+            raise ValueError("its limits are not finite")
+        if found.images < 1 or found.scores.shape != kept_ranks(found.images).shape:
             raise ValueError(f"its limits have {found.scores.shape} scores of {found.images} images")
         return found
 

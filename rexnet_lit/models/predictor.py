@@ -168,9 +168,11 @@ class Classifier:
         Of images like those the model was validated on, 95 % have 1 or less.
 
         Raises:
-            UserError: As `predict`; or the model has no limits.
+            UserError: As `predict`; or the model has no limits, or none for strangers.
         """
         limits = self.limits
+        if limits.known is None:
+            raise UserError("this model tells no strangers: all images trained it, and none was left to fit that on")
         return limits.strangeness(self.embed(images))
 
     def embed(

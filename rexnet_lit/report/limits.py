@@ -67,7 +67,7 @@ def limits_of(p: Predictions, risk: NDArray[np.float64], strangers: Strangers | 
         },
         "sets_per_class": per_class,
         "sure": {"confidence": found.confidence, "target_precision": found.precision, "answers": float(sure.mean())},
-        "stranger": {"false_alarms": float(found.stranger.mean())},
+        "stranger": {} if np.isnan(found.strangeness).any() else {"false_alarms": float(found.stranger.mean())},
     }  # fmt: skip
     if sure.any():
         limits["sure"] |= {"precision": float(right[sure].mean()), "interval": _share(right[sure])["interval"]}

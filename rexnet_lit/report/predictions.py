@@ -30,7 +30,8 @@ class Limited:
     Args:
         unsure: Whether the confidence is too low, (N,).
         sets: The classes that each image may be of, (N, K).
-        strangeness: How unlike the images that the model knows each one is, (N,); a stranger has more than 1.
+        strangeness: How unlike the images that the model knows each one is, (N,); a stranger has more than 1. NaN
+            for a model that cannot tell.
         confidence: The confidence that sure answers exceed; None where none is enough.
         precision: The share of sure answers that should be right.
         coverage: The share of images whose set should have the true class.
@@ -144,8 +145,8 @@ def set_names(p: Predictions, index: int) -> str:
 def write_predictions(p: Predictions, path: str | os.PathLike[str], top_k: int = 5) -> None:
     """Write ``path,label_1,prob_1,...,label_k,prob_k`` and, where the truth is known, ``target``: UTF-8, atomically.
 
-    Probabilities have 6 decimals. The answers of a model with limits also have ``unsure`` and ``stranger``, 0 or 1, and
-    ``set``: class names with `SEPARATOR` between them.
+    Probabilities have 6 decimals. The answers of a model with limits also have ``unsure`` and ``stranger``, 0 or 1 (or
+    empty, if it cannot tell), and ``set``: class names with `SEPARATOR` between them.
 
     Args:
         p: The predictions.
@@ -168,7 +169,8 @@ def write_predictions(p: Predictions, path: str | os.PathLike[str], top_k: int =
             if p.targets is not None:
                 row.append(p.names[p.targets[index]])
             if p.limited is not None:
-                row += [int(p.limited.unsure[index]), set_names(p, index), int(p.limited.stranger[index])]
+                stranger = "" if np.isnan(p.limited.strangeness[index]) else int(p.limited.stranger[index])
+                row += [int(p.limited.unsure[index]), set_names(p, index), stranger]
             yield row
 
     write_csv(Path(path), header, rows())

@@ -7,7 +7,7 @@ from the other folds. So the figures are not optimistic, unlike those of validat
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,27 +24,31 @@ from rexnet_lit.report.test_page import write_report
 from rexnet_lit.search.evaluation import Tested, evaluate, metrics_of
 from rexnet_lit.search.state import Fit, finished_run, remember
 from rexnet_lit.utils.errors import UserError, plural
-from rexnet_lit.utils.settings import check_range
 
 _OF_FOLDS = ("top1", "top5", "macro_f1", "nll", "ece")
 
 
 def pool(root: str, settings: SplitSettings) -> ImageFolder:
-    """Return a dataset whose training and validation images are all in train; a test split is left out.
+    """Return a dataset whose training and validation images are all in train; a test split stays as it is.
 
     Raises:
-        UserError: The folder cannot be used.
+        UserError: The folder cannot be used, or the settings leave no validation images.
     """
-    folder = scan(root, dataclasses.replace(settings, num_folds=0, fold=0, val_fraction=0.5, test_fraction=0.0))
+    if not settings.val_fraction:
+        raise UserError("data.val_fraction is 0; crossval needs validation images to select the weights of each fold")
+    if problems := settings.problems():
+        raise UserError("; ".join(problems))
+    folder = scan(root, dataclasses.replace(settings, num_folds=0, fold=0))
     parts = [folder.splits[name] for name in ("train", "val") if name in folder.splits]
     targets = np.concatenate([part.targets for part in parts])
     raws = [path for part in parts for path in part.paths.raws()]
     order = sorted(range(len(raws)), key=lambda i: (int(targets[i]), raws[i]))
     notes = folder.notes
+    splits: dict[Split, Samples] = {"train": Samples(folder.root, PathList([raws[i] for i in order]), targets[order])}
     if "test" in folder.splits:
-        notes += (f"{plural(len(folder.splits['test']), 'image', 'images')} of the test split are left out",)
-    samples = Samples(folder.root, PathList([raws[i] for i in order]), targets[order])
-    return dataclasses.replace(folder, splits={"train": samples}, notes=notes)
+        splits["test"] = folder.splits["test"]
+        notes += (f"{plural(len(splits['test']), 'image', 'images')} of the test split are in no fold",)
+    return dataclasses.replace(folder, splits=splits, notes=notes)
 
 
 def fold_of(folder: ImageFolder, settings: SplitSettings, fold: int) -> ImageFolder:
@@ -86,49 +90,65 @@ def fold_of(folder: ImageFolder, settings: SplitSettings, fold: int) -> ImageFol
     return dataclasses.replace(folder, splits=splits)
 
 
-def cross_validate(fit: Fit, config: Mapping[str, Any], identity: Mapping[str, Any], target: Path) -> dict[str, Any]:
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folds:
+    """A finished cross-validation.
+
+    Args:
+        target: Its folder.
+        folder: The dataset: the images of all folds are in train.
+        runs: The run folder of each fold.
+        tested: The images of each fold, and their probabilities by its model, which has not seen them.
+        metrics: The content of ``metrics.json``: the metrics of all images, those of each fold, their mean and spread.
+    """
+
+    target: Path
+    folder: ImageFolder
+    runs: Sequence[Path]
+    tested: Sequence[Tested]
+    metrics: Mapping[str, Any]
+
+
+def cross_validate(
+    fit: Fit, settings: Mapping[str, Any], folder: ImageFolder, identity: Mapping[str, Any], target: Path
+) -> Folds:
     """Train and test every fold, and write ``metrics.json``, ``predictions.csv`` and ``report.html``.
 
     The same call goes on where an earlier one was killed.
 
     Args:
         fit: Trains a fold.
-        config: The settings of the data module.
+        settings: Those of a fit, in groups.
+        folder: What `pool` has returned.
         identity: The settings that all folds share, by key.
         target: The folder to write.
-
-    Returns:
-        The content of ``metrics.json``: the metrics of all images, those of each fold, their mean and their spread.
 
     Raises:
         UserError: The folder or a setting cannot be used, or ``target`` holds another cross-validation.
     """
-    settings = SplitSettings.of(config)
-    check_range("data.num_folds", settings.num_folds, "[2, inf)", whole=True)
-    if not settings.val_fraction:
-        raise UserError("data.val_fraction is 0; crossval needs validation images to select the weights of each fold")
-    folder = pool(config["root"], settings)
+    config, how = settings["data"], SplitSettings.of(settings["data"])
     remember(target, {**identity, "images": fingerprint(folder.splits["train"])})
-    unused = [f"data.{key} has no effect: each fold is tested" for key in ("fold", "test_fraction") if config.get(key)]
+    unused = ["data.fold has no effect: each fold is tested"] if config.get("fold") else []
     for note in (*folder.notes, *unused):
         print(f"note: {note}", flush=True)  # noqa: T201
-    tested = []
-    for fold, parts in enumerate([fold_of(folder, settings, fold) for fold in range(settings.num_folds)]):
-        print(f"fold {fold + 1} of {settings.num_folds}: {_counts(parts)}", flush=True)  # noqa: T201
+    runs, tested = [], []
+    for fold, parts in enumerate([fold_of(folder, how, fold) for fold in range(how.num_folds)]):
+        print(f"fold {fold + 1} of {how.num_folds}: {_counts(parts)}", flush=True)  # noqa: T201
         home = target / f"fold_{fold + 1}"
         run = finished_run(home)
         if run is None:
             write_split(parts, home / "split.csv")
-            run = fit(_changes(config, home))
-        tested.append(evaluate(run, config, home / "split.csv"))
-    return _report(target, folder, tested)
+            run = fit(changes(config, home))
+        runs.append(run)
+        tested.append(evaluate(run, config, home / "split.csv", settings["trainer"]["accelerator"]))
+    return Folds(target, folder, runs, tested, _report(target, folder, tested))
 
 
-def _changes(config: Mapping[str, Any], home: Path) -> dict[str, Any]:
-    """Return the settings that differ for a fold: its images come from a file."""
+def changes(config: Mapping[str, Any], home: Path) -> dict[str, Any]:
+    """Return the settings that differ for a run in the folder ``home``: its images come from a file there."""
     drawn = {"num_folds": 0, "fold": 0, "test_fraction": 0.0, "group_pattern": None, "labels": None, "fixes": None}
-    changes: dict[str, Any] = {f"data.{key}": value for key, value in drawn.items() if key in config}
-    return changes | {"data.split_file": str(home / "split.csv"), "trainer.default_root_dir": str(home)}
+    found: dict[str, Any] = {f"data.{key}": value for key, value in drawn.items() if key in config}
+    return found | {"data.split_file": str(home / "split.csv"), "trainer.default_root_dir": str(home)}
 
 
 def _counts(folder: ImageFolder) -> str:

@@ -32,13 +32,14 @@ class Tested:
     probs: NDArray[np.float32]
 
 
-def evaluate(run: Path, config: Mapping[str, Any], split_file: Path | None) -> Tested:
+def evaluate(run: Path, config: Mapping[str, Any], split_file: Path | None, accelerator: str = "auto") -> Tested:
     """Return the predictions of a run's model for its test images.
 
     Args:
         run: The run folder.
         config: The settings of the data module.
         split_file: What lists the images; None where the folder has a test split.
+        accelerator: Where to compute, as ``trainer.accelerator``.
     """
     model = checkpoint.load_model(run / "model.safetensors")
     module = RexNetModule.from_model(model)
@@ -51,7 +52,7 @@ def evaluate(run: Path, config: Mapping[str, Any], split_file: Path | None) -> T
     collector = _Collector()
     trainer = pl.Trainer(
         logger=False, callbacks=[collector], enable_checkpointing=False, enable_progress_bar=False,
-        enable_model_summary=False, use_distributed_sampler=False, devices=1,
+        enable_model_summary=False, use_distributed_sampler=False, accelerator=accelerator, devices=1,
     )  # fmt: skip
     trainer.test(module, data, verbose=False)
     indices, probs = collector.gather(trainer)

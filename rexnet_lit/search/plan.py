@@ -232,7 +232,7 @@ def work_of(trainer: Mapping[str, Any], sizes: Mapping[str, int], batch: int, de
         batch: Images of a step on each device.
         devices: Number of devices.
     """
-    train, val = (math.ceil(sizes[name] / devices) for name in ("train", "val"))
+    train, val = (math.ceil(sizes.get(name, 0) / devices) for name in ("train", "val"))
     steps = max(1, _limited(math.ceil(train / batch), trainer["limit_train_batches"]))
     val_steps = math.ceil(val / batch)
     val = round(val * _limited(val_steps, trainer["limit_val_batches"]) / max(val_steps, 1))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,9 +13,9 @@ from rexnet_lit.report.comparison import TestedRun, compare_runs
 from rexnet_lit.report.tuning_page import write_tuning_page
 from rexnet_lit.search.evaluation import evaluate, metrics_of
 from rexnet_lit.search.space import importance
+from rexnet_lit.search.state import ship_run, shipped_run
 from rexnet_lit.search.trial import Trial
 from rexnet_lit.search.tune import Search
-from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.callbacks.evaluation_report import history_of
 from rexnet_lit.utils.files import write_file
 
@@ -28,13 +26,11 @@ def ship(search: Search, root: Path) -> Path:
     A search that goes on after its end makes a new folder only if it has found something better.
     """
     record, best = search.folder / "result.json", search.best
-    if record.is_file():
-        known = json.loads(record.read_text("utf-8"))
-        if known["trial"] == best.name and (Path(known["run"]) / "model.safetensors").is_file():
-            return Path(known["run"])
-    target = run_folder.claim(root)
-    shutil.copytree(search.run_of(best), target, dirs_exist_ok=True)
-    write_file(record, json.dumps({"trial": best.name, "run": str(target.absolute())}, indent=2) + "\n")
+    facts = {"trial": best.name}
+    known = shipped_run(record, facts)
+    if known is not None:
+        return known
+    target = ship_run(search.run_of(best), root, record, facts)
     _write_best(search, best)
     return target
 
@@ -79,7 +75,7 @@ def _test(search: Search, trial: Trial, name: str, config: Mapping[str, Any]) ->
     """Return the predictions of a trial for the test images, or None without a test split."""
     run = search.run_of(trial)
     split_file = run / "split.csv"
-    tested = evaluate(run, config, split_file if split_file.is_file() else None)
+    tested = evaluate(run, config, split_file if split_file.is_file() else None, search.base["trainer.accelerator"])
     if not len(tested.samples):
         return None
     targets, labels = tested.samples.targets, tested.probs.argmax(1)

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.callbacks.run_folder import RESULT
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import check_writable, write_file
 
-Fit = Callable[[Mapping[str, Any]], Path]
-"""Trains with some settings (``data.batch_size``) changed, resumes what it finds in ``trainer.default_root_dir``, and
-returns the run folder."""
+Fit = Callable[..., Path]
+"""Trains with some settings (``data.batch_size``) changed and with further callbacks, resumes what it finds in
+``trainer.default_root_dir``, and returns the run folder."""
 
 
 def remember(folder: Path, settings: Mapping[str, Any]) -> None:
@@ -49,6 +51,23 @@ def finished_run(root: Path) -> Path | None:
         if read_result(file.parent).get("status") == "finished" and (file.parent / "model.safetensors").is_file():
             return file.parent
     return None
+
+
+def shipped_run(record: Path, facts: Mapping[str, Any]) -> Path | None:
+    """Return the run folder that `ship_run` has made, if it was for the same facts."""
+    if not record.is_file():
+        return None
+    known = json.loads(record.read_text("utf-8"))
+    same = facts.items() <= known.items() and (Path(known["run"]) / "model.safetensors").is_file()
+    return Path(known["run"]) if same else None
+
+
+def ship_run(run: Path, root: Path, record: Path, facts: Mapping[str, Any]) -> Path:
+    """Copy a run into a new run folder below ``root``, note that in the file ``record``, and return the folder."""
+    target = run_folder.claim(root)
+    shutil.copytree(run, target, dirs_exist_ok=True)
+    write_file(record, json.dumps({**facts, "run": str(target.absolute())}, indent=2) + "\n")
+    return target
 
 
 def read_result(run: Path) -> dict[str, Any]:

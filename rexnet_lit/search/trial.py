@@ -80,12 +80,13 @@ def write_leaderboard(file: Path, trials: Sequence[Trial], defaults: Mapping[str
 
 
 def write_average(models: Sequence[Path], file: Path) -> None:
-    """Write the average of models, of those that have the shapes of the first, with its description."""
+    """Write the average of models, of those that have the shapes of the first: with its description, without limits."""
     states, specs = zip(*(load_starting_weights(str(model)) for model in models), strict=True)
     shapes = [{name: tensor.shape for name, tensor in state.items()} for state in states]
     alike = [state for state, own in zip(states, shapes, strict=True) if own == shapes[0]]
     file.parent.mkdir(parents=True, exist_ok=True)
-    save_model(file, specs[0], {name: _mean([state[name] for state in alike]) for name in states[0]})
+    spec = dataclasses.replace(specs[0], limits=None)
+    save_model(file, spec, {name: _mean([state[name] for state in alike]) for name in states[0]})
 
 
 def _mean(tensors: Sequence[Tensor]) -> Tensor:

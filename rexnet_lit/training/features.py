@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
 from rexnet_lit.data.sampler import class_sampling_weights
+from rexnet_lit.data.splits import Split
 from rexnet_lit.models import rexnet
-from rexnet_lit.training.logistic_head import LogisticHead, fit_logistic_head
+from rexnet_lit.training.logistic_head import STRENGTHS, LogisticHead, fit_logistic_head
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.progress import progress
@@ -43,17 +44,19 @@ def prepare(module: RexNetModule) -> None:
         return
     module.eval()
     embed = embedder(module)
-    val = data.compute_features("val", embed)
+    val = data.compute_features("val", embed) if "val" in data.splits() else None
     fixed = data.compute_features("train", embed, evaluate=True) if settings.solves_head else None
     if train_on_features:
         again = None if settings.only_solves else data.compute_features("train", embed, views)
-        data.train_on_features(cast(Tensor, fixed if again is None else again), val)
+        found: dict[Split, Tensor] = {"train": cast(Tensor, fixed if again is None else again)}
+        data.train_on_features(found if val is None else {**found, "val": val})
     nn.Module.train(module)  # Lightning expects this mode; `on_train_start` freezes
     if fixed is None or not solves:
         return
-    head = solve_head(module, fixed[0], val[0])
+    head = solve_head(module, fixed[0], None if val is None else val[0])
+    measured = "val" if val is not None else "held-out"
     rank_zero_only(print)(
-        f"Solved the head on the frozen features: val top-1 {head.top1:.3f}, loss {head.loss:.3f} "
+        f"Solved the head on the frozen features: {measured} top-1 {head.top1:.3f}, loss {head.loss:.3f} "
         f"(C = {head.strength:g}).",
         flush=True,
     )
@@ -96,24 +99,33 @@ def head_logits(module: RexNetModule, features: Tensor) -> Tensor:
         return rexnet.classify(module.network, features.to(weights)).float().cpu()
 
 
-def solve_head(module: RexNetModule, features: Tensor, val_features: Tensor) -> LogisticHead:
-    """Set the head to the best linear one for the features of the training and validation images.
+def solve_head(
+    module: RexNetModule, features: Tensor, val_features: Tensor | None, strengths: Sequence[float] = STRENGTHS
+) -> LogisticHead:
+    """Set the head to the best linear one for the features of the training images.
 
     Args:
         module: The module.
         features: (N, C), the same on all processes.
-        val_features: (M, C).
+        val_features: (M, C), of the validation images, which choose the regularisation. None where there are none: a
+            fifth of the training images chooses it, and the head is then solved with all of them.
+        strengths: What to choose from.
     """
     head, splits = None, cast(ImageFolderDataModule, find_datamodule(module.trainer)).splits()
     if module.trainer.is_global_zero:
+        inputs, targets, weights = features.numpy(), splits["train"].targets, class_weights(module)
         with progress("Solving a head"):
-            head = fit_logistic_head(
-                features.numpy(),
-                splits["train"].targets,
-                val_features.numpy(),
-                splits["val"].targets,
-                class_weights(module),
-            )
+            if val_features is not None:
+                val = val_features.numpy(), splits["val"].targets
+                head = fit_logistic_head(inputs, targets, *val, weights, strengths)
+            else:
+                held = np.isin(np.arange(len(targets)), np.argsort(targets, kind="stable")[::5])  # of each class
+                val = inputs[held], targets[held]
+                if len(strengths) > 1:
+                    head = fit_logistic_head(inputs[~held], targets[~held], *val, weights, strengths)
+                    strengths = (head.strength,)
+                whole = fit_logistic_head(inputs, targets, *val, weights, strengths)
+                head = whole if head is None else whole._replace(loss=head.loss, top1=head.top1)
     solved = cast(LogisticHead, module.trainer.strategy.broadcast(head))
     solved.copy_to(module.network.get_submodule("head.fc"))
     return solved

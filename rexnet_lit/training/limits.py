@@ -35,7 +35,7 @@ _GROWTH = 1.1
 
 
 def fit_limits(
-    probs: Floats, targets: NDArray[np.int64], features: Floats, known: KnownFeatures, precision: float
+    probs: Floats, targets: NDArray[np.int64], features: Floats | None, known: KnownFeatures | None, precision: float
 ) -> Limits:
     """Return the limits of a model.
 
@@ -43,14 +43,15 @@ def fit_limits(
         probs: Probabilities of validation images, (N, K).
         targets: Their classes, (N,).
         features: Their features, (N, C).
-        known: What `fit_known` returned for training images.
+        known: What `fit_known` returned for training images; None, as the features, for limits without strangers.
         precision: The share of sure answers that should be right.
     """
     count, rank = len(targets), math.ceil((len(targets) + 1) * _PASS - 1e-9)
     scores = np.sort(1 - probs[np.arange(count), targets].astype(np.float64))[kept_ranks(count) - 1]
-    distance = float(np.sort(known.distance(features))[min(rank, count) - 1])
     sure = sure_confidence(probs.max(1), probs.argmax(1) == targets, precision)
-    known = dataclasses.replace(known, threshold=max(distance, 1e-12))
+    if known is not None and features is not None:
+        distance = float(np.sort(known.distance(features))[min(rank, count) - 1])
+        known = dataclasses.replace(known, threshold=max(distance, 1e-12))
     return Limits(count, scores.astype(np.float32), precision, sure, known)
 
 

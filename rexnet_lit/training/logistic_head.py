@@ -7,6 +7,7 @@ al., "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distri
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -50,6 +51,7 @@ def fit_logistic_head(
     val_features: NDArray[np.float32],
     val_targets: NDArray[np.int64],
     class_weights: NDArray[np.float64],
+    strengths: Sequence[float] = STRENGTHS,
 ) -> LogisticHead:
     """Return the logistic regression whose regularisation has the lowest validation loss.
 
@@ -59,6 +61,7 @@ def fit_logistic_head(
         val_features: Validation features, (M, C).
         val_targets: Their classes, (M,).
         class_weights: Weight of an image of each class, (K,).
+        strengths: What to choose from, rising.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -71,7 +74,7 @@ def fit_logistic_head(
         solver="newton-cg", warm_start=True, tol=1e-6, max_iter=500, class_weight=dict(enumerate(weights))
     )
     best: LogisticHead | None = None
-    for strength in STRENGTHS:
+    for strength in strengths:
         regression.C = strength
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # no convergence with weak regularisation, which does not win

@@ -622,6 +622,21 @@ def test_a_missing_split_says_what_to_do(tmp_path, make_shapes):
         module(make_shapes(tmp_path / "one", train=1, val=0, test=0)).setup("fit")
 
 
+def test_a_split_file_without_validation_images(tmp_path, make_shapes):
+    """A fit does without them if none are to be drawn; a validation does not."""
+    root = make_shapes(tmp_path, val=0, test=0)
+    split_file = tmp_path / "split.csv"
+    rows = [f"{path.relative_to(root)},train\n" for path in (root / "train").rglob("*.*")]
+    split_file.write_text("path,split\n" + "".join(rows))
+    data = module(root, split_file=str(split_file), val_fraction=0.0)
+    data.setup("fit")
+    assert data.val_dataloader() == []
+    assert sorted(i for batch in data.train_dataloader() for i in batch[2].tolist()) == list(range(24))
+    with pytest.raises(UserError, match="there is no val split"):
+        data.setup("validate")
+    assert "val" in module(root, split_file=str(split_file)).splits()  # drawn from train
+
+
 def test_a_loader_before_setup_says_so(tmp_path, make_shapes):
     data = module(make_shapes(tmp_path))
     for load, stage in (

@@ -48,6 +48,17 @@ def test_every_image_is_tested_once_and_never_trained_on(tmp_path, pattern):
     assert sorted(tested) == sorted(folder.splits["train"].paths)
 
 
+def test_a_test_fraction_is_in_no_fold(tmp_path):
+    blank_images(tmp_path, [f"{c}/{i}.png" for c in "ab" for i in range(20)])
+    folder = pool(str(tmp_path), SplitSettings(num_folds=3, test_fraction=0.2))
+    train, test = (set(folder.splits[name].paths) for name in ("train", "test"))
+    assert len(test) == 8
+    assert len(train) == 32
+    assert not train & test
+    with pytest.raises(UserError, match="num_folds is 1"):
+        pool(str(tmp_path), SplitSettings(num_folds=1))
+
+
 def test_a_class_that_a_fold_would_take_away_is_an_error(tmp_path):
     blank_images(tmp_path, [f"{c}/p{c}{i % (2 if c == 'a' else 9)}_{i}.png" for c in "ab" for i in range(18)])
     settings = SplitSettings(num_folds=3, val_fraction=0.5, group_pattern=r"(p\w\d)_")

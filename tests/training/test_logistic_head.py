@@ -133,6 +133,26 @@ def test_the_solved_probe_needs_one_epoch_and_changes_nothing_else(shapes, tmp_p
     assert float(trainer.callback_metrics["val/top1"]) == pytest.approx(head.top1)
 
 
+def test_without_validation_images_a_fifth_of_the_others_chooses(shapes, tmp_path, capsys):
+    rows = [f"{path.relative_to(shapes)},train\n" for path in (shapes / "train").rglob("*.*")]
+    (tmp_path / "split.csv").write_text("path,split\n" + "".join(rows))
+    data = data_of(shapes, split_file=str(tmp_path / "split.csv"), val_fraction=0.0)
+    module, trainer = model_of(strategy=StrategySettings("linear_probe", solver="logistic")), trainer_of(tmp_path)
+    with pytest.warns(UserWarning, match="Total length of `list`"):  # Lightning's, of no validation batches
+        trainer.fit(module, data)
+    features = data.compute_features("train", embedder(module.eval()), evaluate=True)[0].numpy()
+    targets = data.splits()["train"].targets  # rising
+    held = np.arange(len(targets)) % 5 == 0
+    chosen = logistic_head.fit_logistic_head(features[~held], targets[~held], features[held], targets[held], np.ones(3))
+    assert (
+        f"held-out top-1 {chosen.top1:.3f}, loss {chosen.loss:.3f} (C = {chosen.strength:g})" in capsys.readouterr().out
+    )
+    exact = LogisticRegression(C=chosen.strength, tol=1e-10, max_iter=10_000)
+    wanted = exact.fit((features - features.mean(0)) / features.std(0), targets).coef_ / features.std(0)
+    found = state_of(module)["head.fc.weight"].numpy()
+    np.testing.assert_allclose(found, wanted, rtol=0.01, atol=0.01 * np.abs(wanted).max())
+
+
 def test_a_solved_head_starts_a_fine_tuning(shapes, tmp_path):
     """With a learning rate that hardly moves, the run still validates as the solved head does."""
     settings = StrategySettings("full", solver="logistic", bn="frozen")

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 
 import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.utilities import rank_zero_only
-from torch import nn
+from torch import Tensor, nn
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.training.calibration import LARGEST_FACTOR, fit_temperature
@@ -32,7 +33,7 @@ class Calibrate(EndOfTraining):
 
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Fit the temperature of the best weights, and save them divided by it."""
-        if not module.calibrate or module.spec.num_classes == 1:
+        if not module.calibrate or module.spec.num_classes == 1 or "val" not in data.splits():
             return
         if not saver.best_model_path:
             message = "Not calibrated: no validated weights were saved."
@@ -54,15 +55,26 @@ class Calibrate(EndOfTraining):
             logits = head_logits(module, saver.features["val"])
         targets = torch.from_numpy(data.splits()["val"].targets)
         temperature, _ = fit_temperature(logits, targets)
-        if abs(math.log10(temperature)) > LARGEST_FACTOR - 0.01:
+        if is_chance(temperature):
             return "Not calibrated: on the validation images these weights do no better than chance."
         if temperature != 1:
-            last = [name for name, part in module.network.named_modules() if isinstance(part, nn.Linear)][-1]
-            saver.change_best({f"{last}.{part}": best[f"{last}.{part}"] / temperature for part in ("weight", "bias")})
+            saver.change_best(divided(module, best, temperature))
         before, after = (module.measure(scores, targets) for scores in (logits, logits / temperature))
-        saver.shipped = dataclasses.replace(saver.shipped, metrics=after)
+        total = saver.shipped.temperature * temperature
+        saver.shipped = dataclasses.replace(saver.shipped, metrics=after, temperature=total)
         changes = (f"{key} {before[f'val/{key}']:.3f} -> {after[f'val/{key}']:.3f}" for key in ("loss", "ece"))
         message = f"Calibrated: temperature {temperature:.2f}; val {', '.join(changes)}"
         if after["val/loss"] > before["val/loss"]:
             message += f": {len(targets)} validation images are too few for such confidence"
         return f"{message}."
+
+
+def is_chance(temperature: float) -> bool:
+    """Return whether a temperature is at the end of those that are searched."""
+    return abs(math.log10(temperature)) > LARGEST_FACTOR - 0.01
+
+
+def divided(module: RexNetModule, weights: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
+    """Return the weights of the last layer that divide the logits by a temperature."""
+    last = [name for name, part in module.network.named_modules() if isinstance(part, nn.Linear)][-1]
+    return {f"{last}.{part}": weights[f"{last}.{part}"] / temperature for part in ("weight", "bias")}

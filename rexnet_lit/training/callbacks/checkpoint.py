@@ -39,12 +39,19 @@ class Shipped:
         weights: What they are, such as "epoch 3".
         why: Why these.
         metrics: Their validation metrics, by name (``val/top1``).
+        temperature: What their logits were divided by.
+        strength: scikit-learn's C of their head, if it was solved.
     """
 
     weights: str
     why: str
     metrics: Mapping[str, float]
+    temperature: float = 1.0
+    strength: float | None = None
 
+
+_SHIPPED = "rexnet_lit_shipped"
+"""What a ``best.ckpt`` says of weights that were replaced, to a run that was killed then and is resumed."""
 
 NOTHING = Shipped("the last weights", "nothing was validated", {})
 WHY = {"top1": "highest val top-1", "macro_f1": "highest val macro F1", "loss": "lowest val loss"}
@@ -166,17 +173,26 @@ class RunCheckpoint(ModelCheckpoint):
         if _is_dry_run(trainer):
             return
         super().on_train_end(trainer, pl_module)
+        self.take_last(trainer)
+
+    def take_last(self, trainer: Trainer) -> None:
+        """Make ``last.ckpt`` the ``best.ckpt`` of a run in which nothing was validated."""
         last = Path(self.last_model_path)
-        if trainer.is_global_zero and not self.best_model_path and last.is_file():
-            best = last.with_name("best.ckpt")
+        if self.best_model_path or not self.last_model_path:
+            return
+        best = last.with_name("best.ckpt")
+        if trainer.is_global_zero and last.is_file():
             best.unlink(missing_ok=True)
             link_or_copy(last, best, best)
+        self.best_model_path = str(best)
 
     def best_weights(self, trainer: Trainer) -> dict[str, Tensor]:
         """Return the network's weights in ``best.ckpt``, as the end of training has changed them, in all processes."""
         state: dict[str, Tensor] = {}
         if trainer.is_global_zero:
-            self._best = self._best or checkpoint.read_ckpt(self.best_model_path)
+            if self._best is None:
+                self._best = checkpoint.read_ckpt(self.best_model_path)
+                self.shipped = dataclasses.replace(self.shipped, **self._best.get(_SHIPPED, {}))
             state = checkpoint.network_weights(self._best, self.best_model_path)
         return trainer.strategy.broadcast(state)
 
@@ -200,6 +216,8 @@ class RunCheckpoint(ModelCheckpoint):
     def write_best(self, trainer: Trainer) -> None:
         """Save what has changed in ``best.ckpt``."""
         if self._best is not None and self._best_changed:
+            names = ("weights", "temperature", "strength")
+            self._best[_SHIPPED] = {name: getattr(self.shipped, name) for name in names}
             checkpoint.write_ckpt(self._best, self.best_model_path)
         self._forget_best()
         trainer.strategy.barrier()

@@ -109,5 +109,6 @@ def _why_ended(trainer: Trainer) -> str:
 
 def _next_command(trainer: Trainer, model: Path) -> str:
     data = find_datamodule(trainer)
-    command = "test" if data is not None and data.folder and "test" in data.folder.splits else "validate"
+    splits = data.folder.splits if data is not None and data.folder else {"val": None}
+    command = "test" if "test" in splits else "validate" if "val" in splits else "predict --data.predict_path PATH"
     return f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"

@@ -39,7 +39,8 @@ class EvaluationReport(LimitsCollector):
         """Check that strangers can be told."""
         super().setup(trainer, pl_module, stage)
         data = find_datamodule(trainer)
-        if stage == "test" and data is not None and data.strangers is not None and self._limits is None:
+        known = self._limits.known if self._limits is not None else None
+        if stage == "test" and data is not None and data.strangers is not None and known is None:
             raise UserError(
                 "data.strangers: there are no limits to tell strangers by: fit with 20 or more validation images, and "
                 "test at the model's own data.image_size and data.crop_mode"
@@ -105,7 +106,7 @@ class EvaluationReport(LimitsCollector):
 def _strangers(module: RexNetModule, data: ImageFolderDataModule) -> Strangers | None:
     """Return the predictions for the images of ``data.strangers``, or None if it is not set."""
     limits = module.spec.limits
-    if data.strangers is None or limits is None:
+    if data.strangers is None or limits is None or limits.known is None:
         return None
     samples = quarantine.without_bad(data.strangers, verify.find_unreadable(data.strangers))
     features = data.compute_features(samples, embedder(module))[0]

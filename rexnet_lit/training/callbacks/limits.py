@@ -25,8 +25,8 @@ class FitLimits(EndOfTraining):
 
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Fit the limits on the validation images, and save them."""
-        count = len(data.splits()["val"])
-        if not saver.best_model_path or module.spec.num_classes == 1:
+        count = len(data.splits().get("val", ()))
+        if not saver.best_model_path or module.spec.num_classes == 1 or not count:
             return
         if module.spec.network is not None:
             message = "No limits of the answers (prediction sets, unsure, stranger): they need a ReXNet's own layers."
@@ -54,7 +54,7 @@ class FitLimits(EndOfTraining):
         val = found["val"].numpy()
         limits = fit_limits(probs.numpy(), samples["val"].targets, val, known, module.target_precision)
         saver.change_best(limits=limits)
-        return _describe(limits, probs)
+        return describe(limits, probs, "validation images, which also selected the weights")
 
 
 def _drawn(samples: Samples) -> Samples:
@@ -65,7 +65,8 @@ def _drawn(samples: Samples) -> Samples:
     return samples.take(np.sort(chosen))
 
 
-def _describe(limits: Limits, probs: Tensor) -> str:
+def describe(limits: Limits, probs: Tensor, source: str) -> str:
+    """Say what limits mean for the images, with probabilities (N, K), from which they come."""
     values = probs.numpy()
     sizes = limits.sets(values).sum(1)
     sure = f"no answer is sure: no confidence is known to give {limits.precision:.0%} right"
@@ -73,6 +74,6 @@ def _describe(limits: Limits, probs: Tensor) -> str:
         share = 1 - limits.unsure(values).mean()
         sure = f"{share:.0%} of the answers are sure, with a confidence above {limits.confidence:.3f}"
     return (
-        f"Limits, from {limits.images} validation images, which also selected the weights: {sure}; sets that have the "
-        f"true class for {COVERAGE:.0%} of images have {sizes.mean():.2f} classes."
+        f"Limits, from {limits.images} {source}: {sure}; sets that have the true class for {COVERAGE:.0%} of images "
+        f"have {sizes.mean():.2f} classes."
     )

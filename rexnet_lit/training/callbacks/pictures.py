@@ -47,7 +47,7 @@ class ValidationPictures(PredictionCollector):
         """Decide whether there is something to draw, and something to draw it on."""
         data = find_datamodule(trainer)
         self._draws = trainer.state.fn == "fit" and not trainer.sanity_checking and bool(_boards(trainer))
-        self._draws &= data is not None and len(data.splits()["val"]) <= MAX_IMAGES
+        self._draws &= data is not None and len(data.splits().get("val", ())) <= MAX_IMAGES
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Keep the probabilities of a batch."""

@@ -184,6 +184,8 @@ class RunRecord(Callback):
             **({"reason": reason} if reason else {}),
             "weights": shipped.weights if status == "finished" else None,
             "why": shipped.why if status == "finished" else None,
+            "temperature": shipped.temperature,
+            "head_strength": shipped.strength,
             "metrics": dict(shipped.metrics),
             "epochs": trainer.current_epoch,
             "steps": trainer.global_step,

@@ -18,8 +18,8 @@ Calibration of Modern Neural Networks", 2017. Measured in docs/experiments.md.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -57,7 +57,7 @@ _COMPARED = 1000
 """Validation images, at most, on which networks are compared before heads are solved."""
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class _Score:
     """Validation metrics, the loss as it is compared, and what each image adds to the error (N,)."""
 
@@ -84,14 +84,14 @@ class WeightSelection(EndOfTraining):
 
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Compare the candidates on the validation images, and save the best."""
-        if not module.blends or not saver.best_model_path:
+        if not module.blends or not saver.best_model_path or "val" not in data.splits():
             return
         best = saver.best_weights(trainer)
         last = _last_weights(trainer, saver, best)
         line: dict[str, State] = {}
         if module.spec.head.name == "linear" and len(data.splits()["train"]) <= MAX_IMAGES:
             start = module.start.state
-            line = {name: _interpolate(start, last, share) for share, name in SHARES.items()} if start else {}
+            line = {name: interpolate(start, last, share) for share, name in SHARES.items()} if start else {}
             line[SHARES[1.0]] = last
         if not line and best is last:
             return
@@ -104,13 +104,15 @@ class WeightSelection(EndOfTraining):
             solved = _not_clearly_worse({name: val[name] for name in line}, targets, weights, module.select)
             solved = trainer.strategy.broadcast(solved)
             train = _features(data, "train", {name: embedders[name] for name in solved})
-            candidates = {BEST: best, "the last epoch": last} | {
-                name: _with_solved_head(module, line[name], train[name], val[name]) for name in solved
-            }
+            heads = {name: _with_solved_head(module, line[name], train[name], val[name]) for name in solved}
+            candidates = {BEST: best, "the last epoch": last} | {name: state for name, (state, _) in heads.items()}
             scores = {name: _score(module, state, val[name], targets, weights) for name, state in candidates.items()}
         chosen, why = _select(scores, module.select)
-        name = saver.shipped.weights if chosen == BEST else chosen
-        saver.shipped = Shipped(name, why, scores[chosen].metrics)
+        if chosen == BEST:
+            saver.shipped = dataclasses.replace(saver.shipped, why=why, metrics=scores[chosen].metrics)
+        else:
+            strength = heads[chosen][1] if chosen in heads else None
+            saver.shipped = Shipped(chosen, why, scores[chosen].metrics, strength=strength)
         saver.features = {"val": val[chosen].contiguous()}
         backbone = SHARES[1.0] if chosen == "the last epoch" or (chosen == BEST and best is last) else chosen
         if backbone in train:
@@ -149,10 +151,10 @@ def _features(data: ImageFolderDataModule, split: Split, embedders: Mapping[str,
     return {name: found[embed] for name, embed in embedders.items()}
 
 
-def _with_solved_head(module: RexNetModule, state: State, train: Tensor, val: Tensor) -> State:
+def _with_solved_head(module: RexNetModule, state: State, train: Tensor, val: Tensor) -> tuple[State, float]:
     module.network.load_state_dict(state)
-    solve_head(module, train, val)
-    return copy_state(module.network.state_dict())
+    head = solve_head(module, train, val)
+    return copy_state(module.network.state_dict()), head.strength
 
 
 def _not_clearly_worse(features: Mapping[str, Tensor], targets: Tensor, weights: Tensor, select: str) -> list[str]:
@@ -236,7 +238,7 @@ def _side_by_side(embedders: Sequence[Embedder]) -> Embedder:
     return lambda images: torch.cat([embed(images) for embed in embedders], dim=1)
 
 
-def _interpolate(start: State, end: State, share: float) -> State:
+def interpolate(start: State, end: State, share: float) -> State:
     """Return the weights at ``share`` of the way, with BatchNorm's running statistics; counts are those of ``end``."""
     return {
         name: start[name].lerp(tensor.to(start[name]), share) if tensor.is_floating_point() else tensor
