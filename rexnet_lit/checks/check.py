@@ -356,7 +356,7 @@ def _check_sizes(images: Sequence[_Image], recipe: EvalRecipe, kept: frozenset[s
             "warning",
             "small",
             lambda info: min(info.width, info.height) < SMALL_SIDE,
-            f"narrower than {SMALL_SIDE} pixels",
+            f"smaller than {SMALL_SIDE} pixels on one side",
             "view them: thumbnails or icons?",
         ),
         (

@@ -139,11 +139,11 @@ def _print(runs: ShortRuns, work: Work, times: Times, devices: int, disk: tuple[
     network = runs.model.network
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    batch = runs.settings["data"]["batch_size"]
+    batch, epochs = runs.settings["data"]["batch_size"], "epoch" if work.epochs == 1 else "epochs"
     rows = [
         ("parameters", f"{parameters:.2f} M, {trained:.2f} M of them trained"),
         ("images", ", ".join(f"{count:,} {name}" for name, count in runs.sizes.items())),
-        ("steps", f"{work.steps:,} per epoch, {round(work.steps * work.epochs):,} in {work.epochs:g} epochs"),
+        ("steps", f"{work.steps:,} per epoch, {round(work.steps * work.epochs):,} in {work.epochs:g} {epochs}"),
         ("a step", f"{times.step:.3g} s, {batch * devices / times.step:,.0f} images/s"),
         *((f"time: {name}", _duration(getattr(times, name))) for name in ("start", "training", "validation", "saving")),
         ("time: end", _duration(times.end)),
