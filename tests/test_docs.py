@@ -37,10 +37,8 @@ NOT_RUN = {
     "--find_lr true": "trains a hundred steps; tests/cli does that",
     "--model.backbone rexnet_1": "larger networks take longer; tests/models builds them all",
     "fit DIR --data.labels": "tests/cli trains with a table",
-    "--data.num_folds 5": "the recipes run folds, and tests/search a cross-validation",
+    "rexnet_lit crossval": "tests/search runs it",
     "rexnet_lit tune": "tests/search runs it",
-    "--data.num_folds 3 --data.fold 1": "the same as fold 0",
-    "--data.num_folds 3 --data.fold 2": "the same as fold 0",
     "--data.image_size 288": "large images take longer",
     "--model.loss": "tests/training trains with every loss",
 }
