@@ -112,6 +112,8 @@ def run_crossval(argv: Sequence[str]) -> int:
     target, folder = root / "crossval", crossval.pool(data["root"], SplitSettings.of(data))
     if args.ship is not None:
         ship.check(args.ship, settings, folder)
+    if settings["model"]["teacher"]["path"]:
+        print("note: a model.teacher that was trained on these images makes the figures too good", flush=True)  # noqa: T201
     identity = {**runs.identity, "data.num_folds": data["num_folds"]}
     folds = crossval.cross_validate(runs.train, settings, folder, identity, target)
     metrics = folds.metrics

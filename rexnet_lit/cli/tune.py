@@ -75,6 +75,10 @@ def _search(
             "neither train nor choose anything (data.test_fraction).",
             flush=True,
         )
+    if "val" not in images.splits:
+        raise UserError(
+            "data.val_fraction is 0, and there is no val split; a search needs validation images to choose by"
+        )
     base = {**dict(leaves(runs.settings)), **fixed}
     if base["model.optimizer.lr"] is None:
         scratch = not (base["model.pretrained"] or base["model.weights"])

@@ -114,7 +114,10 @@ def _csv_lines(file: Path) -> Iterator[Sequence[str]]:
         utf16 = binary.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
     errors = "strict" if utf16 else "surrogateescape"
     with file.open(encoding="utf-16" if utf16 else "utf-8-sig", errors=errors, newline="") as stream:
-        delimiter = max(",;\t", key=stream.readline().count)
+        try:
+            delimiter = max(",;\t", key=stream.readline().count)
+        except UnicodeDecodeError as error:
+            raise UserError(f"line 1: {error}") from None
         stream.seek(0)
         reader = csv.reader(stream, delimiter=delimiter)
         try:

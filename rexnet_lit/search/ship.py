@@ -13,6 +13,7 @@ images of the folds too, and from scratch it is chance: a test split decides whe
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 import statistics
@@ -111,8 +112,9 @@ class Refit(EndOfTraining):
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Change the last weights, and save them."""
         saver.take_last(trainer)
+        several = module.spec.num_classes > 1
         weights, temperature, lines = self._weights(trainer, module, data, saver), 1.0, []
-        if self.calibrate and module.spec.head.name != "cosine":
+        if self.calibrate and module.spec.head.name != "cosine" and several:
             found, _ = fit_temperature(self.logits, self.targets)
             if is_chance(found):
                 lines.append("Not calibrated: the folds' models do no better than chance.")
@@ -123,7 +125,7 @@ class Refit(EndOfTraining):
                     f"Calibrated on the folds' predictions of {len(self.targets)} images: temperature {found:.2f}."
                 )
         saver.change_best(weights)
-        if len(self.targets) >= MIN_IMAGES and module.spec.network is None:
+        if len(self.targets) >= MIN_IMAGES and module.spec.network is None and several:
             probs = (self.logits / temperature).softmax(1).float()
             limits = fit_limits(probs.numpy(), self.targets.numpy(), None, None, module.target_precision)
             saver.change_best(limits=limits)
@@ -213,9 +215,7 @@ def _average(folds: Folds, fit: Fit, settings: Mapping[str, Any], root: Path) ->
         best = max(range(len(folds.runs)), key=lambda k: (figures[k + 1]["top1"], -figures[k + 1]["nll"]))
         run, weights = folds.runs[best], f"the model of fold {best + 1}"
         why = f"{verdict}; this one has the highest of the folds, {figures[best + 1]['top1']:.3f}, which flatters it"
-    shipped = ship_run(run, root, record, test)
-    _annotate(shipped, folds, weights=weights, why=why)
-    return shipped
+    return ship_run(run, root, record, test, functools.partial(_annotate, folds=folds, weights=weights, why=why))
 
 
 def _complete(home: Path, like: Path) -> None:

@@ -62,10 +62,22 @@ def shipped_run(record: Path, facts: Mapping[str, Any]) -> Path | None:
     return Path(known["run"]) if same else None
 
 
-def ship_run(run: Path, root: Path, record: Path, facts: Mapping[str, Any]) -> Path:
-    """Copy a run into a new run folder below ``root``, note that in the file ``record``, and return the folder."""
+def ship_run(
+    run: Path, root: Path, record: Path, facts: Mapping[str, Any], complete: Callable[[Path], None] | None = None
+) -> Path:
+    """Copy a run into a new run folder below ``root``, note that in the file ``record``, and return the folder.
+
+    Args:
+        run: The run.
+        root: Where the new folder is made.
+        record: A JSON file.
+        facts: What to write there, beside the folder.
+        complete: Called with the new folder before it is noted: a copy that was killed is made again.
+    """
     target = run_folder.claim(root)
     shutil.copytree(run, target, dirs_exist_ok=True)
+    if complete is not None:
+        complete(target)
     write_file(record, json.dumps({**facts, "run": str(target.absolute())}, indent=2) + "\n")
     return target
 

@@ -101,5 +101,6 @@ def _estimate_statistics(network: nn.Module) -> None:
 def _embed_some(network: nn.Module, images: Tensor) -> Tensor:
     """Return the features of a batch, which BatchNorm needs two images for."""
     batch = images if len(images) > 1 else images.repeat(2, 1, 1, 1)
+    batch = batch.to(next(network.parameters()).dtype)
     with torch.no_grad():
         return rexnet.embed(network, rexnet.match_memory_format(batch, network))[: len(images)]

@@ -49,7 +49,7 @@ class Search:
     """A search, and what it has recorded.
 
     Args:
-        fit: Trains a run; it also takes the seconds that the run may take.
+        fit: Trains a run; it also takes callbacks of the trainer.
         folder: ``tuning/``.
         space: The settings to search.
         base: The settings of the config, by key.
@@ -94,6 +94,10 @@ class Search:
         return wanted_settings(self.symmetries, self.base, self.space)
 
     @property
+    def _uses_symmetries(self) -> bool:
+        return not SETTINGS.isdisjoint(self.space) and self.base["data.augment.name"] != "none"
+
+    @property
     def _needed(self) -> int:
         """How many full runs there should be time for."""
         return 2 if self._wanted else 1
@@ -130,7 +134,9 @@ class Search:
     def _epochs_that_fit(self, error: TooLongError) -> int:
         """Shorten all runs to what the budget allows; return the number of epochs."""
         budget = self.budget or 0.0
-        epochs = int(((_LONGEST * budget - self.elapsed) / self._needed - error.begun) / error.epoch)
+        runs = sorted({1, self._needed}, reverse=True)  # if there is no time for two, one of them
+        fitting = [int(((_LONGEST * budget - self.elapsed) / n - error.begun) / error.epoch) for n in runs]
+        epochs = next((n for n in fitting if n > 0), 0)
         if epochs < 1:
             raise UserError(
                 f"--budget: an epoch takes about {error.epoch:.0f} s, too long for a search of {budget:.0f} s; allow "
@@ -227,7 +233,8 @@ class Search:
         for key in ("data.augment.hflip", "data.augment.vflip"):
             choices = self.space[key].choices if key in self.space and holds.get(key) is None else ()
             others = [value for value in choices if value != self.base[key]]
-            more = {"data.augment.quarter_turns": turns[-1]} if turns and key.endswith("vflip") else {}
+            turned = turns and key.endswith("vflip") and holds.get("data.augment.quarter_turns") is not False
+            more = {"data.augment.quarter_turns": turns[-1]} if turned else {}
             found += [{**wanted, key: value, **more} for value in others[:1]]
         rates = self.space[_LR].choices if _LR in self.space else ()
         if self.base[_LR] in rates:
@@ -271,7 +278,7 @@ class Search:
         root, start = self.folder / "trials" / trial.name, time.monotonic()
         changes: Values = {"trainer.default_root_dir": str(root)}
         callbacks = list[Callback]()
-        if trial.stage == "default" and not SETTINGS.isdisjoint(self.space):
+        if trial.stage == "default" and self._uses_symmetries:
             callbacks.append(MeasureSymmetries(self._symmetries_file))
         if self.budget is not None:
             left, most = max(5.0, 1.05 * self.budget - self.elapsed), _LONGEST * self.budget

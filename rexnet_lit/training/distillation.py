@@ -147,6 +147,8 @@ def build_teacher(
     """
     found = settings_of(TeacherSettings, TeacherSettings() if settings is None else settings, "model.teacher")
     if found.path is None:
+        if found != TeacherSettings():
+            raise UserError("model.teacher has settings, but no path; name a fine-tuned model: --model.teacher MODEL")
         return None
     if strategy.name == "linear_probe":
         raise UserError(

@@ -119,9 +119,12 @@ def solve_head(
                 val = val_features.numpy(), splits["val"].targets
                 head = fit_logistic_head(inputs, targets, *val, weights, strengths)
             else:
-                held = np.isin(np.arange(len(targets)), np.argsort(targets, kind="stable")[::5])  # of each class
-                val = inputs[held], targets[held]
-                if len(strengths) > 1:
+                place = np.empty(len(targets), np.int64)  # of each image in its class
+                for target in np.unique(targets):
+                    place[targets == target] = np.arange((targets == target).sum())
+                held = place % 5 == 1  # a class with one image keeps it
+                val = (inputs[held], targets[held]) if held.any() else (inputs, targets)
+                if len(strengths) > 1 and held.any():
                     head = fit_logistic_head(inputs[~held], targets[~held], *val, weights, strengths)
                     strengths = (head.strength,)
                 whole = fit_logistic_head(inputs, targets, *val, weights, strengths)

@@ -122,7 +122,14 @@ def own_loss(own: Any) -> nn.Module:
     while isinstance(called, functools.partial):
         called = called.func
     if not isinstance(called, type):
-        needed = [p for p in inspect.signature(own).parameters.values() if p.default is p.empty and p.kind in _BY_PLACE]
+        try:
+            parameters = inspect.signature(own).parameters.values()
+        except ValueError:
+            raise UserError(
+                f"model.loss: {class_path_of(own)} does not say what it takes; call it in a function of your own, of "
+                "logits and targets"
+            ) from None
+        needed = [p for p in parameters if p.default is p.empty and p.kind in _BY_PLACE]
         if len(needed) == 2:
             return _OwnFunction(own)
     made = call_own(own, "model.loss")

@@ -24,6 +24,7 @@ from rexnet_lit.utils.errors import UserError
 
 BASE = {
     "trainer.max_epochs": 8, "seed_everything": 0, "model.optimizer.lr": 0.001, "data.augment.hflip": 0.5,
+    "data.augment.name": "light",
     "data.augment.vflip": 0, "data.augment.quarter_turns": 0, "model.backbone": "rexnet_100", "model.pretrained": True,
     "model.weights": None,
 }  # fmt: skip
@@ -186,6 +187,14 @@ def test_what_the_symmetries_ask_for_is_tried_first(tmp_path, monkeypatch, capsy
         ("continued", {HFLIP: 0}, 7, ["trial_000"]),  # all that is left
     ]
     assert f"{HFLIP} does not hold (50%)" in capsys.readouterr().out
+    search = search_in(tmp_path / "two", Played(monkeypatch, holds=holds), budget=3)  # no time for two runs
+    search.run()
+    assert search.done[0].epochs == 1
+    none = {HFLIP: False, VFLIP: None, TURNS: False}
+    search = search_in(tmp_path / "e", Played(monkeypatch, holds=none), trials=8)
+    search.run()
+    assert any(VFLIP in trial.values for trial in search.done)
+    assert not any(TURNS in trial.values for trial in search.done)
     search = search_in(tmp_path / "c", Played(monkeypatch, holds=holds), trials=8)
     search.run()
     tried = [trial.values for trial in search.done if trial.stage == "short"]

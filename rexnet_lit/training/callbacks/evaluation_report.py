@@ -42,8 +42,8 @@ class EvaluationReport(LimitsCollector):
         known = self._limits.known if self._limits is not None else None
         if stage == "test" and data is not None and data.strangers is not None and known is None:
             raise UserError(
-                "data.strangers: there are no limits to tell strangers by: fit with 20 or more validation images, and "
-                "test at the model's own data.image_size and data.crop_mode"
+                "data.strangers: there are no limits to tell strangers by: fit with 20 or more validation images ("
+                "crossval --ship refit has none), and test at the model's own data.image_size and data.crop_mode"
             )
 
     def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -100,6 +100,6 @@ def _image_names(trainer: Trainer, indices: Tensor | None) -> str:
     data = find_datamodule(trainer)
     if data is None or indices is None:
         return ""
-    paths = trainer.train_dataloader.dataset.samples.paths  # type: ignore[union-attr]
+    paths = getattr(getattr(trainer.train_dataloader, "dataset", None), "samples", data.splits()["train"]).paths
     names = [repr(paths[i]) for i in indices.tolist()[:8]]
     return f" (images {', '.join(names)}{', ...' if len(indices) > 8 else ''})"
