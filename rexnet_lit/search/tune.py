@@ -94,6 +94,11 @@ class Search:
         return wanted_settings(self.symmetries, self.base, self.space)
 
     @property
+    def _holds(self) -> Mapping[str, bool | None]:
+        """Whether each symmetry holds, by setting; empty where they are not known."""
+        return self.symmetries.holds if self.symmetries is not None else {}
+
+    @property
     def _uses_symmetries(self) -> bool:
         return not SETTINGS.isdisjoint(self.space) and self.base["data.augment.name"] != "none"
 
@@ -134,10 +139,11 @@ class Search:
     def _epochs_that_fit(self, error: TooLongError) -> int:
         """Shorten all runs to what the budget allows; return the number of epochs."""
         budget = self.budget or 0.0
-        runs = sorted({1, self._needed}, reverse=True)  # if there is no time for two, one of them
-        fitting = [int(((_LONGEST * budget - self.elapsed) / n - error.begun) / error.epoch) for n in runs]
-        epochs = next((n for n in fitting if n > 0), 0)
-        if epochs < 1:
+        for runs in (self._needed, 1):  # if there is no time for two, one of them
+            epochs = int(((_LONGEST * budget - self.elapsed) / runs - error.begun) / error.epoch)
+            if epochs >= 1:
+                break
+        else:
             raise UserError(
                 f"--budget: an epoch takes about {error.epoch:.0f} s, too long for a search of {budget:.0f} s; allow "
                 "more time, or make data.image_size smaller"
@@ -213,21 +219,18 @@ class Search:
 
     def _next(self, number: int) -> Values:
         """Return the values to try: one change at a time of what matters most, then what Optuna proposes."""
-        first, holds = self._first_changes(), self.symmetries.holds if self.symmetries is not None else {}
+        first, without = self._first_changes(), {**self.base, **self._wanted}
         if number < len(first):
             changed = first[number]
         else:
-            absent = {
-                key: Setting(choices=(self._wanted.get(key, self.base[key]),))
-                for key in self.space
-                if holds.get(key) is False
-            }
-            changed = propose({**self.space, **absent}, self.seen, number, self.seed)
+            failing = (key for key, holds in self._holds.items() if holds is False and key in self.space)
+            fixed = {key: Setting(choices=(without[key],)) for key in failing}
+            changed = propose({**self.space, **fixed}, self.seen, number, self.seed)
         return {key: value for key, value in changed.items() if value != self.base[key]}
 
     def _first_changes(self) -> list[Values]:
         """Return what to change first: what the symmetries ask for, those that are unknown, then the learning rate."""
-        wanted, holds = self._wanted, self.symmetries.holds if self.symmetries is not None else {}
+        wanted, holds = self._wanted, self._holds
         found = [wanted] if wanted else []
         turns = self.space["data.augment.quarter_turns"].choices if "data.augment.quarter_turns" in self.space else ()
         for key in ("data.augment.hflip", "data.augment.vflip"):

@@ -107,8 +107,8 @@ def solve_head(
     Args:
         module: The module.
         features: (N, C), the same on all processes.
-        val_features: (M, C), of the validation images, which choose the regularisation. None where there are none: a
-            fifth of the training images chooses it, and the head is then solved with all of them.
+        val_features: Features of the validation images, (M, C), used to choose the regularisation. If None, a fifth of
+            the training images is held out to choose it, and the head is then fitted to all of them.
         strengths: What to choose from.
     """
     head, splits = None, cast(ImageFolderDataModule, find_datamodule(module.trainer)).splits()

@@ -30,7 +30,7 @@ Embedded = tuple[Samples, Tensor]
 
 
 def embed_training_images(module: RexNetModule, data: ImageFolderDataModule) -> Embedded | None:
-    """Embed at most `MOST` training images, each process its share; return None if there are none to read."""
+    """Return the features of at most `MOST` training images, or None if there are none. Processes share the work."""
     train = data.splits().get("train")
     if train is None:
         return None
