@@ -109,6 +109,12 @@ def aps(probs: Array, uniform: Array, penalty: float = 0.0) -> Array:
     return np.take_along_axis(scores, np.argsort(order, 1), 1)
 
 
+def normalised(logits: Array, p: float = 4.0) -> Array:
+    """Centre the logits and divide them by their p-norm (MaxLogit-pNorm: Cattelan and Silva 2023, arXiv 2305.15508)."""
+    centred = logits - logits.mean(1, keepdims=True)
+    return centred / np.linalg.norm(centred, p, 1, keepdims=True)
+
+
 def resample(probs: Array, y: Array, count: int, times: int) -> Row:
     """Set limits by ``count`` of the test images and check them on the others; return the means over many divisions."""
     rng, found = np.random.default_rng(0), []
@@ -159,9 +165,14 @@ def measure(o: argparse.Namespace, root: Path, seed: int, smoothing: float) -> R
     precision = float(right[sure].mean()) if sure.any() else None
     ranked = np.flatnonzero(right[np.argsort(-probs.max(1), kind="stable")].cumsum() / np.arange(1, len(y) + 1) >= 0.95)
     known = limits.strangeness(features)
-    answers: Any = SimpleNamespace(confidence=probs.max(1), predicted=probs.argmax(1), truth=y)
+
+    def aurc(confidence: Array) -> float:
+        answers: Any = SimpleNamespace(confidence=confidence, predicted=probs.argmax(1), truth=y)
+        return float(risk_coverage(answers).mean())
+
     row: Row = {
-        "images": [limits.images, len(y)], "top1": right.mean(), "aurc": risk_coverage(answers).mean(),
+        "images": [limits.images, len(y)], "top1": right.mean(), "aurc": aurc(probs.max(1)),
+        "aurc, normalised logits": aurc(normalised(logits(features)).max(1)),
         "coverage": sets[np.arange(len(y)), y].mean(), "size": sets.sum(1).mean(), "empty": (sets.sum(1) == 0).mean(),
         "sure": sure.mean(), "precision": precision, "met": precision is None or precision >= 0.95,
         "most": (ranked[-1] + 1) / len(y) if len(ranked) else 0, "false alarms": (known > 1).mean(),
