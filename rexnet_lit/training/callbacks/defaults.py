@@ -56,7 +56,10 @@ def callbacks_of(module: RexNetModule) -> list[Callback]:
 
 def _is_lightnings_default(callback: Callback) -> bool:
     """Return whether a callback is what Lightning adds where the user has given no checkpoint callback."""
-    return type(callback) is ModelCheckpoint and vars(callback) == vars(ModelCheckpoint())
+    if type(callback) is not ModelCheckpoint:
+        return False
+    # fsspec makes another object in a forked process (`ddp_notebook`), which does not equal the first one.
+    return {**vars(callback), "_fs": None} == {**vars(ModelCheckpoint()), "_fs": None}
 
 
 def _start_over(trainer: Trainer) -> None:
