@@ -9,14 +9,13 @@ with it is likely to help. Where it fails, as for letters, augmentation shows im
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 from numpy.typing import NDArray
 
 from rexnet_lit.checks.findings import Finding
 from rexnet_lit.data.splits import draw_evenly
-from rexnet_lit.report.comparison import mcnemar, paired_interval
 
 Pixels = NDArray[np.uint8]
 Change = Callable[[Pixels], Pixels]
@@ -27,8 +26,9 @@ def unchanged(image: Pixels) -> Pixels:
     return image
 
 
+HFLIP = "data.augment.hflip"
 _VIEWS: dict[str, tuple[str, Change, float]] = {
-    "data.augment.hflip": ("mirrored", lambda image: image[:, ::-1], 0.5),
+    HFLIP: ("mirrored", lambda image: image[:, ::-1], 0.5),
     "data.augment.vflip": ("upside down", lambda image: image[::-1], 0.5),
     "data.augment.quarter_turns": ("turned by a quarter", lambda image: np.rot90(image), 0.75),
 }
@@ -74,33 +74,38 @@ def training_images(classes: int) -> int:
 def judge(
     known: NDArray[np.float32],
     targets: NDArray[np.int64],
-    seen: Sequence[NDArray[np.float32]],
+    upright: NDArray[np.float32],
     val_targets: NDArray[np.int64],
+    changed: Mapping[str, NDArray[np.float32]],
 ) -> Symmetries:
     """Test a ridge classifier of images as they are on images that are changed.
 
     Args:
         known: Features of training images, (N, C).
         targets: Their classes, (N,).
-        seen: Features of validation images, (M, C): as they are, then changed by each of the settings.
+        upright: Features of validation images, (M, C).
         val_targets: Their classes, (M,).
+        changed: Features of the validation images after the change of a setting, (M, C), by setting.
     """
     from sklearn.linear_model import RidgeClassifierCV
     from sklearn.pipeline import make_pipeline
     from sklearn.preprocessing import StandardScaler
 
+    from rexnet_lit.report.comparison import mcnemar, paired_interval
+
     classifier = make_pipeline(StandardScaler(), RidgeClassifierCV(np.logspace(0, 5, 11))).fit(known, targets)
-    right, *changed = (classifier.predict(features) == val_targets for features in seen)
+    right = classifier.predict(upright) == val_targets
+    seen = {key: classifier.predict(features) == val_targets for key, features in changed.items()}
     chance = float(np.bincount(val_targets).max() / len(val_targets))
     known_share = float(right.mean()) - chance
     tells = known_share > _ERRORS * np.sqrt(chance * (1 - chance) / len(right))
     holds = dict[str, bool | None]()
-    for key, after in zip(_VIEWS, changed, strict=True):
+    for key, after in seen.items():
         lost, won = int((right & ~after).sum()), int((after & ~right).sum())
         _, most = paired_interval(won, lost, len(right), 0.9)
         fails = (lost - won) / len(right) > _LOSS * known_share and mcnemar(lost, won) < _SURE
         holds[key] = None if not tells else False if fails else True if most < _LOSS * known_share else None
-    shares = {key: float(after.mean()) for key, after in zip(_VIEWS, changed, strict=True)}
+    shares = {key: float(after.mean()) for key, after in seen.items()}
     return Symmetries(float(right.mean()), shares, holds)
 
 
@@ -123,8 +128,8 @@ def measure(
     train = others[draw_evenly(targets[others], training_images(len(np.unique(targets))))]
     if len(np.unique(targets[train])) < 2 or not len(val):
         return None
-    seen = [features[val], *(embed(val, change) for _, change, _ in _VIEWS.values())]
-    return judge(features[train], targets[train], seen, targets[val])
+    changed = {key: embed(val, change) for key, (_, change, _) in _VIEWS.items()}
+    return judge(features[train], targets[train], features[val], targets[val], changed)
 
 
 def report(found: Symmetries | None) -> list[Finding]:
@@ -134,9 +139,9 @@ def report(found: Symmetries | None) -> list[Finding]:
         return findings
     for key, (words, _, value) in _VIEWS.items():
         share, setting = found.changed[key], value if found.holds[key] else 0
-        if found.holds[key] is not (key != "data.augment.hflip"):  # what most configs have
+        if found.holds[key] is not (key != HFLIP):  # what most configs have
             continue
-        how = "as well" if setting else "worse"
+        how, auto = ("as well", "") if setting else ("worse", " (as the default of finetune, auto, does)")
         message = f"images that are {words} are recognised {how}: {share:.0%} of them, {found.upright:.0%} as they are"
-        findings.append(Finding("info", "symmetry", message, f"train with {key}: {setting}"))
+        findings.append(Finding("info", "symmetry", message, f"train with {key}: {setting}{auto}"))
     return findings

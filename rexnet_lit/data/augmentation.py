@@ -16,6 +16,8 @@ import numpy as np
 from rexnet_lit.utils.errors import UserError, did_you_mean
 from rexnet_lit.utils.settings import check_choice, check_range
 
+AUTO, MIRRORED = "auto", 0.5
+"""A value of `AugmentSettings.hflip`, and the probability of a horizontal flip where images may be mirrored."""
 _FILL = 128.0  # grey, for what a rotation or shift uncovers
 
 
@@ -82,7 +84,8 @@ class AugmentSettings:
             changes), ``heavy`` (stronger ones), ``randaugment`` (crop, flip and ``num_ops`` random operations; Cubuk
             et al. 2020).
         min_scale: Smallest share of the image's area that a random crop keeps.
-        hflip: Probability of a horizontal flip. 0 where left and right matter: digits, letters, signs.
+        hflip: Probability of a horizontal flip. 0 where left and right matter: letters, signs. ``auto``: 0 where a
+            classifier on the features of the untrained network recognises mirrored images worse, else 0.5.
         vflip: Probability of a vertical flip, for images without an upper side: from above, through a microscope.
         quarter_turns: Probability of a turn by 0, 90, 180 or 270 degrees at random, for images without a direction.
         num_ops: Operations per image of ``randaugment``.
@@ -97,7 +100,7 @@ class AugmentSettings:
 
     name: RecipeName = "light"
     min_scale: float = 0.6
-    hflip: float = 0.5
+    hflip: float | Literal["auto"] = MIRRORED
     vflip: float = 0.0
     quarter_turns: float = 0.0
     num_ops: int = 2
@@ -111,7 +114,9 @@ class AugmentSettings:
         check_choice("data.augment.name", self.name, RECIPES)
         check_range("data.augment.min_scale", self.min_scale, "(0, 1]")
         for name in ("hflip", "vflip", "quarter_turns"):
-            check_range(f"data.augment.{name}", getattr(self, name), "[0, 1]")
+            value, hint = getattr(self, name), "or auto" if name == "hflip" else ""
+            if not (hint and value == AUTO):
+                check_range(f"data.augment.{name}", value, "[0, 1]", hint)
         if self.name == "none" and (self.vflip or self.quarter_turns):
             raise UserError("data.augment: vflip and quarter_turns have no effect with the name none; use light")
         check_range("data.augment.erasing", self.erasing, "[0, 1]")
@@ -119,6 +124,11 @@ class AugmentSettings:
         check_range("data.augment.num_ops", self.num_ops, "[0, inf)")
         check_range("data.augment.mixup", self.mixup, "[0, inf)")
         check_range("data.augment.cutmix", self.cutmix, "[0, inf)")
+
+    @property
+    def chooses_hflip(self) -> bool:
+        """Whether a fit has to choose the probability of a horizontal flip."""
+        return self.hflip == AUTO and self.name != "none"
 
     @property
     def fixed(self) -> bool:

@@ -22,7 +22,7 @@ from rexnet_lit.data.features import embed_dataset
 from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan, without_labels
 from rexnet_lit.data.loader import Loader, build_loader
 from rexnet_lit.data.memory import keep_in_memory
-from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, build_sampler, training_order
+from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, build_sampler, run_seed, training_order
 from rexnet_lit.data.settings import CropMode, DataRecord, EvalRecipe, check_size_schedule, failed_checks
 from rexnet_lit.data.splits import Split
 from rexnet_lit.data.transforms import EvalTransform, ProgressiveTransform, TrainTransform
@@ -34,11 +34,6 @@ from rexnet_lit.utils.settings import check_choice, check_range, settings_of
 
 CacheName = Literal["auto", "none", "ram", "disk"]
 _SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
-
-
-def run_seed() -> int:
-    """Return the run's seed: what ``seed_everything`` was called with, 0 without it."""
-    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 class ImageFolderDataModule(pl.LightningDataModule):
@@ -251,12 +246,18 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 self._datasets.pop(part, None)  # free its memory first
                 self._datasets[part] = self._dataset(samples, transform, mix)
 
-    def train_transform(self) -> TrainTransform:
-        """Return the transform of training images."""
+    def train_transform(self, hflip: float | None = None) -> TrainTransform:
+        """Return the transform of training images, with another probability of a flip than ``augment.hflip``."""
+        augment = self.augment if hflip is None else dataclasses.replace(self.augment, hflip=hflip)
         recipe, size = self._recipe()
         if self.size_schedule:
-            return ProgressiveTransform(self.augment, recipe, self.size_schedule)
-        return TrainTransform(self.augment, recipe, size)
+            return ProgressiveTransform(augment, recipe, self.size_schedule)
+        return TrainTransform(augment, recipe, size)
+
+    def mirror(self, hflip: float) -> None:
+        """Flip the training images of this fit with this probability: what ``augment.hflip: auto`` stands for."""
+        for name in self._datasets.keys() & {"train", "unlabelled"}:
+            self._datasets[name].transform = self.train_transform(hflip)
 
     def preview(self, count: int = 16) -> NDArray[np.uint8]:
         """Return training images, (N, S, S, 3), as the first epoch's augmentation makes them."""
@@ -274,11 +275,10 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def _keep_in_memory(self, name: str) -> None:
         """Decode a split's images for all epochs if asked for, or if that saves time and fits."""
-        dataset = self._datasets[name]
-        if self.cache in ("auto", "ram") and dataset.images is None:
+        if self.cache in ("auto", "ram"):
             taken = sum(data.images_bytes for data in self._datasets.values())
             limit = None if self._cache_bytes is None else self._cache_bytes - taken
-            keep_in_memory(dataset, self.trainer, limit, auto=self.cache == "auto")
+            keep_in_memory(self._datasets[name], self.trainer, limit, auto=self.cache == "auto")
 
     def _recipe(self) -> tuple[EvalRecipe, int]:
         """Return the eval recipe and the training size: the model's if there is one."""

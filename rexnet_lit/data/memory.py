@@ -93,7 +93,7 @@ def _has_several_epochs(trainer: Any) -> bool:
 
 
 def keep_in_memory(dataset: ImageDataset, trainer: Any, limit: float | None, *, auto: bool) -> None:
-    """Decode a dataset's images for all epochs.
+    """Decode a dataset's images for all epochs, unless that has been done.
 
     Args:
         dataset: The images.
@@ -101,7 +101,7 @@ def keep_in_memory(dataset: ImageDataset, trainer: Any, limit: float | None, *, 
         limit: Bytes to use in all processes, at most; a share of the free memory by default.
         auto: Only if that saves time and all fit; else as many as fit, with a warning.
     """
-    if auto and not _has_several_epochs(trainer):
+    if dataset.images is not None or (auto and not _has_several_epochs(trainer)):
         return
     limit = process.available_memory() / (4 if auto else 2) if limit is None else limit
     limit /= trainer.world_size if trainer is not None else 1

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,6 +38,11 @@ class BatchKey:
     indices: NDArray[np.int64]
     draws: NDArray[np.int64]
     """How often each was drawn before in this epoch."""
+
+
+def run_seed() -> int:
+    """Return the run's seed: what ``seed_everything`` was called with, 0 without it."""
+    return int(os.environ.get("PL_GLOBAL_SEED", "0"))
 
 
 def training_order(

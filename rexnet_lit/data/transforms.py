@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from rexnet_lit.data import decode
-from rexnet_lit.data.augmentation import RECIPES, AugmentSettings, build_pipeline, check_pipeline
+from rexnet_lit.data.augmentation import AUTO, MIRRORED, RECIPES, AugmentSettings, build_pipeline, check_pipeline
 from rexnet_lit.data.settings import INTERPOLATIONS, CropMode, EvalRecipe
 
 _LONGEST = 3  # times the shorter side; of a longer image, only what the crop shows is resized
@@ -182,7 +182,7 @@ class TrainTransform:
         if self._view is None:
             steps.append(_RandomResizedCrop(image_size, augment.min_scale, recipe))
             if augment.hflip:
-                steps.append(A.HorizontalFlip(p=augment.hflip))
+                steps.append(A.HorizontalFlip(p=MIRRORED if augment.hflip == AUTO else augment.hflip))
             if augment.vflip:
                 steps.append(A.VerticalFlip(p=augment.vflip))
             if augment.quarter_turns:

@@ -1,28 +1,21 @@
-"""Measures the symmetries of the images before the first run of a search, on the features of its untrained network."""
+"""What a search does with the symmetries of the images, which it measures before its first run."""
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import functools
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.callbacks import Callback
-from torch import Tensor, nn
 
-from rexnet_lit.checks.symmetries import VALIDATION, Symmetries, judge, training_images
-from rexnet_lit.data.datamodule import find_datamodule
-from rexnet_lit.data.splits import draw_evenly
-from rexnet_lit.models import rexnet
+from rexnet_lit.checks.symmetries import Symmetries
+from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
 from rexnet_lit.search.space import Setting, Values
-from rexnet_lit.training.features import embedder
+from rexnet_lit.training.callbacks.mirroring import ChooseMirroring
 from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.training.symmetries import measure_symmetries
 from rexnet_lit.utils.files import write_file
 
 
@@ -48,59 +41,29 @@ def read_symmetries(file: Path) -> Symmetries | None:
     return Symmetries(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
 
-class MeasureSymmetries(Callback):
-    """Measures the symmetries before the training of a fit, whose weights do not change by it.
+class MeasureSymmetries(ChooseMirroring):
+    """Measures all symmetries before the training of a fit, whose weights do not change by it.
 
     Args:
         file: Where to write them.
     """
 
     def __init__(self, file: Path) -> None:
+        super().__init__()
         self.file = file
 
-    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Measure them, unless that has been done, or the fit is resumed or has a data module of another kind."""
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Measure them, unless that has been done, or the fit has a data module of another kind."""
+        super().on_fit_start(trainer, pl_module)
         data = find_datamodule(trainer)
-        if self.file.is_file() or trainer.global_step or data is None or not isinstance(pl_module, RexNetModule):
-            return
-        most = {"train": training_images(pl_module.spec.num_classes), "val": VALIDATION}
-        splits = {str(name): samples for name, samples in data.splits().items()}
-        train, val = (splits[name].take(draw_evenly(splits[name].targets, count)) for name, count in most.items())
-        network = pl_module.network
-        pl_module.network = copy.deepcopy(network).eval()
-        try:
-            if pl_module.scratch:
-                _estimate_statistics(pl_module.network)
-                data.compute_features(train, functools.partial(_embed_some, pl_module.network), evaluate=True)
-                pl_module.network.eval()
-            embed = embedder(pl_module)
-            known = data.compute_features(train, embed, evaluate=True)[0]
-            views = data.compute_features(val, lambda images: torch.cat([embed(view) for view in _views(images)], 1))[0]
-        finally:
-            pl_module.network = network
-        if trainer.is_global_zero:
-            seen = np.split(views.numpy(), views.shape[1] // known.shape[1], axis=1)
-            found = judge(known.numpy(), train.targets, seen, val.targets)
-            write_file(self.file, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        if data is not None and isinstance(pl_module, RexNetModule):
+            self.measure(pl_module, data)
 
-
-def _views(images: Tensor) -> tuple[Tensor, ...]:
-    """Return a batch (B, 3, S, S) as it is, and mirrored, upside down, and turned by a quarter."""
-    return images, images.flip(3), images.flip(2), images.rot90(1, (2, 3))
-
-
-def _estimate_statistics(network: nn.Module) -> None:
-    """Let the BatchNorm layers of an untrained network average the statistics of what it is given next."""
-    for layer in network.modules():
-        if isinstance(layer, nn.modules.batchnorm._BatchNorm):
-            layer.reset_running_stats()
-            layer.momentum = None
-            layer.train()
-
-
-def _embed_some(network: nn.Module, images: Tensor) -> Tensor:
-    """Return the features of a batch, which BatchNorm needs two images for."""
-    batch = images if len(images) > 1 else images.repeat(2, 1, 1, 1)
-    batch = batch.to(next(network.parameters()).dtype)
-    with torch.no_grad():
-        return rexnet.embed(network, rexnet.match_memory_format(batch, network))[: len(images)]
+    def measure(self, module: RexNetModule, data: ImageFolderDataModule) -> Symmetries | None:
+        """Return the symmetries."""
+        found = read_symmetries(self.file)
+        if found is None and not module.trainer.ckpt_path:
+            found = measure_symmetries(module, data)
+            if found is not None and module.trainer.is_global_zero:
+                write_file(self.file, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
+        return found

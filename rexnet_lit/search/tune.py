@@ -23,7 +23,8 @@ from typing import Any
 
 from lightning.pytorch.callbacks import Callback
 
-from rexnet_lit.checks.symmetries import SETTINGS, Symmetries
+from rexnet_lit.checks.symmetries import HFLIP, SETTINGS, Symmetries
+from rexnet_lit.data.augmentation import AUTO, MIRRORED
 from rexnet_lit.search.pace import Pace, TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
 from rexnet_lit.search.state import finished_run, read_result
@@ -68,7 +69,7 @@ class Search:
         trials: int | None,
         select: str,
     ) -> None:
-        self.fit, self.folder, self.space, self.base = fit, folder, dict(space), base
+        self.fit, self.folder, self.space, self._given = fit, folder, dict(space), dict(base)
         self.budget, self.count, self.select = budget, trials, select
         self.epochs, self.seed = int(base[_EPOCHS]), int(base["seed_everything"])
         self.done: list[Trial] = []
@@ -82,6 +83,12 @@ class Search:
             rows = json.loads(self._record.read_text("utf-8"))
             self.done = [Trial(**{**row, "start": tuple(row.get("start", ()))}) for row in rows]
             self._earlier = sum(trial.seconds for trial in self.done)
+
+    @property
+    def base(self) -> Mapping[str, Any]:
+        """The settings of the config, by key, with what the first run has chosen for `auto`."""
+        auto = self._given.get(HFLIP) == AUTO and self.symmetries is not None
+        return {**self._given, HFLIP: 0 if self._holds[HFLIP] is False else MIRRORED} if auto else self._given
 
     @property
     def symmetries(self) -> Symmetries | None:
@@ -211,11 +218,8 @@ class Search:
     def seen(self) -> list[tuple[Values, float]]:
         """The value of each searched setting in the short runs, and their validation loss."""
         short = [trial for trial in self.done if trial.stage == "short" and math.isfinite(trial.loss)]
-        return [({**self._defaults, **trial.values}, trial.loss) for trial in short]
-
-    @property
-    def _defaults(self) -> Values:
-        return {key: self.base[key] for key in self.space}
+        defaults = {key: self.base[key] for key in self.space}
+        return [({**defaults, **trial.values}, trial.loss) for trial in short]
 
     def _next(self, number: int) -> Values:
         """Return the values to try: one change at a time of what matters most, then what Optuna proposes."""
@@ -348,7 +352,8 @@ class Search:
     def settings_of(self, trial: Trial) -> Values:
         """Return the settings by which a fit repeats a trial."""
         start = {"model.weights": str(self.start_file(trial).absolute())} if trial.start else {}
-        return {**trial.values, **start, _EPOCHS: trial.epochs, "seed_everything": trial.seed}
+        chosen = {key: value for key, value in self.base.items() if value != self._given[key]}
+        return {**chosen, **trial.values, **start, _EPOCHS: trial.epochs, "seed_everything": trial.seed}
 
     def start_file(self, trial: Trial) -> Path:
         """Return the file with the weights that a trial starts from."""

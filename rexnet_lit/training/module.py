@@ -14,7 +14,8 @@ from lightning.pytorch.strategies import DDPStrategy
 from torch import Tensor, nn
 from torchmetrics import MeanMetric, Metric, MetricCollection
 
-from rexnet_lit.data.datamodule import any_datamodule, run_seed
+from rexnet_lit.data.datamodule import any_datamodule
+from rexnet_lit.data.sampler import run_seed
 from rexnet_lit.data.settings import CropMode, DataRecord
 from rexnet_lit.data.transforms import EvalTransform
 from rexnet_lit.models import checkpoint, rexnet, variants

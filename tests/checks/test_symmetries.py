@@ -17,8 +17,9 @@ def features(targets, rng, strength=3.0):
 def test_a_symmetry_holds_where_changed_images_are_recognised_as_well():
     rng = np.random.default_rng(0)
     train, val = np.arange(200) % 4, np.arange(120) % 4
-    seen = [features(val, rng), features(val, rng), features((val + 1) % 4, rng), features(rng.permutation(val), rng)]
-    found = judge(features(train, rng), train, seen, val)
+    upright, mirrored = features(val, rng), features(val, rng)
+    changed = {HFLIP: mirrored, VFLIP: features((val + 1) % 4, rng), TURNS: features(rng.permutation(val), rng)}
+    found = judge(features(train, rng), train, upright, val, changed)
     assert found.upright > 0.9
     assert found.holds == {HFLIP: True, VFLIP: False, TURNS: False}
     assert found.changed[VFLIP] < 0.1
@@ -27,7 +28,8 @@ def test_a_symmetry_holds_where_changed_images_are_recognised_as_well():
 def test_nothing_is_said_where_the_features_tell_nothing():
     rng = np.random.default_rng(0)
     train, val = np.arange(200) % 4, np.arange(120) % 4
-    found = judge(features(train, rng, 0), train, [features(val, rng, 0) for _ in range(4)], val)
+    changed = {key: features(val, rng, 0) for key in (HFLIP, VFLIP, TURNS)}
+    found = judge(features(train, rng, 0), train, features(val, rng, 0), val, changed)
     assert set(found.holds.values()) == {None}
 
 
@@ -45,7 +47,11 @@ def test_findings():
     found = measure(embed(range(300), lambda image: image), targets, np.arange(300), embed)
     assert found.holds == {HFLIP: False, VFLIP: True, TURNS: False}
     mirrored, upside_down = report(found)
-    assert (mirrored.severity, mirrored.code, mirrored.advice) == ("info", "symmetry", f"train with {HFLIP}: 0")
+    assert (mirrored.severity, mirrored.code, mirrored.advice) == (
+        "info",
+        "symmetry",
+        f"train with {HFLIP}: 0 (as the default of finetune, auto, does)",
+    )
     assert "mirrored are recognised worse: 0% of them, 100% as they are" in mirrored.message
     assert upside_down.advice == f"train with {VFLIP}: 0.5"
     assert measure(np.zeros((3, 2), np.float32), np.zeros(3, int), np.arange(3), embed) is None

@@ -12,6 +12,7 @@ from rexnet_lit.training.callbacks.calibration import Calibrate
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.callbacks.console import ConsoleSummary
 from rexnet_lit.training.callbacks.limits import FitLimits
+from rexnet_lit.training.callbacks.mirroring import ChooseMirroring
 from rexnet_lit.training.callbacks.nan_guard import NaNGuard
 from rexnet_lit.training.callbacks.pictures import AugmentedSamples, ValidationPictures
 from rexnet_lit.training.callbacks.record import RunRecord
@@ -23,8 +24,8 @@ if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule
 
 _DEFAULTS = (
-    RunRecord, WeightSelection, Calibrate, FitLimits, RunFiles, AugmentedSamples, ValidationPictures, ConsoleSummary,
-    NaNGuard,
+    RunRecord, ChooseMirroring, WeightSelection, Calibrate, FitLimits, RunFiles, AugmentedSamples, ValidationPictures,
+    ConsoleSummary, NaNGuard,
 )  # fmt: skip
 
 
@@ -49,9 +50,9 @@ def callbacks_of(module: RexNetModule) -> list[Callback]:
         # Not returned: Lightning would take it for a replacement of every ModelCheckpoint.
         kept = [c for c in given if not _is_lightnings_default(c)]
         trainer.callbacks = [*kept, RunCheckpoint()]  # type: ignore[attr-defined]
-    present = {type(c) for c in given}
-    found: list[Callback] = [kind() for kind in _DEFAULTS if kind not in present]
-    return [*found, EMA(module.ema)] if module.ema and EMA not in present else found
+    found: list[Callback] = [kind() for kind in _DEFAULTS if not any(isinstance(c, kind) for c in given)]
+    averaged = any(isinstance(c, EMA) for c in given)
+    return [*found, EMA(module.ema)] if module.ema and not averaged else found
 
 
 def _is_lightnings_default(callback: Callback) -> bool:

@@ -19,8 +19,10 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback, RichProgressBar
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
-from rexnet_lit.data.datamodule import find_datamodule, run_seed
+from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.data.sampler import run_seed
 from rexnet_lit.training.callbacks.checkpoint import NOTHING, Shipped, find_checkpoint
+from rexnet_lit.training.callbacks.mirroring import ChooseMirroring
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.training.callbacks.run_folder import RESULT
 from rexnet_lit.training.metrics import main_metrics
@@ -197,6 +199,7 @@ class RunRecord(Callback):
             "device": f"{trainer.world_size} x {trainer.strategy.root_device.type}",
             "versions": {"python": platform.python_version(), **{name: _version(name) for name in _PACKAGES}},
             "settings": _settings(trainer, module),
+            "chosen": _chosen(trainer),
         }
         self._log(write_file, folder / RESULT, json.dumps(content, indent=2, default=str) + "\n")
 
@@ -229,6 +232,12 @@ def learning_rates(trainer: Trainer) -> dict[str, float]:
 def _shipped(trainer: Trainer) -> Shipped:
     saver = find_checkpoint(trainer)
     return NOTHING if saver is None else saver.shipped
+
+
+def _chosen(trainer: Trainer) -> dict[str, float]:
+    """Return what the run has chosen where a setting is ``auto``."""
+    choices = (c.chosen for c in trainer.callbacks if isinstance(c, ChooseMirroring))  # type: ignore[attr-defined]
+    return next(choices, {})
 
 
 def _settings(trainer: Trainer, module: LightningModule) -> dict[str, Any]:

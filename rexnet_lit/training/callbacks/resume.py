@@ -13,7 +13,8 @@ from typing import Any
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities import rank_zero_only
 
-from rexnet_lit.data.datamodule import ImageFolderDataModule, run_seed
+from rexnet_lit.data.datamodule import ImageFolderDataModule
+from rexnet_lit.data.sampler import run_seed
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.utils.errors import UserError
 
