@@ -4,7 +4,7 @@
         --seeds 0 1 2 --timm PATH/TO/timm/train.py --fastai PATH/TO/python-that-has-fastai
 
 Each DIR holds train/, val/ and test/, of which --per-class takes that many images of each class (the seed draws them;
-half as many for validation). Without --weights all train from scratch; with them, the head that is solved on the frozen
+half as many for validation, and --test-per-class for the test). Without --weights all train from scratch; with them, the head that is solved on the frozen
 features (configs/linear_probe.yaml) takes part too. The others run at their documented defaults, and once tuned (the
 learning rate of ``TUNED``):
 
@@ -186,9 +186,10 @@ def fastai_loop(root: str, weights: str, epochs: int, size: int, seed: int, rate
     return top1, float(f1_score(truth, predicted, average="macro")), seconds, val_top1
 
 
-def draw(root: Path, per_class: int, seed: int, target: Path) -> Path:
-    """Copy at most ``per_class`` images of each class and split of ``root``, half as many for validation."""
-    for split, count in (("train", per_class), ("val", per_class // 2), ("test", per_class)):
+def draw(root: Path, per_class: int, seed: int, target: Path, tested: int | None = None) -> Path:
+    """Copy at most ``per_class`` images of each class of ``root``; half as many for validation, ``tested`` to test."""
+    counts = {"train": per_class, "val": max(1, per_class // 2), "test": tested or per_class}
+    for split, count in counts.items():
         for folder in sorted((root / split).iterdir()):
             files = sorted(folder.iterdir())
             (target / split / folder.name).mkdir(parents=True)
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=5)
     parser.add_argument("--size", type=int, default=64)
     parser.add_argument("--per-class", type=int, help="images; all of them by default")
+    parser.add_argument("--test-per-class", type=int, help="images to test on; as many as --per-class by default")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--timm", type=lambda path: Path(path).absolute(), help="timm's train.py")
@@ -242,7 +244,9 @@ def main() -> None:
             found: list[Result] = []
             for seed in o.seeds:
                 with tempfile.TemporaryDirectory() as out, tempfile.TemporaryDirectory() as data:
-                    given = draw(root, o.per_class, seed, Path(data) / root.name) if o.per_class else root
+                    given = root
+                    if o.per_class:
+                        given = draw(root, o.per_class, seed, Path(data) / root.name, o.test_per_class)
                     found.append(tool(o, given, seed, Path(out)))
             columns = [[100 * r[0] for r in found], [100 * r[1] for r in found], [r[2] for r in found]]
             cells = [f"{np.mean(c):.1f} ({np.std(c):.1f})" for c in columns[:2]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,9 @@ WORST = 12
 MAX_IMAGES = 50_000
 """Validation images up to which the pictures are drawn: the probabilities of all of them are kept for that."""
 
+_SHARE = 0.02
+"""Share of a fit's time that drawing may take."""
+
 
 class AugmentedSamples(Callback):
     """Shows 16 training images, augmented as in the first epoch."""
@@ -41,13 +45,30 @@ class AugmentedSamples(Callback):
 
 
 class ValidationPictures(PredictionCollector):
-    """Shows, for each validation of a fit, the confusion matrix with class names and the most certain mistakes."""
+    """Shows, for validations of a fit, the confusion matrix with class names and the most certain mistakes.
+
+    The first and the last validation have them, and as many others as take 2 % of the time: with few images, drawing
+    takes longer than an epoch.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._draws = False
+        self._began = self._spent = 0.0
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Start the clock."""
+        self._began, self._spent = time.monotonic(), 0.0
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Decide whether there is something to draw, and something to draw it on."""
+        """Decide whether there is something to draw, something to draw it on, and time for it."""
         data = find_datamodule(trainer)
         self._draws = trainer.state.fn == "fit" and not trainer.sanity_checking and bool(_boards(trainer))
         self._draws &= data is not None and len(data.splits().get("val", ())) <= MAX_IMAGES
+        if self._draws:
+            last = trainer.current_epoch + 1 == trainer.max_epochs
+            due = last or self._spent <= _SHARE * (time.monotonic() - self._began)
+            self._draws = trainer.strategy.broadcast(due)  # the processes' clocks differ
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Keep the probabilities of a batch."""
@@ -58,12 +79,17 @@ class ValidationPictures(PredictionCollector):
         """Draw them."""
         if not self._draws or not isinstance(pl_module, RexNetModule):
             return
+        started = time.monotonic()
+        self._draw(trainer, pl_module)
+        self._spent += time.monotonic() - started
+
+    def _draw(self, trainer: Trainer, module: RexNetModule) -> None:
         indices, probs = self.gather(trainer)
         data = find_datamodule(trainer)
         if data is None or not len(indices) or not trainer.is_global_zero or not np.isfinite(probs).all():
             return
         samples = data.splits()["val"].take(indices)
-        p = Predictions(list(samples.paths), probs, samples.targets, pl_module.spec.class_names)
+        p = Predictions(list(samples.paths), probs, samples.targets, module.spec.class_names)
         short = [figure_name(name, index) for index, name in enumerate(p.names)]
         pairs = confused_pairs(p.truth, p.predicted)
         classes, counts, shares = confusion_matrix(p.truth, p.predicted, len(p.names), pairs)
