@@ -4,9 +4,9 @@
         --seeds 0 1 2 --timm PATH/TO/timm/train.py --fastai PATH/TO/python-that-has-fastai
 
 Each DIR holds train/, val/ and test/, of which --per-class takes that many images of each class (the seed draws them;
-half as many for validation, and --test-per-class for the test). Without --weights all train from scratch; with them, the head that is solved on the frozen
-features (configs/linear_probe.yaml) takes part too. The others run at their documented defaults, and once tuned (the
-learning rate of ``TUNED``):
+half as many for validation, and --test-per-class for the test). Without --weights all train from scratch; with them,
+the head that is solved on the frozen features (configs/linear_probe.yaml) takes part too. The others run at their
+documented defaults, and once tuned (the learning rate of ``TUNED``):
 
 - a plain loop: timm's network in channels_last, torchvision's classification reference (SGD 0.1, momentum 0.9,
   steps), or AdamW 0.001 with a cosine;
