@@ -70,11 +70,6 @@ def train_size(backbone: str) -> int:
     return int(published_config(backbone).input_size[-1])
 
 
-def published_classes(backbone: str) -> int:
-    """Return the number of classes of ``backbone``'s published weights."""
-    return int(published_config(backbone).num_classes)
-
-
 def published_names(backbone: str) -> tuple[str, ...]:
     """Return the class names of ``backbone``'s published weights, synonyms after commas."""
     from timm.data import imagenet_info
