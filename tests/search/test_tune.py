@@ -79,8 +79,8 @@ class Played:
         return run
 
 
-def search_in(folder, fit, budget=None, trials=None, select="loss"):
-    return Search(fit, folder, read_space(SPACE, "space", BASE), BASE, budget, trials, select)
+def search_in(folder, fit, budget=None, trials=None, select="loss", **settings):
+    return Search(fit, folder, read_space(SPACE, "space", BASE), {**BASE, **settings}, budget, trials, select)
 
 
 def test_the_first_run_is_the_configs_and_the_best_is_never_worse(tmp_path, monkeypatch):
@@ -203,6 +203,21 @@ def test_what_the_symmetries_ask_for_is_tried_first(tmp_path, monkeypatch, capsy
     search = search_in(tmp_path / "d", Played(monkeypatch, holds={HFLIP: True, VFLIP: True, TURNS: True}), trials=1)
     search.run()
     assert search.done[2].values == {VFLIP: 0.5, TURNS: 0.75}
+
+
+@pytest.mark.parametrize(("holds", "hflip"), [(False, 0), (True, 0.5), (None, 0.5)])
+def test_what_the_first_run_has_chosen_is_kept(tmp_path, monkeypatch, holds, hflip):
+    """With `hflip: auto` the first run decides; the others, and `best.yaml`, have the number."""
+    played = Played(monkeypatch, holds={HFLIP: holds, VFLIP: False, TURNS: False})
+    search = search_in(tmp_path, played, trials=4, **{HFLIP: "auto"})
+    search.run()
+    assert HFLIP not in played.started[0]
+    assert search.done[1].values == {}
+    chosen = [changes[HFLIP] for changes in played.started[1:]]
+    assert set(chosen[:1]) == {hflip}
+    assert set(chosen) == ({0} if holds is False else {0, 0.5})
+    assert search.settings_of(search.done[0])[HFLIP] == hflip
+    assert rows_of(tmp_path / "leaderboard.csv")[0][HFLIP] in ("0", "0.5")
 
 
 def test_a_failed_run_is_a_row_and_the_search_goes_on(tmp_path, monkeypatch):
