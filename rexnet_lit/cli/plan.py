@@ -20,7 +20,7 @@ from rich.text import Text
 from rexnet_lit.cli import several_runs
 from rexnet_lit.cli.tables import table
 from rexnet_lit.search import plan
-from rexnet_lit.search.plan import ShortFit, Stopwatch, Times, Work
+from rexnet_lit.search.plan import NoPictures, ShortFit, Stopwatch, TimedChoice, Times, Work
 from rexnet_lit.training.callbacks.console import print_table
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import Stopped, UserError, plural
@@ -65,7 +65,8 @@ class ShortRuns(several_runs.SeveralRuns):
             share = sum(map(len, splits.values())) / sum(self.sizes.values())
             limit = data._cache_bytes or process.available_memory() / (4 if data.cache == "auto" else 2)
             data._cache_bytes = limit * share
-        self.trainer.callbacks.insert(0, self.watch)  # type: ignore[attr-defined]
+        watching = [self.watch, TimedChoice(self.watch), NoPictures()]
+        self.trainer.callbacks[:0] = watching  # type: ignore[attr-defined]
         super().before_fit()
 
     def measure(self, folder: Path, batch: int, steps: int, epochs: int) -> ShortFit:

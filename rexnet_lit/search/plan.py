@@ -20,6 +20,8 @@ from lightning.pytorch.callbacks import Callback
 from rexnet_lit.data.folder import Samples
 from rexnet_lit.data.sampler import uses_all_batches
 from rexnet_lit.data.splits import draw_evenly
+from rexnet_lit.training.callbacks.mirroring import ChooseMirroring
+from rexnet_lit.training.callbacks.pictures import ValidationPictures
 from rexnet_lit.utils import process
 
 EPOCHS, STEPS = 2, 10
@@ -36,6 +38,7 @@ class Stopwatch(Callback):
         self.epochs: list[float] = []
         self.steps: list[list[float]] = []
         self.validations: list[float] = []
+        self.choice = 0.0
 
     def _mark(self, name: str) -> float:
         if torch.cuda.is_available():
@@ -81,6 +84,27 @@ class Stopwatch(Callback):
     def between(self, first: str, last: str) -> float:
         """Return the seconds between two marks."""
         return self.times[last] - self.times[first]
+
+
+class TimedChoice(ChooseMirroring):
+    """Notes how long the choice of ``data.augment.hflip`` takes, which hardly grows with the number of images."""
+
+    def __init__(self, watch: Stopwatch) -> None:
+        super().__init__()
+        self._watch = watch
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Choose."""
+        started = time.perf_counter()
+        super().on_fit_start(trainer, pl_module)
+        self._watch.choice = time.perf_counter() - started
+
+
+class NoPictures(ValidationPictures):
+    """Draws nothing: a fit draws seldom, but its first and last validation, all that a short fit has."""
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Do not collect what would be drawn."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +156,7 @@ class Times:
         start: From the command to the first step: imports, reading the images, features of a frozen backbone.
         training: All steps.
         validation: All validations.
-        saving: Checkpoints, logs and pictures of all epochs.
+        saving: Checkpoints and logs of all epochs.
         end: Selection and calibration of the weights, the model file.
     """
 
@@ -169,7 +193,7 @@ def estimate_times(cold: ShortFit, warm: ShortFit, work: Work, imports: float) -
     begins = watch.epochs[0] - watch.times["start"]
     return Times(
         step=step,
-        start=imports + unprepared + begins + watch.between("setup", "start") * images,
+        start=imports + unprepared + begins + watch.choice + (watch.between("setup", "start") - watch.choice) * images,
         training=step * work.steps * work.epochs,
         validation=validation * val * work.validations + max(0.0, first_validation - validation) * val,
         saving=saving * work.epochs,
