@@ -30,11 +30,12 @@ if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule as RexNetModule
     from rexnet_lit.training.optim import OptimizerSettings as OptimizerSettings
     from rexnet_lit.training.schedules import ScheduleSettings as ScheduleSettings
+    from rexnet_lit.training.schedules import auto_epochs as auto_epochs
 
 __all__ = [
     "AugmentSettings", "Classifier", "EvalRecipe", "EvalTransform", "HeadSpec", "ImageFolderDataModule",
     "LossSettings", "OptimizerSettings", "RexNetModule", "RunCheckpoint", "ScheduleSettings", "StrategySettings",
-    "TrainTransform", "UserError", "configure_allocator", "load", "save_model", "write_sample",
+    "TrainTransform", "UserError", "auto_epochs", "configure_allocator", "load", "save_model", "write_sample",
 ]  # fmt: skip
 __version__ = "0.1.0"
 
@@ -55,6 +56,7 @@ _LAZY = {
     "ScheduleSettings": "training.schedules",
     "StrategySettings": "training.freezing",
     "TrainTransform": "data.transforms",
+    "auto_epochs": "training.schedules",
     "load": "models.predictor",
     "save_model": "models.checkpoint",
     "write_sample": "data.sample",

@@ -42,6 +42,7 @@ from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.callbacks.loggers import RunTensorBoardLogger
 from rexnet_lit.training.callbacks.signals import StopOnSignal
 from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.training.schedules import auto_epochs
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import absolute_path
@@ -235,6 +236,8 @@ class RexNetCLI(LightningCLI):
         trainer_checks.check_settings(settings)
         trainer_checks.check_callbacks(given)
         bar = trainer_parts.progress_bar(settings, given)
+        if settings["max_epochs"] == "auto":
+            settings["max_epochs"] = self._choose_epochs() if self.subcommand == "fit" else None
         if self.subcommand == "fit":
             saves = settings["enable_checkpointing"] is not False
             own: list[Callback] = [RunCheckpoint(accept_changes=self.config["fit"]["accept_changes"])] if saves else []
@@ -251,6 +254,14 @@ class RexNetCLI(LightningCLI):
             raise UserError(f"trainer: {error}") from None
         trainer_checks.check_trainer(trainer, settings, str(self.subcommand))
         return trainer
+
+    def _choose_epochs(self) -> int:
+        """Return what ``trainer.max_epochs: auto`` stands for, and write it into the config."""
+        images = len(self.datamodule.splits()["train"])
+        epochs = auto_epochs(images, self.datamodule.batch_size)
+        rank_zero_only(print)(f"trainer.max_epochs: auto is {epochs} for {images} training images", flush=True)
+        self.config["fit"]["trainer"]["max_epochs"] = epochs
+        return epochs
 
     def _logger(self, root: str) -> Logger:
         """Return the logger of a new run; for a resumed one its own, without what was logged after the checkpoint."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import jsonargparse
 import yaml
@@ -42,8 +42,10 @@ def add_settings(parser: LightningArgumentParser, command: str) -> None:
     parser.add_argument("--help_all", action="help", default=argparse.SUPPRESS, help="show all settings")
     limits = [f"limit_{name}_batches" for name in ("train", "val", "test", "predict")]
     parser.add_class_arguments(  # add_lightning_class_args cannot skip parameters
-        Trainer, "trainer", skip=set(limits), instantiate=False, fail_untyped=False, sub_configs=True
+        Trainer, "trainer", skip={*limits, "max_epochs"}, instantiate=False, fail_untyped=False, sub_configs=True
     )
+    help_ = "passes over the training images; auto: 20, more of few images"
+    parser.add_argument("--trainer.max_epochs", type=int | Literal["auto"] | None, help=help_)
     # `typing` caches Optional[Union[int, float]] and may return float | int, which reads 1 as 1.0: all batches.
     help_ = "how many of the batches to use (int), or which share of them (float)"
     for name in limits:

@@ -12,11 +12,13 @@ from lightning.pytorch.callbacks import Callback
 from rexnet_lit.cli.config import leaves
 from rexnet_lit.cli.lightning_cli import RexNetCLI
 from rexnet_lit.cli.messages import Parser
+from rexnet_lit.data.folder import scan
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.search import crossval, ship
 from rexnet_lit.search.state import read_result
 from rexnet_lit.training.callbacks.console import print_table
 from rexnet_lit.training.callbacks.run_files import find_run_folder
+from rexnet_lit.training.schedules import auto_epochs
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.settings import check_choice
 
@@ -43,6 +45,14 @@ class SeveralRuns(RexNetCLI):
     def identity(self) -> dict[str, Any]:
         """The settings by key, without those that may differ between two starts of the same command."""
         return {key: value for key, value in leaves(self.settings) if not key.startswith(_OF_A_RUN)}
+
+    def choose_epochs(self) -> None:
+        """Replace ``trainer.max_epochs: auto`` by the number that it stands for, which all runs then have."""
+        config = self._settings["fit"]
+        if config["trainer"]["max_epochs"] == "auto":
+            folder = scan(config["data"]["root"], SplitSettings.of(config["data"].as_dict()))
+            images = len(folder.splits["train"])
+            config["trainer"]["max_epochs"] = auto_epochs(images, config["data"]["batch_size"])
 
     def before_fit(self) -> None:
         """Let the fit have the callbacks of a search."""
@@ -86,6 +96,7 @@ def parse(argv: Sequence[str], kind: type[SeveralRuns] = SeveralRuns) -> Several
         raise UserError("find_lr is for fit; leave it out")
     if runs.settings["ckpt_path"]:
         raise UserError("ckpt_path: this command goes on by itself when it is started again; leave ckpt_path out")
+    runs.choose_epochs()
     return runs
 
 

@@ -207,6 +207,20 @@ def count_steps(trainer: pl.Trainer, settings: ScheduleSettings) -> tuple[int, i
     return per_epoch, min(ends, default=2**62)
 
 
+def auto_epochs(images: int, batch_size: int) -> int:
+    """Return the epochs that ``trainer.max_epochs: auto`` stands for: 20, or more of few images.
+
+    Of a hundred images, 20 epochs are 80 steps, which hardly train a network that starts from scratch
+    (docs/experiments.md, "Few images").
+
+    Args:
+        images: Number of training images.
+        batch_size: Images per step.
+    """
+    epochs, most, steps = 20, 80, 320
+    return min(most, max(epochs, math.ceil(steps / math.ceil(images / batch_size))))
+
+
 def gradient_factor(trainer: pl.Trainer, batch_idx: int) -> float:
     """Return what a batch's loss is multiplied by, so that the gradient of accumulated batches is their mean.
 

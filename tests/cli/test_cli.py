@@ -27,7 +27,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from rexnet_lit.cli import main, previous_run
+from rexnet_lit.cli import main, previous_run, several_runs
 from rexnet_lit.cli.commands import COMMANDS
 from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.export import export
@@ -873,6 +873,20 @@ def test_a_fast_dev_run_writes_nothing(images, capsys):
     assert _quick(images, "--trainer.fast_dev_run", "true") == 0
     assert [f for f in Path("runs").rglob("*") if f.is_file()] == [precious]
     assert precious.read_text() == "precious"
+
+
+@quick
+def test_automatic_epochs(images, capsys):
+    """They are printed, and a number in `config.yaml`; other commands take the config too, and several runs agree."""
+    auto = ("--trainer.max_epochs", "auto")
+    assert _quick(images, *auto, "--data.batch_size", 4, "--trainer.max_time", "00:00:00:01") == 0
+    assert "trainer.max_epochs: auto is 80 for 12 training images" in capsys.readouterr().out
+    run = Path("runs/lightning_logs/version_0")
+    assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 80
+    assert main.main(["test", "--config", "finetune", "--ckpt_path", str(run / "model.safetensors")]) == 0
+    assert several_runs.parse(["--data.root", str(images), *auto]).settings["trainer"]["max_epochs"] == 80
+    assert main.main([*map(str, QUICK), "--data.root", str(images), "--trainer.max_epochs", "many"]) == 2
+    assert "trainer.max_epochs: expected" in capsys.readouterr().err
 
 
 @quick

@@ -7,7 +7,7 @@ import itertools
 import pytest
 import torch
 
-from rexnet_lit.training.schedules import Plateau, ScheduleSettings, lr_factor
+from rexnet_lit.training.schedules import Plateau, ScheduleSettings, auto_epochs, lr_factor
 from rexnet_lit.utils.errors import UserError
 
 # 10 epochs of 10 steps, one of them warm-up: steps 0 to 9 rise by elevenths, 90 steps remain.
@@ -121,3 +121,12 @@ def test_plateau_by_hand():
 def test_wrong_settings(settings, message):
     with pytest.raises(UserError, match=message):
         ScheduleSettings(**settings)
+
+
+@pytest.mark.parametrize(
+    ("images", "batch_size", "epochs"),
+    [(1000, 32, 20), (500, 32, 20), (320, 32, 32), (250, 32, 40), (100, 32, 80), (3, 32, 80), (100, 4, 20)],
+)
+def test_few_images_have_more_epochs(images, batch_size, epochs):
+    """At least 320 steps: 250 images are 8 steps of 32; but no more than 80 epochs, and no fewer than 20."""
+    assert auto_epochs(images, batch_size) == epochs
