@@ -89,6 +89,7 @@ _PARSER_WORDS: tuple[tuple[str | re.Pattern[str], str], ...] = (
     (r"<class '([\w.]+)'>", r"\1"),
     (r"typing\.", ""),
     (r"Expected a (\S.*?)\. Got value: (.*)$", r"expected \1, got \2"),
+    (r"Literal\[('\w+')\]", r"\1"),
     (r"Literal\[(.*?)\]", r"one of \1"),
     (
         r"Does not validate against any of the Union subtypes Subtypes: \[(.*)\] "
