@@ -141,7 +141,7 @@ def report(found: Symmetries | None) -> list[Finding]:
         share, setting = found.changed[key], value if found.holds[key] else 0
         if found.holds[key] is not (key != HFLIP):  # what most configs have
             continue
-        how, auto = ("as well", "") if setting else ("worse", " (as the default of finetune, auto, does)")
+        how, auto = ("as well", "") if setting else ("worse", " (auto, the default of finetune, does that)")
         message = f"images that are {words} are recognised {how}: {share:.0%} of them, {found.upright:.0%} as they are"
         findings.append(Finding("info", "symmetry", message, f"train with {key}: {setting}{auto}"))
     return findings

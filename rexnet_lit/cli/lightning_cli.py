@@ -257,9 +257,10 @@ class RexNetCLI(LightningCLI):
 
     def _choose_epochs(self) -> int:
         """Return what ``trainer.max_epochs: auto`` stands for, and write it into the config."""
-        images = len(self.datamodule.splits()["train"])
-        epochs = auto_epochs(images, self.datamodule.batch_size)
-        rank_zero_only(print)(f"trainer.max_epochs: auto is {epochs} for {images} training images", flush=True)
+        images, scratch = len(self.datamodule.splits()["train"]), self.model.scratch
+        epochs = auto_epochs(images, self.datamodule.batch_size, scratch)
+        start = ", from random weights" if scratch else ""
+        rank_zero_only(print)(f"trainer.max_epochs auto: {epochs}, for {images} training images{start}", flush=True)
         self.config["fit"]["trainer"]["max_epochs"] = epochs
         return epochs
 

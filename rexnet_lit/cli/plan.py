@@ -111,7 +111,7 @@ def run_plan(argv: Sequence[str]) -> int:
     if runs.model.strategy_settings.only_solves:
         work = dataclasses.replace(work, epochs=1, validations=1)
     work = dataclasses.replace(work, selects=runs.model.blends)
-    _print(runs, work, plan.estimate_times(cold, warm, work, imports), devices, disk)
+    _print(runs, work, plan.estimate_times(cold, warm, work, imports, runs.datamodule.num_classes), devices, disk)
     _print_memory(cold, warm, runs.model.device, runs.sizes["train"])
     for note in _notes(settings, devices):
         print(f"note: {note}")  # noqa: T201

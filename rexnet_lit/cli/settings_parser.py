@@ -44,7 +44,7 @@ def add_settings(parser: LightningArgumentParser, command: str) -> None:
     parser.add_class_arguments(  # add_lightning_class_args cannot skip parameters
         Trainer, "trainer", skip={*limits, "max_epochs"}, instantiate=False, fail_untyped=False, sub_configs=True
     )
-    help_ = "passes over the training images; auto: 20, more of few images"
+    help_ = "passes over the training images; auto: 20, or up to 80 of few images"
     parser.add_argument("--trainer.max_epochs", type=int | Literal["auto"] | None, help=help_)
     # `typing` caches Optional[Union[int, float]] and may return float | int, which reads 1 as 1.0: all batches.
     help_ = "how many of the batches to use (int), or which share of them (float)"

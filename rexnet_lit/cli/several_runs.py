@@ -51,8 +51,11 @@ class SeveralRuns(RexNetCLI):
         config = self._settings["fit"]
         if config["trainer"]["max_epochs"] == "auto":
             folder = scan(config["data"]["root"], SplitSettings.of(config["data"].as_dict()))
-            images = len(folder.splits["train"])
-            config["trainer"]["max_epochs"] = auto_epochs(images, config["data"]["batch_size"])
+            images, scratch = (
+                len(folder.splits["train"]),
+                not (config["model"]["weights"] or config["model"]["pretrained"]),
+            )
+            config["trainer"]["max_epochs"] = auto_epochs(images, config["data"]["batch_size"], scratch)
 
     def before_fit(self) -> None:
         """Let the fit have the callbacks of a search."""

@@ -260,7 +260,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             self._datasets[name].transform = self.train_transform(hflip)
 
     def preview(self, count: int = 16) -> NDArray[np.uint8]:
-        """Return training images, (N, S, S, 3), as the first epoch's augmentation makes them."""
+        """Return training images, (N, S, S, 3), as the first epoch's augmentation makes them; ``auto`` mirrors."""
         dataset = self._datasets["train"]
         order = training_order(dataset.samples.targets, self.sampler, run_seed(), 0)[:count]
         return np.stack([dataset.augmented(int(index), 0) for index in order])

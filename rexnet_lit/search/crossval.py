@@ -43,7 +43,7 @@ def pool(root: str, settings: SplitSettings) -> ImageFolder:
     targets = np.concatenate([part.targets for part in parts])
     raws = [path for part in parts for path in part.paths.raws()]
     order = sorted(range(len(raws)), key=lambda i: (int(targets[i]), raws[i]))
-    notes = tuple(note for note in folder.notes if "is drawn from train" not in note)  # each fold draws its own
+    notes = tuple(note for note in folder.notes if note != "val is drawn from train")  # each fold draws its own
     splits: dict[Split, Samples] = {"train": Samples(folder.root, PathList([raws[i] for i in order]), targets[order])}
     if "test" in folder.splits:
         splits["test"] = folder.splits["test"]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import operator
 import sys
 import time
 from collections.abc import Mapping
@@ -22,6 +23,7 @@ from rexnet_lit.data.sampler import uses_all_batches
 from rexnet_lit.data.splits import draw_evenly
 from rexnet_lit.training.callbacks.mirroring import ChooseMirroring
 from rexnet_lit.training.callbacks.pictures import ValidationPictures
+from rexnet_lit.training.symmetries import images_measured
 from rexnet_lit.utils import process
 
 EPOCHS, STEPS = 2, 10
@@ -87,7 +89,7 @@ class Stopwatch(Callback):
 
 
 class TimedChoice(ChooseMirroring):
-    """Notes how long the choice of ``data.augment.hflip`` takes, which hardly grows with the number of images."""
+    """Notes how long the choice of ``data.augment.hflip`` takes, which looks at some of the images."""
 
     def __init__(self, watch: Stopwatch) -> None:
         super().__init__()
@@ -101,7 +103,7 @@ class TimedChoice(ChooseMirroring):
 
 
 class NoPictures(ValidationPictures):
-    """Draws nothing: a fit draws seldom, but its first and last validation, all that a short fit has."""
+    """Draws nothing: a whole fit spends a small share of its time on pictures, a short one would spend much."""
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Do not collect what would be drawn."""
@@ -173,7 +175,7 @@ class Times:
         return self.start + self.training + self.validation + self.saving + self.end
 
 
-def estimate_times(cold: ShortFit, warm: ShortFit, work: Work, imports: float) -> Times:
+def estimate_times(cold: ShortFit, warm: ShortFit, work: Work, imports: float, classes: int) -> Times:
     """Return the times of a fit.
 
     Args:
@@ -181,8 +183,11 @@ def estimate_times(cold: ShortFit, warm: ShortFit, work: Work, imports: float) -
         warm: The second one, with the fit's batch size and `EPOCHS` epochs.
         work: What the fit has to do.
         imports: Seconds before the first short fit.
+        classes: Number of classes.
     """
     watch = warm.watch
+    chosen_by = (images_measured(part.train, part.val, classes) for part in (work, warm))
+    choice = watch.choice * operator.truediv(*chosen_by)
     first, last = watch.steps[0], watch.steps[-1]
     step = float(np.mean([*first[_SKIPPED:], *last[1:]] or last))
     first_validation, validation = (watch.validations[i] if watch.validations else 0.0 for i in (0, -1))
@@ -193,7 +198,7 @@ def estimate_times(cold: ShortFit, warm: ShortFit, work: Work, imports: float) -
     begins = watch.epochs[0] - watch.times["start"]
     return Times(
         step=step,
-        start=imports + unprepared + begins + watch.choice + (watch.between("setup", "start") - watch.choice) * images,
+        start=imports + unprepared + begins + choice + (watch.between("setup", "start") - watch.choice) * images,
         training=step * work.steps * work.epochs,
         validation=validation * val * work.validations + max(0.0, first_validation - validation) * val,
         saving=saving * work.epochs,

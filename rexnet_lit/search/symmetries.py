@@ -51,19 +51,22 @@ class MeasureSymmetries(ChooseMirroring):
     def __init__(self, file: Path) -> None:
         super().__init__()
         self.file = file
+        self._measured = False
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Measure them, unless that has been done, or the fit has a data module of another kind."""
+        self._measured = False
         super().on_fit_start(trainer, pl_module)
         data = find_datamodule(trainer)
-        if data is not None and isinstance(pl_module, RexNetModule):
+        if not self._measured and data is not None and isinstance(pl_module, RexNetModule):
             self.measure(pl_module, data)
 
     def measure(self, module: RexNetModule, data: ImageFolderDataModule) -> Symmetries | None:
         """Return the symmetries."""
-        found = read_symmetries(self.file)
-        if found is None and not module.trainer.ckpt_path:
+        self._measured, trainer = True, module.trainer
+        found = trainer.strategy.broadcast(read_symmetries(self.file))
+        if found is None and not trainer.ckpt_path:
             found = measure_symmetries(module, data)
-            if found is not None and module.trainer.is_global_zero:
+            if found is not None and trainer.is_global_zero:
                 write_file(self.file, json.dumps(dataclasses.asdict(found), indent=1) + "\n")
         return found

@@ -107,7 +107,8 @@ class Search:
 
     @property
     def _uses_symmetries(self) -> bool:
-        return not SETTINGS.isdisjoint(self.space) and self.base["data.augment.name"] != "none"
+        uses = not SETTINGS.isdisjoint(self.space) or self._given.get(HFLIP) == AUTO
+        return uses and self._given["data.augment.name"] != "none"
 
     @property
     def _needed(self) -> int:
@@ -352,7 +353,8 @@ class Search:
     def settings_of(self, trial: Trial) -> Values:
         """Return the settings by which a fit repeats a trial."""
         start = {"model.weights": str(self.start_file(trial).absolute())} if trial.start else {}
-        chosen = {key: value for key, value in self.base.items() if value != self._given[key]}
+        later = trial.stage != "default"  # the first run has chosen it
+        chosen = {key: value for key, value in self.base.items() if later and value != self._given[key]}
         return {**chosen, **trial.values, **start, _EPOCHS: trial.epochs, "seed_everything": trial.seed}
 
     def start_file(self, trial: Trial) -> Path:

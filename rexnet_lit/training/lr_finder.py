@@ -37,6 +37,8 @@ def find_lr(trainer: pl.Trainer, module: RexNetModule, data: ImageFolderDataModu
     """
     if trainer.world_size > 1:
         raise UserError("find_lr runs in one process; set trainer.devices to 1")
+    if data.augment.chooses_hflip:
+        print("data.augment.hflip auto: images are mirrored here, as only a fit chooses")  # noqa: T201
     trainer.loggers, trainer.callbacks = [], []  # type: ignore[attr-defined]  # they would start a run folder
     logging.disable(logging.INFO)
     with warnings.catch_warnings(), contextlib.ExitStack() as quiet:

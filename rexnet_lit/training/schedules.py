@@ -207,17 +207,18 @@ def count_steps(trainer: pl.Trainer, settings: ScheduleSettings) -> tuple[int, i
     return per_epoch, min(ends, default=2**62)
 
 
-def auto_epochs(images: int, batch_size: int) -> int:
-    """Return the epochs that ``trainer.max_epochs: auto`` stands for: 20, or more of few images.
+def auto_epochs(images: int, batch_size: int, scratch: bool = False) -> int:
+    """Return the epochs that ``trainer.max_epochs: auto`` stands for: 20, or up to 80 of few images.
 
-    Of a hundred images, 20 epochs are 80 steps, which hardly train a network that starts from scratch
-    (docs/experiments.md, "Few images").
+    20 epochs of a hundred images are 80 steps. That is enough from given weights, but hardly trains a network that
+    starts from random ones, which gets at least 320 (docs/experiments.md, "Few images").
 
     Args:
         images: Number of training images.
         batch_size: Images per step.
+        scratch: Whether training starts from random weights.
     """
-    epochs, most, steps = 20, 80, 320
+    epochs, most, steps = 20, 80, 320 if scratch else 80
     return min(most, max(epochs, math.ceil(steps / math.ceil(images / batch_size))))
 
 

@@ -18,6 +18,7 @@ from rexnet_lit.data.splits import draw_evenly
 from rexnet_lit.models import rexnet
 from rexnet_lit.training.features import embedder
 from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.training.parts import is_rexnet
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     HFLIP: lambda images: images.flip(3),
@@ -34,23 +35,25 @@ def measure_symmetries(
 ) -> Symmetries | None:
     """Return the symmetries, the same on all processes; None if there are too few images. No weights change.
 
+    None also for a network of the user's own, which need not take images of every size.
+
     Args:
         module: The module; its network has not been trained on these images.
         data: Its data, which `setup` has prepared for a fit.
         views: What to do with images, by setting.
     """
     train, val = _draw(data, module.spec.num_classes)
-    if not len(val) or len({*train.targets.tolist()}) < 2:
+    if not is_rexnet(module.network) or not len(val) or len({*train.targets.tolist()}) < 2:
         return None
     network, trainer = module.network, module.trainer
     module.network = copy.deepcopy(network).eval()
     try:
         if module.scratch:
             _estimate_statistics(module.network)
-            data.compute_features(train, functools.partial(_embed_some, module.network), evaluate=True)
+            data.compute_features(train, functools.partial(_embed_some, module.network))
             module.network.eval()
         embed = embedder(module)
-        known = data.compute_features(train, lambda images: embed(_shrink(images)), evaluate=True)[0]
+        known = data.compute_features(train, lambda images: embed(_shrink(images)))[0]
         seen = data.compute_features(val, lambda images: _embed_views(embed, _shrink(images), views))[0]
     finally:
         module.network = network
@@ -60,6 +63,11 @@ def measure_symmetries(
         by_key = dict(zip(views, changed, strict=True))
         found = judge(known.numpy(), train.targets, upright, val.targets, by_key)
     return cast(Symmetries, trainer.strategy.broadcast(found))
+
+
+def images_measured(train: int, val: int, classes: int) -> int:
+    """Return how many images, changed ones too, the features are computed of to judge one symmetry."""
+    return min(train, training_images(classes)) + 2 * min(val, VALIDATION)
 
 
 def _draw(data: ImageFolderDataModule, classes: int) -> tuple[Samples, Samples]:

@@ -50,7 +50,7 @@ def test_findings():
     assert (mirrored.severity, mirrored.code, mirrored.advice) == (
         "info",
         "symmetry",
-        f"train with {HFLIP}: 0 (as the default of finetune, auto, does)",
+        f"train with {HFLIP}: 0 (auto, the default of finetune, does that)",
     )
     assert "mirrored are recognised worse: 0% of them, 100% as they are" in mirrored.message
     assert upside_down.advice == f"train with {VFLIP}: 0.5"

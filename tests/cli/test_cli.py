@@ -880,11 +880,11 @@ def test_automatic_epochs(images, capsys):
     """They are printed, and a number in `config.yaml`; other commands take the config too, and several runs agree."""
     auto = ("--trainer.max_epochs", "auto")
     assert _quick(images, *auto, "--data.batch_size", 4, "--trainer.max_time", "00:00:00:01") == 0
-    assert "trainer.max_epochs: auto is 80 for 12 training images" in capsys.readouterr().out
+    assert "trainer.max_epochs auto: 80, for 12 training images, from random weights" in capsys.readouterr().out
     run = Path("runs/lightning_logs/version_0")
     assert yaml.safe_load((run / "config.yaml").read_text())["trainer"]["max_epochs"] == 80
     assert main.main(["test", "--config", "finetune", "--ckpt_path", str(run / "model.safetensors")]) == 0
-    assert several_runs.parse(["--data.root", str(images), *auto]).settings["trainer"]["max_epochs"] == 80
+    assert several_runs.parse([str(images), *auto]).settings["trainer"]["max_epochs"] == 80
     assert main.main([*map(str, QUICK), "--data.root", str(images), "--trainer.max_epochs", "many"]) == 2
     assert "trainer.max_epochs: expected int, 'auto', null, got many" in capsys.readouterr().err
 

@@ -26,22 +26,20 @@ def watch(steps, validations, **times):
 def test_times_by_hand():
     """Steps of 2 s after two slow ones, 4 s of validation, 1 s for the rest of an epoch, 2 s to prepare 100 images.
 
-    Choosing `hflip` takes another second, of a few images as of many.
+    Choosing `hflip` takes another second for 80 + 2 x 20 images; the fit looks at 500 + 2 x 200.
     """
     cold = ShortFit(watch([[6.0, 1.0, 1.0]], [1.0]), 4, 12, 10, 0)
     warm = watch([[5, 3, *[2] * 8], [2.5, *[2] * 9]], [6.0, 4.0], setup=0, start=3, trained=60, end=62)
     warm.choice = 1.0
     warm.epochs = [3.5, 32.0, 32.0 + 20 + 4 + 1]
-    found = plan.estimate_times(
-        cold, ShortFit(warm, 8, 80, 20, 0), Work(800, 200, 100, 5, 5, selects=True), imports=7.0
-    )
+    found = plan.estimate_times(cold, ShortFit(warm, 8, 80, 20, 0), Work(800, 200, 100, 5, 5, selects=True), 7.0, 10)
     assert found.step == 2
     assert found.training == 2 * 100 * 5
     assert found.validation == 4 * 10 * 5 + 2 * 10  # the first one also reads the images
     assert found.saving == 5
-    assert found.start == 7 + 5 + 0.5 + 1 + 2 * 10
+    assert found.start == 7 + 5 + 0.5 + 900 / 120 + 2 * 10
     assert found.end == 20
-    assert found.total == 1000 + 220 + 5 + 33.5 + 20
+    assert found.total == 1000 + 220 + 5 + 40 + 20
 
 
 def test_memory_is_on_the_line_through_two_fits():

@@ -216,8 +216,19 @@ def test_what_the_first_run_has_chosen_is_kept(tmp_path, monkeypatch, holds, hfl
     chosen = [changes[HFLIP] for changes in played.started[1:]]
     assert set(chosen[:1]) == {hflip}
     assert set(chosen) == ({0} if holds is False else {0, 0.5})
-    assert search.settings_of(search.done[0])[HFLIP] == hflip
+    assert HFLIP not in search.settings_of(search.done[0])
     assert rows_of(tmp_path / "leaderboard.csv")[0][HFLIP] in ("0", "0.5")
+
+
+def test_a_first_run_that_was_stopped_is_resumed_with_its_own_settings(tmp_path, monkeypatch):
+    """It has chosen for `hflip: auto` by then."""
+    holds = {HFLIP: False, VFLIP: None, TURNS: None}
+    with pytest.raises(KeyboardInterrupt):
+        search_in(tmp_path, Played(monkeypatch, holds=holds, stop_at=1), trials=1, **{HFLIP: "auto"}).run()
+    played = Played(monkeypatch, holds=holds)
+    search_in(tmp_path, played, trials=1, **{HFLIP: "auto"}).run()
+    assert HFLIP not in played.started[0]
+    assert {changes[HFLIP] for changes in played.started[1:]} == {0}
 
 
 def test_a_failed_run_is_a_row_and_the_search_goes_on(tmp_path, monkeypatch):

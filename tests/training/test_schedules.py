@@ -124,9 +124,13 @@ def test_wrong_settings(settings, message):
 
 
 @pytest.mark.parametrize(
-    ("images", "batch_size", "epochs"),
-    [(1000, 32, 20), (500, 32, 20), (320, 32, 32), (250, 32, 40), (100, 32, 80), (3, 32, 80), (100, 4, 20)],
-)
-def test_few_images_have_more_epochs(images, batch_size, epochs):
-    """At least 320 steps: 250 images are 8 steps of 32; but no more than 80 epochs, and no fewer than 20."""
-    assert auto_epochs(images, batch_size) == epochs
+    ("images", "batch_size", "from_weights", "scratch"),
+    [
+        (1000, 32, 20, 20), (320, 32, 20, 32), (250, 32, 20, 40), (100, 32, 20, 80), (96, 32, 27, 80), (40, 32, 40, 80),
+        (3, 32, 80, 80), (100, 4, 20, 20),
+    ],
+)  # fmt: skip
+def test_few_images_have_more_epochs(images, batch_size, from_weights, scratch):
+    """At least 80 steps, 320 from scratch: 250 images are 8 steps of 32. No more than 80 epochs, no fewer than 20."""
+    assert auto_epochs(images, batch_size) == from_weights
+    assert auto_epochs(images, batch_size, scratch=True) == scratch

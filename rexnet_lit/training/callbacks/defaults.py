@@ -65,8 +65,7 @@ def _is_lightnings_default(callback: Callback) -> bool:
 
 def _start_over(trainer: Trainer) -> None:
     """Forget the training of another module: its progress, its callbacks, its best weights."""
-    ours = (*_DEFAULTS, EMA)
-    kept = [c for c in trainer.callbacks if type(c) not in ours]  # type: ignore[attr-defined]
+    kept = [c for c in trainer.callbacks if not isinstance(c, (*_DEFAULTS, EMA))]  # type: ignore[attr-defined]
     trainer.callbacks = kept  # type: ignore[attr-defined]
     for callback in kept:
         if isinstance(callback, RunCheckpoint):

@@ -12,7 +12,6 @@ from rexnet_lit.checks.symmetries import HFLIP, Symmetries
 from rexnet_lit.data.augmentation import MIRRORED
 from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
 from rexnet_lit.training.module import RexNetModule
-from rexnet_lit.training.parts import is_rexnet
 from rexnet_lit.training.symmetries import VIEWS, measure_symmetries
 
 
@@ -26,6 +25,11 @@ class ChooseMirroring(Callback):
         self._resumed: float | None = None
         self.hflip: float | None = None
         """The probability that was chosen; None where it is a setting."""
+
+    @property
+    def state_key(self) -> str:
+        """The name of the state in a checkpoint, of subclasses too."""
+        return "ChooseMirroring"
 
     @property
     def chosen(self) -> dict[str, float]:
@@ -42,12 +46,14 @@ class ChooseMirroring(Callback):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Choose, before features of augmented images are computed."""
-        data, hflip = find_datamodule(trainer), self._resumed
+        data = find_datamodule(trainer)
+        hflip = self._resumed if trainer.ckpt_path else None  # a validation restores it too
         self.hflip = self._resumed = None
         if data is None or not data.augment.chooses_hflip or not isinstance(pl_module, RexNetModule):
             return
         if hflip is None:
-            found = self.measure(pl_module, data) if is_rexnet(pl_module.network) else None
+            pl_module.start.require(resumes=trainer.ckpt_path is not None)
+            found = self.measure(pl_module, data)
             hflip = 0.0 if found is not None and found.holds[HFLIP] is False else MIRRORED
             rank_zero_only(print)(_describe(hflip, found), flush=True)
         self.hflip = hflip
@@ -60,11 +66,8 @@ class ChooseMirroring(Callback):
 
 def _describe(hflip: float, found: Symmetries | None) -> str:
     """Return a line about the choice."""
-    line = f"{HFLIP}: auto is {hflip:g}"
-    if found is None:
-        return f"{line}: there is too little to judge by."
-    mirrored, upright = found.changed[HFLIP], found.upright
-    if found.holds[HFLIP] is None:
-        return f"{line}: whether mirrored images are recognised worse cannot be told."
+    if found is None or found.holds[HFLIP] is None:
+        return f"{HFLIP} auto: {hflip:g}, as it cannot be told whether mirrored images are recognised worse"
     how = "worse" if hflip == 0 else "as well"
-    return f"{line}: mirrored images are recognised {how} ({mirrored:.0%}; {upright:.0%} as they are)."
+    shares = f"{found.changed[HFLIP]:.0%}, {found.upright:.0%} as they are"
+    return f"{HFLIP} auto: {hflip:g}, because mirrored images are recognised {how} ({shares})"

@@ -53,37 +53,44 @@ class ValidationPictures(PredictionCollector):
 
     def __init__(self) -> None:
         super().__init__()
-        self._draws = False
+        self._collects = self._due = self._pending = False
         self._began = self._spent = 0.0
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._began, self._spent = time.monotonic(), 0.0
+        self._began, self._spent, self._pending = time.monotonic(), 0.0, False
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Decide whether there is something to draw, something to draw it on, and time for it."""
         data = find_datamodule(trainer)
-        self._draws = trainer.state.fn == "fit" and not trainer.sanity_checking and bool(_boards(trainer))
-        self._draws &= data is not None and len(data.splits().get("val", ())) <= MAX_IMAGES
-        if self._draws:
-            last = trainer.current_epoch + 1 == trainer.max_epochs
-            due = last or self._spent <= _SHARE * (time.monotonic() - self._began)
-            self._draws = trainer.strategy.broadcast(due)  # the processes' clocks differ
+        self._collects = trainer.state.fn == "fit" and not trainer.sanity_checking and bool(_boards(trainer))
+        self._collects &= data is not None and len(data.splits().get("val", ())) <= MAX_IMAGES
+        if self._collects:
+            due = self._spent <= _SHARE * (time.monotonic() - self._began)
+            self._due = trainer.strategy.broadcast(due)  # the processes' clocks differ
 
     def on_validation_batch_end(self, *args: Any, **kwargs: Any) -> None:
         """Keep the probabilities of a batch."""
-        if self._draws:
+        if self._collects:
             self.collect(*args, **kwargs)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Draw them."""
-        if not self._draws or not isinstance(pl_module, RexNetModule):
-            return
-        started = time.monotonic()
-        self._draw(trainer, pl_module)
-        self._spent += time.monotonic() - started
+        """Draw them if there is time."""
+        self._pending = self._collects and not self._due
+        if self._collects and self._due:
+            started = time.monotonic()
+            self._draw(trainer, pl_module)
+            self._spent += time.monotonic() - started
 
-    def _draw(self, trainer: Trainer, module: RexNetModule) -> None:
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Draw those of the last validation if there was no time."""
+        if self._pending:
+            self._draw(trainer, pl_module)
+        self._pending = False
+
+    def _draw(self, trainer: Trainer, module: LightningModule) -> None:
+        if not isinstance(module, RexNetModule):
+            return
         indices, probs = self.gather(trainer)
         data = find_datamodule(trainer)
         if data is None or not len(indices) or not trainer.is_global_zero or not np.isfinite(probs).all():

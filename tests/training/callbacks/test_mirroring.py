@@ -9,6 +9,7 @@ import timm
 import torch
 from module_tools import data_of, equal, model_of, state_of, trainer_of
 
+from rexnet_lit.search.symmetries import MeasureSymmetries
 from rexnet_lit.training.callbacks import mirroring
 from rexnet_lit.utils.errors import UserError
 
@@ -56,7 +57,7 @@ def test_the_choice(folders, tmp_path, capsys, kind, hflip):
     """It is what the images ask for; apart from that, the fit is that of the number."""
     trainer, data, state = fit(folders / kind, tmp_path, AUTO)
     assert flips(data) == [hflip] * (hflip > 0)
-    assert f"data.augment.hflip: auto is {hflip:g}: mirrored images are recognised" in capsys.readouterr().out
+    assert f"data.augment.hflip auto: {hflip:g}, because mirrored images are recognised" in capsys.readouterr().out
     assert data.augment.hflip == "auto"
     other, _, expected = fit(folders / kind, tmp_path, {**AUTO, "hflip": hflip})
     assert equal(state, expected)
@@ -79,15 +80,40 @@ def test_a_resumed_run_keeps_it(folders, tmp_path, monkeypatch, capsys):
     assert "auto" not in capsys.readouterr().out
 
 
+def test_the_checkpoint_of_a_search_is_resumed_as_any_other(folders, tmp_path, capsys):
+    trainer, _, _ = fit(folders / "sides", tmp_path, AUTO, callbacks=[MeasureSymmetries(tmp_path / "found.json")])
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    model = model_of(class_names=("a", "b"), strategy={"blend": False}, calibrate=False)
+    data = data_of(folders / "ends", augment=AUTO)  # which would choose otherwise
+    capsys.readouterr()
+    trainer_of(tmp_path, max_epochs=3).fit(model, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
+    assert flips(data) == []
+    assert "auto" not in capsys.readouterr().out
+
+
+def test_a_validation_leaves_no_choice_behind(folders, tmp_path, capsys):
+    trainer, data, _ = fit(folders / "sides", tmp_path, AUTO)
+    trainer.save_checkpoint(tmp_path / "last.ckpt")
+    model = trainer.lightning_module
+    trainer.validate(model, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True, verbose=False)
+    capsys.readouterr()
+    trainer.fit_loop.max_epochs += 1
+    other = data_of(folders / "ends", augment=AUTO)
+    trainer.fit(model, other)
+    assert flips(other) == [0.5]
+    assert "auto: 0.5" in capsys.readouterr().out
+
+
 def test_without_validation_images(folders, tmp_path):
     """Some of the training images take their place."""
     split_file = tmp_path / "split.csv"
     paths = sorted((folders / "sides").glob("*/*/*.png"))
     rows = [f"{path.relative_to(folders / 'sides')},{path.parent.name},train" for path in paths]
     split_file.write_text("\n".join(["path,label,split", *rows]))
-    data = data_of(folders / "sides", augment=AUTO, split_file=str(split_file))
+    data = data_of(folders / "sides", augment=AUTO, split_file=str(split_file), val_fraction=0.0)
+    assert set(data.splits()) == {"train"}
     model = model_of(class_names=("a", "b"), strategy={"blend": False}, calibrate=False)
-    trainer_of(tmp_path, max_epochs=1).fit(model, data)
+    trainer_of(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, data)
     assert flips(data) == []
 
 
@@ -101,7 +127,7 @@ def test_what_cannot_be_told(folders, tmp_path, capsys):
     )
     data = data_of(folders / "sides", augment=AUTO)
     trainer_of(tmp_path, max_epochs=1).fit(model, data)
-    assert "auto is 0.5: there is too little to judge by" in capsys.readouterr().out
+    assert "auto: 0.5, as it cannot be told" in capsys.readouterr().out
     fit(folders / "sides", tmp_path, {"name": "none", "hflip": "auto"})
     assert "auto" not in capsys.readouterr().out
 
