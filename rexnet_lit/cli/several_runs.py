@@ -51,10 +51,8 @@ class SeveralRuns(RexNetCLI):
         config = self._settings["fit"]
         if config["trainer"]["max_epochs"] == "auto":
             folder = scan(config["data"]["root"], SplitSettings.of(config["data"].as_dict()))
-            images, scratch = (
-                len(folder.splits["train"]),
-                not (config["model"]["weights"] or config["model"]["pretrained"]),
-            )
+            scratch = not (config["model"]["weights"] or config["model"]["pretrained"])
+            images = len(folder.splits["train"])
             config["trainer"]["max_epochs"] = auto_epochs(images, config["data"]["batch_size"], scratch)
 
     def before_fit(self) -> None:

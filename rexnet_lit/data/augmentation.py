@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Final, Literal
 
 import albumentations as A  # noqa: N812
 import numpy as np
@@ -16,8 +16,10 @@ import numpy as np
 from rexnet_lit.utils.errors import UserError, did_you_mean
 from rexnet_lit.utils.settings import check_choice, check_range
 
-AUTO, MIRRORED = "auto", 0.5
-"""A value of `AugmentSettings.hflip`, and the probability of a horizontal flip where images may be mirrored."""
+AUTO: Final = "auto"
+"""The value of `AugmentSettings.hflip` that leaves the choice to the fit."""
+MIRRORED = 0.5
+"""The probability of a horizontal flip where images may be mirrored."""
 _FILL = 128.0  # grey, for what a rotation or shift uncovers
 
 
@@ -113,10 +115,10 @@ class AugmentSettings:
     def __post_init__(self) -> None:
         check_choice("data.augment.name", self.name, RECIPES)
         check_range("data.augment.min_scale", self.min_scale, "(0, 1]")
-        for name in ("hflip", "vflip", "quarter_turns"):
-            value, hint = getattr(self, name), "or auto" if name == "hflip" else ""
-            if not (hint and value == AUTO):
-                check_range(f"data.augment.{name}", value, "[0, 1]", hint)
+        if self.hflip != AUTO:
+            check_range("data.augment.hflip", self.hflip, "[0, 1]", "or auto")
+        check_range("data.augment.vflip", self.vflip, "[0, 1]")
+        check_range("data.augment.quarter_turns", self.quarter_turns, "[0, 1]")
         if self.name == "none" and (self.vflip or self.quarter_turns):
             raise UserError("data.augment: vflip and quarter_turns have no effect with the name none; use light")
         check_range("data.augment.erasing", self.erasing, "[0, 1]")

@@ -256,8 +256,9 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
     def mirror(self, hflip: float) -> None:
         """Flip the training images of this fit with this probability: what ``augment.hflip: auto`` stands for."""
+        transform = self.train_transform(hflip)
         for name in self._datasets.keys() & {"train", "unlabelled"}:
-            self._datasets[name].transform = self.train_transform(hflip)
+            self._datasets[name].transform = transform
 
     def preview(self, count: int = 16) -> NDArray[np.uint8]:
         """Return training images, (N, S, S, 3), as the first epoch's augmentation makes them; ``auto`` mirrors."""

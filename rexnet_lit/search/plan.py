@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 import sys
 import time
 from collections.abc import Mapping
@@ -186,8 +185,8 @@ def estimate_times(cold: ShortFit, warm: ShortFit, work: Work, imports: float, c
         classes: Number of classes.
     """
     watch = warm.watch
-    chosen_by = (images_measured(part.train, part.val, classes) for part in (work, warm))
-    choice = watch.choice * operator.truediv(*chosen_by)
+    measured, of_warm = (images_measured(part.train, part.val, classes) for part in (work, warm))
+    choice = watch.choice * measured / of_warm
     first, last = watch.steps[0], watch.steps[-1]
     step = float(np.mean([*first[_SKIPPED:], *last[1:]] or last))
     first_validation, validation = (watch.validations[i] if watch.validations else 0.0 for i in (0, -1))

@@ -20,20 +20,11 @@ import tempfile
 import time
 from pathlib import Path
 
+from bench_accuracy import draw
 from torch import Tensor
 
 from rexnet_lit import write_sample
 from rexnet_lit.models.checkpoint import load_model
-
-
-def some_digits(root: Path) -> Path:
-    """Write the sample dataset, with ten training and five validation images of each class."""
-    write_sample(root)
-    for split, count in (("train", 10), ("val", 5)):
-        for folder in (root / split).iterdir():
-            for file in sorted(folder.iterdir())[count:]:
-                file.unlink()
-    return root
 
 
 def search(data: Path, out: Path, trials: int, kill_after: float | None = None) -> bool:
@@ -71,7 +62,8 @@ def main() -> None:
     rng = random.Random(0)
     with tempfile.TemporaryDirectory() as temporary:
         root = Path(temporary)
-        data = some_digits(root / "digits")
+        write_sample(root / "all")
+        data = draw(root / "all", 10, 0, root / "digits")
         started = time.monotonic()
         search(data, root / "whole", o.trials)
         seconds = time.monotonic() - started

@@ -30,7 +30,10 @@ Embedded = tuple[Samples, Tensor]
 
 
 def embed_training_images(module: RexNetModule, data: ImageFolderDataModule) -> Embedded | None:
-    """Return the features of at most `MOST` training images, or None if there are none. Processes share the work."""
+    """Compute the features of up to `MOST` training images; None if there are none.
+
+    With several processes, each computes a part of them.
+    """
     train = data.splits().get("train")
     if train is None:
         return None

@@ -6,7 +6,6 @@ import cv2
 import numpy as np
 import pytest
 import timm
-import torch
 from module_tools import data_of, equal, model_of, state_of, trainer_of
 
 from rexnet_lit.search.symmetries import MeasureSymmetries
@@ -35,12 +34,12 @@ def folders(tmp_path_factory):
     return tmp_path_factory.getbasetemp()
 
 
+def model_of_two(**settings):
+    return model_of(class_names=("a", "b"), strategy={"blend": False}, calibrate=False, **settings)
+
+
 def fit(folder, tmp_path, augment, **trainer):
-    torch.manual_seed(0)
-    model, data = (
-        model_of(class_names=("a", "b"), strategy={"blend": False}, calibrate=False),
-        data_of(folder, augment=augment),
-    )
+    model, data = model_of_two(), data_of(folder, augment=augment)
     fitted = trainer_of(tmp_path, max_epochs=2, **trainer)
     fitted.fit(model, data)
     return fitted, data, state_of(model)
@@ -70,10 +69,7 @@ def test_a_resumed_run_keeps_it(folders, tmp_path, monkeypatch, capsys):
     trainer, _, _ = fit(folders / "sides", tmp_path, AUTO)
     trainer.save_checkpoint(tmp_path / "last.ckpt")
     monkeypatch.setattr(mirroring, "measure_symmetries", None)
-    model, data = (
-        model_of(class_names=("a", "b"), strategy={"blend": False}, calibrate=False),
-        data_of(folders / "sides", augment=AUTO),
-    )
+    model, data = model_of_two(), data_of(folders / "sides", augment=AUTO)
     capsys.readouterr()
     trainer_of(tmp_path, max_epochs=3).fit(model, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
     assert flips(data) == []
@@ -83,7 +79,7 @@ def test_a_resumed_run_keeps_it(folders, tmp_path, monkeypatch, capsys):
 def test_the_checkpoint_of_a_search_is_resumed_as_any_other(folders, tmp_path, capsys):
     trainer, _, _ = fit(folders / "sides", tmp_path, AUTO, callbacks=[MeasureSymmetries(tmp_path / "found.json")])
     trainer.save_checkpoint(tmp_path / "last.ckpt")
-    model = model_of(class_names=("a", "b"), strategy={"blend": False}, calibrate=False)
+    model = model_of_two()
     data = data_of(folders / "ends", augment=AUTO)  # which would choose otherwise
     capsys.readouterr()
     trainer_of(tmp_path, max_epochs=3).fit(model, data, ckpt_path=tmp_path / "last.ckpt", weights_only=True)
@@ -112,19 +108,14 @@ def test_without_validation_images(folders, tmp_path):
     split_file.write_text("\n".join(["path,label,split", *rows]))
     data = data_of(folders / "sides", augment=AUTO, split_file=str(split_file), val_fraction=0.0)
     assert set(data.splits()) == {"train"}
-    model = model_of(class_names=("a", "b"), strategy={"blend": False}, calibrate=False)
+    model = model_of_two()
     trainer_of(tmp_path, max_epochs=1, limit_val_batches=0).fit(model, data)
     assert flips(data) == []
 
 
 def test_what_cannot_be_told(folders, tmp_path, capsys):
     """Then images are mirrored; and nothing is measured where nothing is mirrored."""
-    model = model_of(
-        class_names=("a", "b"),
-        strategy={"blend": False},
-        calibrate=False,
-        network=timm.create_model("test_resnet", num_classes=2),
-    )
+    model = model_of_two(network=timm.create_model("test_resnet", num_classes=2))
     data = data_of(folders / "sides", augment=AUTO)
     trainer_of(tmp_path, max_epochs=1).fit(model, data)
     assert "auto: 0.5, as it cannot be told" in capsys.readouterr().out
