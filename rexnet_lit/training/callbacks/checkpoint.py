@@ -49,9 +49,13 @@ class Shipped:
     temperature: float = 1.0
     strength: float | None = None
 
+    def as_dict(self) -> dict[str, Any]:
+        """Return it as plain values, as a checkpoint keeps it."""
+        return {**dataclasses.asdict(self), "metrics": dict(self.metrics)}
 
-_SHIPPED = "rexnet_lit_shipped"
-"""What a ``best.ckpt`` says of weights that were replaced, to a run that was killed then and is resumed."""
+
+_SHIPPED, _ENDED = "rexnet_lit_shipped", "rexnet_lit_ended"
+"""What a ``best.ckpt`` says of what the end of training has put into it, and the step at which training ended."""
 
 NOTHING = Shipped("the last weights", "nothing was validated", {})
 WHY = {"top1": "highest val top-1", "macro_f1": "highest val macro F1", "loss": "lowest val loss"}
@@ -186,14 +190,26 @@ class RunCheckpoint(ModelCheckpoint):
             link_or_copy(last, best, best)
         self.best_model_path = str(best)
 
+    def has_ended(self, trainer: Trainer) -> bool:
+        """Return whether ``best.ckpt`` has what the end of training makes of it, of a run that was killed after it."""
+        ended = False
+        # Once the end of training has begun to change it, it has not ended.
+        if trainer.is_global_zero and self._best is None and Path(self.best_model_path).is_file():
+            ended = self._read_best().get(_ENDED) == trainer.global_step
+            if ended:
+                self._forget_best()
+        return trainer.strategy.broadcast(ended)
+
+    def _read_best(self) -> dict[str, Any]:
+        self._best = checkpoint.read_ckpt(self.best_model_path)
+        self.shipped = dataclasses.replace(self.shipped, **self._best.get(_SHIPPED, {}))
+        return self._best
+
     def best_weights(self, trainer: Trainer) -> dict[str, Tensor]:
         """Return the network's weights in ``best.ckpt``, as the end of training has changed them, in all processes."""
         state: dict[str, Tensor] = {}
         if trainer.is_global_zero:
-            if self._best is None:
-                self._best = checkpoint.read_ckpt(self.best_model_path)
-                self.shipped = dataclasses.replace(self.shipped, **self._best.get(_SHIPPED, {}))
-            state = checkpoint.network_weights(self._best, self.best_model_path)
+            state = checkpoint.network_weights(self._best or self._read_best(), self.best_model_path)
         return trainer.strategy.broadcast(state)
 
     def change_best(self, weights: Mapping[str, Tensor] | None = None, limits: Limits | None = None) -> None:
@@ -216,8 +232,7 @@ class RunCheckpoint(ModelCheckpoint):
     def write_best(self, trainer: Trainer) -> None:
         """Save what has changed in ``best.ckpt``."""
         if self._best is not None and self._best_changed:
-            names = ("weights", "temperature", "strength")
-            self._best[_SHIPPED] = {name: getattr(self.shipped, name) for name in names}
+            self._best |= {_SHIPPED: self.shipped.as_dict(), _ENDED: trainer.global_step}
             checkpoint.write_ckpt(self._best, self.best_model_path)
         self._forget_best()
         trainer.strategy.barrier()
@@ -320,8 +335,7 @@ class RunCheckpoint(ModelCheckpoint):
 
     def state_dict(self) -> dict[str, Any]:
         """Return what Lightning's does, and what is in ``best.ckpt``."""
-        shipped = dataclasses.asdict(self.shipped)
-        return {**super().state_dict(), "shipped": {**shipped, "metrics": dict(self.shipped.metrics)}}
+        return {**super().state_dict(), "shipped": self.shipped.as_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Restore the best score; the paths are those of the present folder, as a run may have been moved."""

@@ -34,8 +34,12 @@ class EndOfTraining(Callback):
                 saver.write_best(trainer)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Finish a run that was killed after its last epoch, and resumed: it trains no more."""
-        if isinstance(pl_module, RexNetModule) and not pl_module.started:
+        """Finish a run that was killed after its last epoch, and resumed: it trains no more.
+
+        Not if it was killed after this: what is selected and calibrated twice is not the same.
+        """
+        saver = find_checkpoint(trainer)
+        if isinstance(pl_module, RexNetModule) and not pl_module.started and not (saver and saver.has_ended(trainer)):
             pl_module.to(trainer.strategy.root_device)  # Lightning has moved it to the CPU
             self.on_train_end(trainer, pl_module)
 

@@ -184,9 +184,16 @@ def test_resume_after_a_kill_during_weight_selection_writes_the_model(cwd):
     rows = [(run_folder(cwd, n) / "metrics.csv").read_text().splitlines() for n in (0, 1)]
     assert [len(each) for each in rows] == [3, 3]  # the header, the epoch, what ships
     assert rows[1][2] == rows[0][2]
-    shipped[0].unlink()  # as if killed with everything done but that: nothing is blended or calibrated twice
-    assert fit(cwd, *settings, "--ckpt_path", run_folder(cwd, 0) / "checkpoints" / "last.ckpt").code == 0
+    # As if killed after the selection, before the results were written: nothing is selected or calibrated twice.
+    for file in (shipped[0], shipped[0].with_name("result.json")):
+        file.unlink()
+    done = fit(cwd, *settings, "--ckpt_path", run_folder(cwd, 0) / "checkpoints" / "last.ckpt")
+    assert done.code == 0
+    assert "Selecting" not in done.out
     assert differing(whole, checkpoint.load_model(shipped[0]).state) == []
+    again = json.loads((run_folder(cwd, 0) / "result.json").read_text())
+    for key in ("weights", "why", "temperature", "head_strength", "metrics"):
+        assert again[key] == records[0][key]
 
 
 @pytest.mark.parametrize(
