@@ -13,6 +13,7 @@ import resource
 import signal
 import socket
 import struct
+import subprocess
 import sys
 import time
 from multiprocessing import resource_sharer
@@ -147,6 +148,17 @@ def _worker_dies(number: signal.Signals, step: int) -> None:
     at_step(step, lambda module: os.kill(multiprocessing.active_children()[0].pid or 0, number))
 
 
+def _term_to_all(step: int) -> None:
+    """As ``timeout``, ``scancel`` and systemd do: the loaders' workers get the signal too."""
+
+    def terminate(module: Any) -> None:
+        processes = (*multiprocessing.active_children(), multiprocessing.current_process())
+        subprocess.run(["kill", *(str(process.pid) for process in processes)], check=True)
+        time.sleep(1)  # until the signal has ended what it would end
+
+    at_step(step, terminate)
+
+
 def _worker_dies_amid_a_batch(step: int) -> None:
     """While another hands a batch to the main process, which turns away from it then."""
     at_step(step, lambda module: setattr(resource_sharer._ResourceSharer, "get_connection", staticmethod(turn_away)))
@@ -237,6 +249,7 @@ _TROUBLES = {
     "kill at batch 3": _killed_at_batch_3,
     "kill in validation": functools.partial(_signalled, signal.SIGKILL, "validation_step"),
     "term": functools.partial(_signalled, signal.SIGTERM, "on_train_batch_start"),
+    "term to all": _term_to_all,
     "term in validation": functools.partial(_signalled, signal.SIGTERM, "validation_step"),
     "term at start-up": functools.partial(_start_up, signal.SIGTERM),
     "ctrl-c at start-up": functools.partial(_start_up, signal.SIGINT),

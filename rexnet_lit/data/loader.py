@@ -6,6 +6,8 @@ import functools
 import os
 import signal
 import sys
+import threading
+from multiprocessing import parent_process
 from types import TracebackType
 from typing import Any, cast
 
@@ -135,7 +137,7 @@ def build_loader(
 
 
 def _start_worker(number: int, niceness: int = 0) -> None:
-    """Ignore the signals that a terminal sends to every process: the main one saves, and ends the workers.
+    """Ignore the signals that every process of a run is sent: the main one saves, and ends the workers.
 
     Args:
         number: The worker's number.
@@ -145,9 +147,20 @@ def _start_worker(number: int, niceness: int = 0) -> None:
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+        threading.Thread(target=_wait_for_sigterm, daemon=True).start()
     sys.excepthook = _print_unless_disconnected
     if niceness and hasattr(os, "nice"):
         os.nice(niceness)
+
+
+def _wait_for_sigterm() -> None:
+    """End the process at a SIGTERM of the main process; others send it to all, as ``timeout`` and ``scancel`` do."""
+    main = parent_process()
+    while main is not None and signal.sigwaitinfo((signal.SIGTERM,)).si_pid != main.pid:
+        pass
+    os._exit(0)
 
 
 def _print_unless_disconnected(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

@@ -470,6 +470,13 @@ def test_ctrl_c_during_validate(run):
     assert "Traceback" not in done.out
 
 
+def test_sigterm_to_every_process(whole, cwd):
+    done = fit(cwd, "--data.num_workers", 2, trouble=("term to all", 8))
+    assert done.code == 143, done.out
+    assert "stopped by SIGTERM after batch 3 of 6 of epoch 2; resume with" in done.out
+    assert differing(resumed(cwd), whole()) == []
+
+
 def test_sigterm_in_a_fork(cwd):
     done = fit(cwd, "--data.num_workers", 1, trouble=("term in a fork", 0))
     assert done.code == 143, done.out
