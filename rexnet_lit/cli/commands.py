@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import importlib.util
 import json
+import shlex
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -18,7 +19,7 @@ from rexnet_lit.cli import shipped_configs
 from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
-from rexnet_lit.utils.errors import UserError, printable
+from rexnet_lit.utils.errors import UserError, plural, printable
 from rexnet_lit.utils.files import expand_home
 
 if TYPE_CHECKING:
@@ -55,8 +56,9 @@ def _check(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from rexnet_lit.checks import check, findings
+    from rexnet_lit.data import packed
 
-    if not args.dir or not Path(args.dir).is_dir():
+    if not args.dir or not packed.local_folder(args.dir).is_dir():
         raise UserError(f"check: there is no folder {args.dir!r}")
     if args.report:
         from rexnet_lit.report.html import check_page
@@ -109,10 +111,10 @@ def _write_page(
     from rexnet_lit.report import dataset_page
 
     def read(path: str) -> NDArray[np.uint8]:
-        return decode.read(Path(args.dir) / path, dataset_page.LARGE)
+        return decode.read(Path(result.root) / path, dataset_page.LARGE)
 
     def sha256(path: str) -> str:
-        return fixes.sha256_of(Path(args.dir) / path)
+        return fixes.sha256_of(Path(result.root) / path)
 
     samples = _augmented_samples(result, read, augment, recipe) if augment else []
     config = Path(args.config).name if args.config else ""
@@ -127,6 +129,18 @@ def _fix(args: argparse.Namespace) -> int:
     folder = write_fixed_copy(args.dir, args.fixes, args.output, link=args.link)
     count = sum(map(len, folder.splits.values()))
     print(f"{args.output}: {count} images; {printable(folder.fixes.summary)}")  # noqa: T201
+    return 0
+
+
+def _pack(args: argparse.Namespace) -> int:
+    from rexnet_lit.data.pack import pack
+
+    packed = pack(args.dir, args.output)
+    images, shards = plural(packed.images, "image", "images"), plural(packed.shards, "shard", "shards")
+    print(f"{args.output}: {images} in {shards}, {packed.size / 1e6:,.1f} MB")  # noqa: T201
+    for note in packed.notes:
+        print(f"note: {printable(note)}")  # noqa: T201
+    print(f"train on it with: rexnet-lit fit {shlex.quote(args.output)}")  # noqa: T201
     return 0
 
 
@@ -316,6 +330,14 @@ COMMANDS = {
             "fixes": _path("FIXES.csv", "saved from the page of check --report"),
             "--output": _path("NEW", "a new folder", required=True),
             "--link": {"action": "store_true", "help": "make hard links instead of copies; on the same disk only"},
+        },
+    ),
+    "pack": Command(
+        "write a folder of images as a few tar files, for network disks and object storage",
+        _pack,
+        {
+            "dir": _path("DIR", "the folder, which is not changed"),
+            "output": _path("OUT", "a new folder; fit, test and the others take it, or its URL, as data.root"),
         },
     ),
     "configs": Command(

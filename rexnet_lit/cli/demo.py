@@ -21,7 +21,7 @@ import cv2
 import numpy as np
 
 from rexnet_lit.cli.similar import print_notes
-from rexnet_lit.data import decode
+from rexnet_lit.data import decode, image_file
 from rexnet_lit.data.image_header import DecodeError
 from rexnet_lit.models.limits import COVERAGE
 from rexnet_lit.models.predictor import Classifier, load
@@ -107,7 +107,7 @@ class _Handler(BaseHTTPRequestHandler):
             return
         spec, nonce = self.server.classifier.spec, secrets.token_urlsafe()
         view = {
-            "model": self.server.name, "backbone": spec.backbone, "nonce": nonce, "limit": decode.MAX_BYTES,
+            "model": self.server.name, "backbone": spec.backbone, "nonce": nonce, "limit": image_file.MAX_BYTES,
             "classes": plural(spec.num_classes, "class", "classes"), "index": self.server.index,
             "limits": spec.limits, "coverage": COVERAGE,
         }  # fmt: skip
@@ -134,9 +134,9 @@ class _Handler(BaseHTTPRequestHandler):
             size = max(length, int(self.headers.get("X-File-Size", length)))  # the page sends no file that is too large
         except ValueError:
             raise DecodeError("its size is unknown") from None
-        if size > decode.MAX_BYTES:
+        if size > image_file.MAX_BYTES:
             self.close_connection = True
-            raise DecodeError(f"{size / 2**20:,.0f} MiB; the limit is {decode.MAX_BYTES // 2**20} MiB")
+            raise DecodeError(f"{size / 2**20:,.0f} MiB; the limit is {image_file.MAX_BYTES // 2**20} MiB")
         recipe = self.server.classifier.spec.eval_recipe
         return decode.decode(self.rfile.read(max(length, 0)), recipe.resize_size, thorough=True)
 

@@ -26,7 +26,7 @@ except ImportError:  # on Windows two runs that fill the cache at the same time 
 import numpy as np
 from numpy.typing import NDArray
 
-from rexnet_lit.data import decode, image_header
+from rexnet_lit.data import decode, image_file, image_header
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import atomic_write
@@ -159,7 +159,7 @@ class DiskCache:
 
     def _file(self, path: str, min_size: int) -> str:
         try:
-            status = os.stat(path)  # noqa: PTH116 - called once per sample: no Path objects
+            status = image_file.status(path)
         except OSError as error:
             raise image_header.DecodeError(error.strerror or type(error).__name__) from None
         key = os.fsencode(path) + f"\0{status.st_size} {status.st_mtime_ns} {min_size} {decode.RULES}".encode()

@@ -3,8 +3,9 @@
 All rules about image files are here, so training, evaluation and prediction see the same pixels:
 
 - Format: detected by content, never by name. JPEG, PNG, WebP, BMP, TIFF and GIF; others are refused by name.
-- Size: at most `MAX_BYTES` bytes, and `MAX_PIXELS` pixels according to the header, which is read first. A JPEG may have
-  `MAX_JPEG_PIXELS` (progressive: `MAX_PIXELS_IN_SCANS`); it is then decoded at a fraction of at most `MAX_PIXELS`.
+- Size: at most `image_file.MAX_BYTES` bytes, and `MAX_PIXELS` pixels according to the header, which is read first. A
+  JPEG may have `MAX_JPEG_PIXELS` (progressive: `MAX_PIXELS_IN_SCANS`); it is then decoded at a fraction of at most
+  `MAX_PIXELS`.
 - Orientation: the EXIF (or TIFF) orientation is applied; XMP is ignored.
 - Transparency: composited on `BACKGROUND`, so colours hidden under alpha 0 never reach the network.
 - Palette, 1-bit and greyscale images get three channels. CMYK and YCCK: ``(1 - C)(1 - K)`` and so on. ICC
@@ -29,7 +30,6 @@ from __future__ import annotations
 
 import functools
 import os
-import stat
 import warnings
 from collections.abc import Callable
 from typing import Any, cast
@@ -40,6 +40,7 @@ import PIL
 from numpy.typing import NDArray
 from PIL import ExifTags, Image, ImageFile, JpegImagePlugin, TiffImagePlugin
 
+from rexnet_lit.data.image_file import read_bytes
 from rexnet_lit.data.image_header import (
     MAX_PIXELS,
     MAX_PIXELS_IN_SCANS,
@@ -55,7 +56,6 @@ from rexnet_lit.data.image_header import (
 RULES = f"3 {cv2.__version__} {PIL.__version__}"
 """Part of the key of everything cached: other versions may decode other pixels, or accept other files."""
 
-MAX_BYTES = 256 * 1024 * 1024
 BACKGROUND = (255, 255, 255)
 """White, as on the page where a transparent image is usually seen. `_composite` relies on it."""
 
@@ -80,24 +80,6 @@ def read(path: str | os.PathLike[str], min_size: int | None = None) -> NDArray[n
         DecodeError: The file cannot be read, or is not a usable image.
     """
     return decode(read_bytes(path), min_size)
-
-
-def read_bytes(path: str | os.PathLike[str]) -> bytes:
-    """Return the content of a regular file of at most `MAX_BYTES`.
-
-    Raises:
-        DecodeError: The file is missing, not a regular file, too large, or cannot be read.
-    """
-    try:
-        status = os.stat(path)  # noqa: PTH116 - called once per sample: no Path objects
-        if not stat.S_ISREG(status.st_mode):  # opening a pipe would block
-            raise DecodeError("not a regular file")
-        if status.st_size > MAX_BYTES:
-            raise DecodeError(f"{status.st_size / 2**20:,.0f} MiB; the limit is {MAX_BYTES // 2**20} MiB")
-        with open(path, "rb") as file:  # noqa: PTH123
-            return file.read(MAX_BYTES)
-    except (OSError, ValueError, MemoryError) as error:
-        raise DecodeError(getattr(error, "strerror", None) or type(error).__name__) from None
 
 
 def decode(data: bytes, min_size: int | None = None, *, thorough: bool = False) -> NDArray[np.uint8]:

@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from pathlib import Path, PurePosixPath
 
+from rexnet_lit.data import packed
 from rexnet_lit.data.folder import ImageFolder, scan
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import quoted
@@ -36,6 +37,10 @@ def write_fixed_copy(root: str, fixes: str, output: str, *, link: bool = False) 
         raise UserError(f"fix: --output {output!r} exists and is not empty; name a new folder")
     if Path(os.path.realpath(root)) in (real := Path(os.path.realpath(target)), *real.parents):
         raise UserError(f"fix: --output {output!r} is inside the dataset; name a folder outside {root!r}")
+    if (packed.local_folder(root) / packed.INDEX).is_file():
+        raise UserError(
+            f"fix: {quoted(root)} is packed; unpack its shards with tar -xf first, or fit with --data.fixes"
+        )
     folder = scan(root, SplitSettings(fixes=fixes))
     names = _new_names(folder)
     try:

@@ -15,6 +15,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from rexnet_lit.data.image_file import read_bytes
+from rexnet_lit.data.image_header import DecodeError
 from rexnet_lit.data.splits import Found, first_few, quoted
 from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.files import csv_cell, expand_home
@@ -55,8 +57,8 @@ _Faults = dict[str, list[str]]
 def sha256_of(path: str | os.PathLike[str]) -> str:
     """Return the SHA-256 of a file's content, in hexadecimal; an empty string if it cannot be read."""
     try:
-        return hashlib.sha256(Path(path).read_bytes()).hexdigest()
-    except OSError:
+        return hashlib.sha256(read_bytes(path)).hexdigest()
+    except DecodeError:
         return ""
 
 
@@ -155,7 +157,7 @@ def _check(
     elif len(places) > 1:
         faults["several images may be meant; rename one"].append(fix.path)
     elif not places:
-        if fix.action != "remove" or not (of_file or os.path.isfile(file)):  # noqa: PTH113
+        if fix.action != "remove" or not (of_file or walk.is_file(os.fsencode(fix.path))):
             faults["no such image in the dataset"].append(fix.path)
     elif fix.sha256 and sha256_of(file) != fix.sha256:
         faults["the image has changed since it was decided on"].append(fix.path)

@@ -21,6 +21,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from rexnet_lit.data import image_file, packed
 from rexnet_lit.data.fixes import AppliedFixes, apply_fixes
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import (
@@ -133,13 +134,13 @@ def try_scan(
     class_names: Sequence[str] | None = None,
 ) -> tuple[ImageFolder, list[str]]:
     """Do what `scan` does, but return the problems beside what could be found."""
-    where = Path(os.path.abspath(expand_home(root)))  # noqa: PTH100 - resolve() would replace the user's links
+    where = packed.local_folder(root)
     problems = settings.problems()
     if not where.is_dir():
         problems.append("this is a file, not a folder" if where.exists() else "no such folder")
     if problems:
         return ImageFolder(where, (), {}), problems
-    walk = Walk(os.fsencode(where), follow_outside_links=settings.follow_outside_links)
+    walk = image_file.open_walk(where, follow_outside_links=settings.follow_outside_links)
     layout: Layout = "file"
     groups: dict[bytes, str] = {}
     if settings.split_file is None and settings.labels is None:
@@ -363,12 +364,12 @@ def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList, tuple[str
     Raises:
         UserError: There is no image.
     """
-    where = Path(os.path.abspath(expand_home(path)))  # noqa: PTH100
+    where = packed.local_folder(path)
     if where.is_file():
         return where.parent, PathList([os.fsencode(where.name)]), ()
     if not where.is_dir():
         raise UserError(f"{quoted(os.fspath(path))}: no such file or folder")
-    walk = Walk(os.fsencode(where), follow_outside_links=True)
+    walk = image_file.open_walk(where, follow_outside_links=True)
     (paths,) = walk.images([b""])
     walk.nested.clear()  # there are no classes
     _report_left_out(walk)
@@ -392,7 +393,7 @@ def fingerprint(samples: Samples) -> str:
     digest = hashlib.sha256()
     for path, target in sorted(zip(samples.paths.raws(), samples.targets.tolist(), strict=True)):
         try:
-            size = os.stat(os.path.join(os.fsencode(samples.root), path)).st_size  # noqa: PTH116, PTH118
+            size = image_file.status(os.path.join(samples.root, os.fsdecode(path))).st_size  # noqa: PTH118
         except OSError:
             size = -1
         digest.update(b"%b\0%d %d\n" % (path, target, size))

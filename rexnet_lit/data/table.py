@@ -1,4 +1,4 @@
-# ruff: noqa: PTH113, PTH114, PTH117, PTH118, PTH120 - bytes, and a million of them
+# ruff: noqa: PTH114, PTH117, PTH118, PTH120 - bytes, and a million of them
 """The table of ``data.labels`` or ``data.split_file``: which image has which label, split and group.
 
 A CSV file (with commas, semicolons or tabs) or, where pandas is installed, a Parquet file. Tables come from elsewhere:
@@ -19,6 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rexnet_lit.data import image_file, packed
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import SPLIT_OF_NAME, Found, Split, first_few, listed, nfc, quoted
 from rexnet_lit.data.walk import PathList, Walk
@@ -105,7 +106,7 @@ def read_table(walk: Walk, settings: SplitSettings) -> tuple[Found, dict[bytes, 
 
 def lists_images_of(settings: SplitSettings, root: str | os.PathLike[str]) -> bool:
     """Return whether all images of the table that ``settings`` name are below ``root``."""
-    walk = Walk(os.fsencode(root))
+    walk = image_file.open_walk(packed.local_folder(root))
     return bool(read_table(walk, dataclasses.replace(settings, max_bad_fraction=0.0))[0]) and not walk.problems
 
 
@@ -242,10 +243,10 @@ class _Images:
         path = os.fsencode(relative.replace(os.sep, "/"))
         if path in self._known:
             found = [path]
-        elif os.path.isfile(absolute := os.path.join(self._walk.root, path)):
+        elif self._walk.is_file(path):
             folder = os.path.dirname(path)
             inside = not folder or self._stays_inside(folder)
-            if not inside or (os.path.islink(absolute) and not self._stays_inside(path)):
+            if not inside or (os.path.islink(os.path.join(self._walk.root, path)) and not self._stays_inside(path)):
                 return None
             found = [path]
         else:
@@ -269,7 +270,7 @@ class _Images:
     def _index(self) -> tuple[dict[str, list[tuple[str, bytes]]], dict[str, list[tuple[str, bytes]]]]:
         """Absolute paths in NFC, and those below the root, by file name; the same without their endings."""
         if self._paths is None:
-            self._paths = Walk(self._walk.root).images([b""])[0].raws()
+            self._paths = image_file.open_walk(Path(self._root)).images([b""])[0].raws()
         names: dict[str, list[tuple[str, bytes]]] = collections.defaultdict(list)
         stems: dict[str, list[tuple[str, bytes]]] = collections.defaultdict(list)
         for path in self._paths:

@@ -20,7 +20,8 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from rexnet_lit.data.decode import RULES, count_frames, decode_with_info, read_bytes
+from rexnet_lit.data import image_file
+from rexnet_lit.data.decode import RULES, count_frames, decode_with_info
 from rexnet_lit.data.duplicates import perceptual_hash, thumbnail
 from rexnet_lit.data.folder import ImageFolder, Samples
 from rexnet_lit.data.image_header import DecodeError, ImageInfo
@@ -140,7 +141,7 @@ def find_unreadable(samples: Samples) -> list[tuple[int, str]]:
 
 def _verify(path: str, known: _KnownFiles, details: bool) -> _Result:
     try:
-        status = os.stat(path)  # noqa: PTH116 - once per sample: no Path objects
+        status = image_file.status(path)
     except (OSError, ValueError) as error:
         return _Result(getattr(error, "strerror", None) or type(error).__name__, _NO_CONTENT)
     text = b"%b\0%d\0%d" % (os.fsencode(path), status.st_size, status.st_mtime_ns)
@@ -148,7 +149,7 @@ def _verify(path: str, known: _KnownFiles, details: bool) -> _Result:
     if key in known.old and not details:
         return known.old[key]
     try:
-        data = read_bytes(path)
+        data = image_file.read_bytes(path)
     except DecodeError as error:
         return _Result(str(error), _NO_CONTENT)  # not remembered: a disk or a permission may be repaired
     result = _examine(data, details)

@@ -1,4 +1,4 @@
-# ruff: noqa: PTH114, PTH116, PTH118, PTH120 - bytes, and a million of them
+# ruff: noqa: PTH113, PTH114, PTH116, PTH118, PTH120 - bytes, and a million of them
 """Walking folders of images: which files are images, which are clutter, and where links may lead.
 
 One pass of ``os.scandir`` over bytes, without a ``stat`` or an object per file, so that a million files take
@@ -230,6 +230,10 @@ class Walk:
         """Return whether a link leads to a folder that contains it: a loop."""
         path = self._absolute(link)
         return _is_inside(os.path.realpath(os.path.dirname(path)), os.path.realpath(path))
+
+    def is_file(self, path: bytes) -> bool:
+        """Return whether there is such a file."""
+        return os.path.isfile(self._absolute(path))
 
     def stays_inside(self, path: bytes) -> bool:
         """Return whether a path, links followed, is allowed; record it if not."""

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from rexnet_lit.data import decode, image_header
+from rexnet_lit.data import decode, image_file, image_header
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import expand_home
 
@@ -66,7 +66,7 @@ def pixels(image: ImageLike, min_size: int) -> NDArray[np.uint8]:
     """
     try:
         if isinstance(image, str | os.PathLike):
-            return decode.decode(decode.read_bytes(expand_home(image)), min_size, thorough=True)
+            return decode.decode(image_file.read_bytes(expand_home(image)), min_size, thorough=True)
         if isinstance(image, np.ndarray):
             return _from_array(image)
         if isinstance(image, torch.Tensor):
@@ -116,14 +116,14 @@ def _content(file: Any) -> bytes:
     try:
         if getattr(file, "seekable", bool)():
             file.seek(0)
-        data = file.read(decode.MAX_BYTES + 1)
+        data = file.read(image_file.MAX_BYTES + 1)
     except (OSError, ValueError) as error:
         raise image_header.DecodeError(str(error) or type(error).__name__) from None
     if not isinstance(data, bytes | bytearray):
         kind = "text; open it in binary mode: open(path, 'rb')" if isinstance(data, str) else type(data).__name__
         raise image_header.DecodeError(f"read() returns {kind}")
-    if len(data) > decode.MAX_BYTES:
-        raise image_header.DecodeError(f"more than {decode.MAX_BYTES // 2**20} MiB")
+    if len(data) > image_file.MAX_BYTES:
+        raise image_header.DecodeError(f"more than {image_file.MAX_BYTES // 2**20} MiB")
     return bytes(data)
 
 

@@ -125,8 +125,8 @@ def expand_home(path: str | os.PathLike[str]) -> str:
 
 
 def absolute_path(path: str | None) -> str | None:
-    """Return a path that is valid from any folder; None for None."""
-    return None if path is None else str(Path(expand_home(path)).absolute())
+    """Return a path that is valid from any folder; a URL as it is, and None for None."""
+    return path if path is None or "://" in path else str(Path(expand_home(path)).absolute())
 
 
 def unused_path(path: Path) -> Path:

@@ -18,7 +18,7 @@ from PIL import Image
 
 import rexnet_lit
 from rexnet_lit.cli import demo
-from rexnet_lit.data import decode
+from rexnet_lit.data import image_file
 from rexnet_lit.models.limits import KnownFeatures, Limits
 from rexnet_lit.search.similar import build_index
 
@@ -106,8 +106,8 @@ def test_bad_requests(server, monkeypatch):
     post = lambda body, **headers: json.loads(ask(server, "POST", "/predict", body, **headers)[1])["error"]  # noqa: E731
     assert post(b"%PDF-1.7", X_File_Name="a.pdf") == "a.pdf: cannot be read as an image (PDF, which is not supported)"
     assert "cannot be read as an image" in post(b"")
-    assert "the limit is 256 MiB" in post(b"", X_File_Size=str(decode.MAX_BYTES + 1))
-    assert "the limit is 256 MiB" in post(b"", Content_Length=str(decode.MAX_BYTES + 1))
+    assert "the limit is 256 MiB" in post(b"", X_File_Size=str(image_file.MAX_BYTES + 1))
+    assert "the limit is 256 MiB" in post(b"", Content_Length=str(image_file.MAX_BYTES + 1))
     assert "its size is unknown" in post(b"", Content_Length="many")
     assert ask(server, "GET", "/etc/passwd")[0] == 404
     assert ask(server, "GET", "/", Host="localhost:7860")[0] == 200

@@ -24,7 +24,6 @@ from rexnet_lit.data import decode as module
 from rexnet_lit.data import image_header
 from rexnet_lit.data.decode import (
     BACKGROUND,
-    MAX_BYTES,
     count_frames,
     decode,
     decode_with_info,
@@ -32,6 +31,7 @@ from rexnet_lit.data.decode import (
     from_pil,
     read,
 )  # fmt: skip
+from rexnet_lit.data.image_file import MAX_BYTES
 from rexnet_lit.data.image_header import MAX_PIXELS, DecodeError
 
 # The module ignores Pillow's remarks for its callers; pytest's own filters would bring them back.
