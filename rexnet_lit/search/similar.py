@@ -19,7 +19,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rexnet_lit.data import decode
+from rexnet_lit.data import decode, image_file, packed
 from rexnet_lit.data.folder import list_images
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.predictor import Classifier
@@ -103,7 +103,7 @@ def build_index(folder: str | os.PathLike[str], classifier: Classifier) -> Index
     Raises:
         UserError: It is no folder, or holds no images.
     """
-    if not Path(folder).is_dir():
+    if not packed.local_folder(folder).is_dir():
         raise UserError(f"--index: there is no folder {os.fspath(folder)!r}")
     root, listed, notes = list_images(folder)
     paths = list(listed)
@@ -133,7 +133,7 @@ def build_index(folder: str | os.PathLike[str], classifier: Classifier) -> Index
 def _key(root: Path, path: str) -> bytes:
     """Return 16 bytes that change with a file: of its path, size and modification time."""
     try:
-        status = os.stat(root / path)  # noqa: PTH116 - faster
+        status = image_file.status(root / path)
     except OSError:
         return hashlib.blake2b(os.fsencode(path), digest_size=16).digest()
     state = f"\0{status.st_size} {status.st_mtime_ns}".encode()

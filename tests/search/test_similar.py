@@ -55,6 +55,20 @@ def test_the_nearest_images_are_scikit_learn_s(model, tmp_path, capsys):
     assert len(own.splitlines()) == 6  # the query, the titles, four images
 
 
+def test_a_packed_dataset(model, tmp_path, capsys):
+    root = write_dataset(tmp_path / "data", train=3, val=1)
+    assert main.main(["pack", str(root), str(tmp_path / "packed")]) == 0
+    assert "12 images in 1 shard" in capsys.readouterr().out
+    query = min((root / "train" / "ring").iterdir())
+    options = ("--model", model, "--top", 3, "--json")
+    expected, found = (
+        json.loads(search(capsys, query, "--index", index, *options))["results"][0]["similar"]
+        for index in (root, f"file://{tmp_path / 'packed'}")
+    )
+    assert found[0]["path"] == query.relative_to(root).as_posix()  # the query itself: another file than the packed one
+    assert [row["path"] for row in found[1:]] == [row["path"] for row in expected[:2]]
+
+
 def test_only_new_images_are_computed(model, cache, tmp_path, monkeypatch):
     root = write_dataset(tmp_path / "data", train=2)
     before = set(root.rglob("*"))
