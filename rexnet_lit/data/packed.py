@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 
 from rexnet_lit.data.walk import PathList, Walk
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import atomic_write, expand_home, write_file
+from rexnet_lit.utils.files import atomic_write, expand_home, is_url, write_file
 from rexnet_lit.utils.process import cache_dir
 
 INDEX = "rexnet_lit_index.npz"
@@ -213,18 +213,13 @@ class PackedWalk(Walk):
         return self._pack.position(prefix), self._pack.position(folder + b"0"), len(prefix)  # "0" follows "/"
 
 
-def is_url(root: str | os.PathLike[str]) -> bool:
-    """Return whether this is a URL, such as ``s3://bucket/dataset``."""
-    return "://" in os.fspath(root)
-
-
 def local_folder(root: str | os.PathLike[str]) -> Path:
     """Return the folder of a dataset, absolute; for a URL, one of the cache, into which its index is copied.
 
     Raises:
         UserError: There is no packed dataset at the URL, or it cannot be read.
     """
-    if not is_url(root):
+    if not is_url(os.fspath(root)):
         return Path(os.path.abspath(expand_home(root)))  # noqa: PTH100 - resolve() would replace the user's links
     url = os.fspath(root).rstrip("/")
     folder = cache_dir() / "packed" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / url.rpartition("/")[2]
@@ -236,10 +231,15 @@ def local_folder(root: str | os.PathLike[str]) -> Path:
     except Exception as error:
         raise UserError(f"{url}: cannot be read: {type(error).__name__}: {error}") from error
     file = folder / INDEX
-    if not file.is_file() or file.read_bytes() != index:  # the cache of verified images depends on its time
-        write_file(folder / _SOURCE, url)
-        with atomic_write(file) as stream:
-            stream.write(index)
+    try:
+        if not file.is_file() or file.read_bytes() != index:  # the cache of verified images depends on its time
+            write_file(folder / _SOURCE, url)
+            with atomic_write(file) as stream:
+                stream.write(index)
+    except OSError as error:
+        raise UserError(
+            f"{url}: its index cannot be kept in {folder} ({error.strerror}); set XDG_CACHE_HOME"
+        ) from error
     return folder
 
 

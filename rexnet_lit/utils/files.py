@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -124,9 +125,14 @@ def expand_home(path: str | os.PathLike[str]) -> str:
     return os.path.expanduser(os.fspath(path))  # noqa: PTH111 - Path.expanduser raises without a home
 
 
+def is_url(path: str) -> bool:
+    """Return whether this is a URL, such as ``s3://bucket/dataset``; ``C://data`` is none."""
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+
+
 def absolute_path(path: str | None) -> str | None:
     """Return a path that is valid from any folder; a URL as it is, and None for None."""
-    return path if path is None or "://" in path else str(Path(expand_home(path)).absolute())
+    return path if path is None or is_url(path) else str(Path(expand_home(path)).absolute())
 
 
 def unused_path(path: Path) -> Path:
