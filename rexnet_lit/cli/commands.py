@@ -337,7 +337,7 @@ COMMANDS = {
         _pack,
         {
             "dir": _path("DIR", "the folder, which is not changed"),
-            "output": _path("OUT", "a new folder; fit, test and the others take it, or its URL, as data.root"),
+            "output": _path("OUT", "a new folder, which fit, test and the others take; uploaded, they take its URL"),
         },
     ),
     "configs": Command(

@@ -39,7 +39,7 @@ def write_fixed_copy(root: str, fixes: str, output: str, *, link: bool = False) 
         raise UserError(f"fix: --output {output!r} is inside the dataset; name a folder outside {root!r}")
     if (packed.local_folder(root) / packed.INDEX).is_file():
         raise UserError(
-            f"fix: {quoted(root)} is packed; unpack its shards with tar -xf first, or fit with --data.fixes"
+            f"fix: {quoted(root)} is packed; unpack it with tar -xf into another folder, or fit with --data.fixes"
         )
     folder = scan(root, SplitSettings(fixes=fixes))
     names = _new_names(folder)

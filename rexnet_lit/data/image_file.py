@@ -18,7 +18,9 @@ _packs: dict[str, Pack] = {}
 def open_walk(root: Path, *, follow_outside_links: bool = False) -> Walk:
     """Return what lists a folder, or a packed dataset."""
     index = root / INDEX
-    if index.is_file():
+    if not index.is_file():
+        _packs.pop(str(root), None)  # it was packed before
+    else:
         pack = _packs.get(str(root))
         if pack is None or pack.modified != index.stat().st_mtime_ns:  # it was packed again
             pack = _packs[str(root)] = Pack(str(root))

@@ -86,6 +86,8 @@ class Loader(DataLoader[Any]):
                     if batches is None:
                         self._iterator = None  # half-built by `_iterate`: start new workers
                     continue
+                for worker in getattr(batches, "_workers", ()) if timed_out else ():
+                    worker.kill()  # it may be unable to end by itself
                 if not timed_out and not done and get_start_method() != "fork":
                     raise UserError(f"a data loading worker has ended before its first batch; {_GUARD}") from None
                 raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
@@ -146,9 +148,10 @@ def _start_worker(number: int, niceness: int = 0) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     if hasattr(signal, "SIGHUP"):
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_wait_for_sigterm, daemon=True).start()
     sys.excepthook = _print_unless_disconnected
     if niceness and hasattr(os, "nice"):

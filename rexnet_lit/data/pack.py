@@ -19,7 +19,7 @@ from rexnet_lit.data.image_header import DecodeError
 from rexnet_lit.data.splits import listed, quoted
 from rexnet_lit.data.walk import PathList
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import expand_home
+from rexnet_lit.utils.files import expand_home, is_url
 from rexnet_lit.utils.progress import progress
 
 SHARD_BYTES = 512 * 1024 * 1024
@@ -45,17 +45,22 @@ def pack(root: str, output: str) -> Packed:
     Raises:
         UserError: There are no images, or ``output`` cannot be used.
     """
-    source, target = packed.local_folder(root), Path(os.path.abspath(expand_home(output)))  # noqa: PTH100
+    if is_url(output):
+        raise UserError(f"pack: {quoted(output)} is a URL; pack into a folder, and upload its files")
+    source, target = packed.local_folder(root), Path(os.path.realpath(expand_home(output)))
+    if not source.is_dir():
+        raise UserError(f"pack: there is no folder {quoted(root)}")
     if (source / packed.INDEX).is_file():
         raise UserError(f"pack: {quoted(root)} is packed already")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise UserError(f"pack: {quoted(output)} exists and is not empty; name a new folder")
-    if Path(os.path.realpath(source)) in (real := Path(os.path.realpath(target)), *real.parents):
+    if Path(os.path.realpath(source)) in (target, *target.parents):
         raise UserError(f"pack: {quoted(output)} is inside the dataset; name a folder outside {quoted(root)}")
     _, paths, notes = list_images(source)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
+        place = target if target.exists() else target.parent  # an empty folder may be another disk's
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=place) as temporary:
             written = _write(source, paths, Path(temporary))
             target.mkdir(exist_ok=True)
             for part in sorted(Path(temporary).iterdir(), key=lambda file: file.name == packed.INDEX):
@@ -63,6 +68,9 @@ def pack(root: str, output: str) -> Packed:
     except OSError as error:
         what = error.strerror or error
         raise UserError(f"pack: cannot write {quoted(output)}: {what}; free or choose another place") from error
+    empty = [folder for folder, inner, files in os.walk(source) if not inner and not files]
+    if empty:
+        notes = (*notes, listed([os.path.relpath(folder, source) for folder in empty], "empty folder", "left out"))
     return written._replace(notes=(*notes, *written.notes))
 
 
@@ -77,8 +85,8 @@ def _write(source: Path, paths: PathList, folder: Path) -> Packed:
         for done, path in enumerate(paths.raws(), start=1):
             name = os.fsdecode(path)
             try:
-                content = read_bytes(source / name)
-            except DecodeError as error:
+                content, modified = read_bytes(source / name), (source / name).stat().st_mtime
+            except (DecodeError, OSError) as error:
                 left_out.append(f"{name}: {error}")
                 continue
             if tar is None or tar.offset >= SHARD_BYTES:
@@ -86,7 +94,7 @@ def _write(source: Path, paths: PathList, folder: Path) -> Packed:
                 shards.append(f"shard-{len(shards):05}.tar")
                 tar = stack.enter_context(tarfile.open(folder / shards[-1], "w", format=tarfile.PAX_FORMAT))
             entry = tarfile.TarInfo(name)
-            entry.size, entry.mtime = len(content), int((source / name).stat().st_mtime)
+            entry.size, entry.mtime = len(content), int(modified)
             tar.addfile(entry, io.BytesIO(content))
             blocks = -(-len(content) // tarfile.BLOCKSIZE)
             kept.append(path)

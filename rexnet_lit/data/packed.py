@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import hashlib
+import io
 import os
 import stat
 import threading
@@ -33,7 +34,8 @@ INDEX = "rexnet_lit_index.npz"
 VERSION = 1
 
 _SOURCE = "source.txt"  # beside the copy of an index: the URL of its shards
-_MAX_OPEN = 256  # shards that a process keeps open
+_MAX_OPEN = 64
+"""Shards that a process keeps open: some systems allow 256 files in all."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +75,8 @@ class Pack:
     def __init__(self, root: str) -> None:
         file = os.path.join(root, INDEX)  # noqa: PTH118
         try:
-            with np.load(file, allow_pickle=False) as arrays:
+            content = Path(file).read_bytes()
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 version = int(arrays["version"])
                 self.shards: list[str] = arrays["shards"].tobytes().decode().split("\n")
                 self.paths = PathList.from_buffer(arrays["paths"].tobytes(), arrays["offsets"])
@@ -89,13 +92,19 @@ class Pack:
         self._lock = threading.Lock()
         self._open: dict[int, int] = {}
         self._remote: tuple[int, Any, str] = (0, None, "")
+        # In place of the time of a file: other copies of the index have the same.
+        self._state = int.from_bytes(hashlib.blake2b(content, digest_size=7).digest(), "big")
+        if self._url and len(self.read(0, 0, 1)) != 1:
+            raise UserError(
+                f"{self._url}: the server ignores requests for a range of bytes; copy the dataset to a disk"
+            )
 
     def find(self, path: bytes) -> PackedImage | None:
         """Return an image by its path below the root."""
         at = self.position(path)
         if at == len(self.paths) or self.paths.raw(at) != path:
             return None
-        return PackedImage(self, int(self._shard[at]), int(self._start[at]), int(self._size[at]), self.modified)
+        return PackedImage(self, int(self._shard[at]), int(self._start[at]), int(self._size[at]), self._state)
 
     def position(self, path: bytes) -> int:
         """Return where a path is, or would be, in the sorted list."""
@@ -120,13 +129,16 @@ class Pack:
             return self._read_at(descriptor, start, size)
         binary = getattr(os, "O_BINARY", 0)  # of Windows
         descriptor = os.open(os.path.join(self._root, self.shards[shard]), os.O_RDONLY | binary)  # noqa: PTH118
-        data = self._read_at(descriptor, start, size)
-        with self._lock:
-            keep = shard not in self._open and len(self._open) < _MAX_OPEN
-            if keep:
-                self._open[shard] = descriptor
-        if not keep:
-            os.close(descriptor)
+        keep = False
+        try:
+            data = self._read_at(descriptor, start, size)
+            with self._lock:
+                keep = shard not in self._open and len(self._open) < _MAX_OPEN
+                if keep:
+                    self._open[shard] = descriptor
+        finally:
+            if not keep:
+                os.close(descriptor)
         return data
 
     def _read_at(self, descriptor: int, start: int, size: int) -> bytes:
@@ -244,7 +256,7 @@ def local_folder(root: str | os.PathLike[str]) -> Path:
 
 
 def _file_system(url: str) -> tuple[Any, str]:
-    from fsspec.core import url_to_fs
+    from fsspec.core import url_to_fs  # a dependency of torch and Lightning
 
     try:
         return url_to_fs(url)  # type: ignore[no-any-return]

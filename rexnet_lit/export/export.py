@@ -31,7 +31,7 @@ from rexnet_lit.models import checkpoint
 from rexnet_lit.models.limits import COVERAGE
 from rexnet_lit.models.predictor import Classifier, load
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import check_output, check_writable
+from rexnet_lit.utils.files import check_output, check_writable, is_url
 
 Check: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 """Maps images (B, 3, S, S) to probabilities (B, K), computed by the written file."""
@@ -230,7 +230,7 @@ def _photo_views(classifier: Classifier) -> NDArray[np.float32]:
 def _sample_views(classifier: Classifier, model: str, images: str | None) -> NDArray[np.float32]:
     """Return views (N, 3, S, S) of images drawn from a folder, the same ones each time."""
     folder = checkpoint.load_model(model).data.root if images is None else images
-    if folder is None or not Path(folder).exists():
+    if folder is None or not (is_url(folder) or Path(folder).exists()):
         missing = "the model's dataset is unknown" if folder is None else f"there is no folder {folder!r}"
         raise UserError(f"--images: {missing}; quantisation needs a folder of images like those that the model is for")
     root, paths, _ = list_images(folder)

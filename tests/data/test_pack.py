@@ -2,6 +2,7 @@
 
 import shutil
 import tarfile
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -116,6 +117,41 @@ def test_threads_read_the_same(folder, monkeypatch):
             np.testing.assert_array_equal(pixels, read(folder / path))
 
 
+def test_an_empty_folder_on_another_disk(folder, tmp_path):
+    """The link leads to a folder in memory."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as disk:
+        (tmp_path / "link").symlink_to(disk)
+        (folder / "train/empty").mkdir()
+        written = pack.pack(str(folder), str(tmp_path / "link"))
+        assert written.notes[-1] == "1 empty folder left out: 'train/empty'"
+        assert {file.name for file in Path(disk).iterdir()} == {"shard-00000.tar", packed.INDEX}
+        assert image_file.read_bytes(tmp_path / "link" / "val/cat/v.jpg") == (folder / "val/cat/v.jpg").read_bytes()
+
+
+def test_a_folder_in_place_of_a_packed_one(folder, monkeypatch):
+    out = packed_copy(folder, monkeypatch)
+    path = scan(out).splits["train"].paths[0]
+    image_file.read_bytes(out / path)
+    shutil.rmtree(out)
+    shutil.copytree(folder, out)
+    (out / path).write_bytes(b"another")
+    scan(out)
+    assert image_file.read_bytes(out / path) == b"another"
+
+
+def test_a_server_without_ranges_of_bytes(folder, url, monkeypatch):
+    monkeypatch.setattr(packed, "_file_system", lambda url: (Whole(), url.removeprefix("file://")))
+    with pytest.raises(UserError, match="the server ignores requests for a range of bytes"):
+        scan(url)
+
+
+class Whole:
+    """A file system that returns whole files."""
+
+    def cat_file(self, path, start=None, end=None):
+        return Path(path).read_bytes()
+
+
 def test_few_files_stay_open(folder, monkeypatch):
     monkeypatch.setattr(packed, "_MAX_OPEN", 2)
     out = packed_copy(folder, monkeypatch, 1)
@@ -212,6 +248,10 @@ def test_bad_arguments(folder, monkeypatch, tmp_path):
     out = packed_copy(folder, monkeypatch)
     with pytest.raises(UserError, match="exists and is not empty; name a new folder"):
         pack.pack(str(folder), str(out))
+    with pytest.raises(UserError, match="is a URL; pack into a folder"):
+        pack.pack(str(folder), "s3://bucket/pets")
+    with pytest.raises(UserError, match="there is no folder"):
+        pack.pack(str(folder / "train/cat/a.jpg"), str(tmp_path / "again"))
     with pytest.raises(UserError, match="is packed already"):
         pack.pack(str(out), str(tmp_path / "again"))
     with pytest.raises(UserError, match="is inside the dataset"):
@@ -222,7 +262,7 @@ def test_bad_arguments(folder, monkeypatch, tmp_path):
     assert not (tmp_path / "again").exists()
     fixes = tmp_path / "fixes.csv"
     fixes.write_text("path,action\ntrain/cat/a.jpg,remove\n")
-    with pytest.raises(UserError, match="is packed; unpack its shards"):
+    with pytest.raises(UserError, match="is packed; unpack it"):
         write_fixed_copy(str(out), str(fixes), str(tmp_path / "again"))
 
 

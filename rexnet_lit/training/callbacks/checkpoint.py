@@ -55,7 +55,7 @@ class Shipped:
 
 
 _SHIPPED, _ENDED = "rexnet_lit_shipped", "rexnet_lit_ended"
-"""What a ``best.ckpt`` says of what the end of training has put into it, and the step at which training ended."""
+"""What a ``best.ckpt`` says of what the end of training has put into it, and what that depended on."""
 
 NOTHING = Shipped("the last weights", "nothing was validated", {})
 WHY = {"top1": "highest val top-1", "macro_f1": "highest val macro F1", "loss": "lowest val loss"}
@@ -195,10 +195,17 @@ class RunCheckpoint(ModelCheckpoint):
         ended = False
         # Once the end of training has begun to change it, it has not ended.
         if trainer.is_global_zero and self._best is None and Path(self.best_model_path).is_file():
-            ended = self._read_best().get(_ENDED) == trainer.global_step
+            ended = self._read_best().get(_ENDED) == self._end(trainer)
             if ended:
                 self._forget_best()
         return trainer.strategy.broadcast(ended)
+
+    @staticmethod
+    def _end(trainer: Trainer) -> list[Any]:
+        """Return what the end of training depends on."""
+        module = trainer.lightning_module
+        own = [getattr(module, name, None) for name in ("calibrate", "target_precision")]
+        return [trainer.global_step, *own, *resume.record(trainer, module, find_datamodule(trainer)).values()]
 
     def _read_best(self) -> dict[str, Any]:
         self._best = checkpoint.read_ckpt(self.best_model_path)
@@ -232,7 +239,7 @@ class RunCheckpoint(ModelCheckpoint):
     def write_best(self, trainer: Trainer) -> None:
         """Save what has changed in ``best.ckpt``."""
         if self._best is not None and self._best_changed:
-            self._best |= {_SHIPPED: self.shipped.as_dict(), _ENDED: trainer.global_step}
+            self._best |= {_SHIPPED: self.shipped.as_dict(), _ENDED: self._end(trainer)}
             checkpoint.write_ckpt(self._best, self.best_model_path)
         self._forget_best()
         trainer.strategy.barrier()

@@ -194,6 +194,9 @@ def test_resume_after_a_kill_during_weight_selection_writes_the_model(cwd):
     again = json.loads((run_folder(cwd, 0) / "result.json").read_text())
     for key in ("weights", "why", "temperature", "head_strength", "metrics"):
         assert again[key] == records[0][key]
+    # Asked for something else, it does it.
+    resume = ("--ckpt_path", run_folder(cwd, 0) / "checkpoints" / "last.ckpt", "--model.target_precision", 0.9)
+    assert "Selecting the weights" in fit(cwd, *settings, *resume).out
 
 
 @pytest.mark.parametrize(
