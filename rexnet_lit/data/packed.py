@@ -231,7 +231,7 @@ def local_folder(root: str | os.PathLike[str]) -> Path:
     Raises:
         UserError: There is no packed dataset at the URL, or it cannot be read.
     """
-    if not is_url(os.fspath(root)):
+    if not is_url(root):
         return Path(os.path.abspath(expand_home(root)))  # noqa: PTH100 - resolve() would replace the user's links
     url = os.fspath(root).rstrip("/")
     folder = cache_dir() / "packed" / hashlib.blake2b(url.encode(), digest_size=8).hexdigest() / url.rpartition("/")[2]

@@ -125,9 +125,9 @@ def expand_home(path: str | os.PathLike[str]) -> str:
     return os.path.expanduser(os.fspath(path))  # noqa: PTH111 - Path.expanduser raises without a home
 
 
-def is_url(path: str) -> bool:
+def is_url(path: str | os.PathLike[str]) -> bool:
     """Return whether this is a URL, such as ``s3://bucket/dataset``; ``C://data`` is none."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", path) is not None
+    return re.match(r"[A-Za-z][A-Za-z0-9+.-]+://", os.fspath(path)) is not None
 
 
 def absolute_path(path: str | None) -> str | None:

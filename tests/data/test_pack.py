@@ -188,7 +188,7 @@ def test_batches_are_those_of_the_folder(folder, monkeypatch):
     out = packed_copy(folder, monkeypatch)
 
     def batches(root):
-        data = ImageFolderDataModule(str(root), image_size=32, batch_size=4, num_workers=1, cache="none")
+        data = ImageFolderDataModule(root, image_size=32, batch_size=4, num_workers=1, cache="none")
         data.prepare_data()
         data.setup("fit")
         return [images for images, *_ in data.train_dataloader()]
