@@ -20,7 +20,7 @@ from rexnet_lit.data.settings import DataRecord, EvalRecipe
 from rexnet_lit.export.formats import FORMATS
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError, plural, printable
-from rexnet_lit.utils.files import expand_home
+from rexnet_lit.utils.files import expand_home, is_url
 
 if TYPE_CHECKING:
     import numpy as np
@@ -56,9 +56,8 @@ def _check(args: argparse.Namespace) -> int:
     from rich.progress import Progress
 
     from rexnet_lit.checks import check, findings
-    from rexnet_lit.data import packed
 
-    if not args.dir or not packed.local_folder(args.dir).is_dir():
+    if not args.dir or not (is_url(args.dir) or Path(args.dir).is_dir()):
         raise UserError(f"check: there is no folder {args.dir!r}")
     if args.report:
         from rexnet_lit.report.html import check_page

@@ -150,9 +150,8 @@ def _start_worker(number: int, niceness: int = 0) -> None:
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
     if hasattr(signal, "sigwaitinfo"):  # not on macOS
         signal.pthread_sigmask(signal.SIG_BLOCK, (signal.SIGTERM,))
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_wait_for_sigterm, daemon=True).start()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     sys.excepthook = _print_unless_disconnected
     if niceness and hasattr(os, "nice"):
         os.nice(niceness)

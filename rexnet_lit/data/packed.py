@@ -218,7 +218,7 @@ class PackedWalk(Walk):
         return True
 
     def _range(self, folder: bytes) -> tuple[int, int, int]:
-        """Return the first and the last but one position of what is in a folder, and where names in it begin."""
+        """Return where the paths in a folder start and end in the list, and where the names in them start."""
         if not folder:
             return 0, len(self._pack.paths), 0
         prefix = folder + b"/"
@@ -244,7 +244,7 @@ def local_folder(root: str | os.PathLike[str]) -> Path:
         raise UserError(f"{url}: cannot be read: {type(error).__name__}: {error}") from error
     file = folder / INDEX
     try:
-        if not file.is_file() or file.read_bytes() != index:  # the cache of verified images depends on its time
+        if not file.is_file() or file.read_bytes() != index:  # else it need not be read again
             write_file(folder / _SOURCE, url)
             with atomic_write(file) as stream:
                 stream.write(index)

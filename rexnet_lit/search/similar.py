@@ -19,12 +19,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from rexnet_lit.data import decode, image_file, packed
+from rexnet_lit.data import decode, image_file
 from rexnet_lit.data.folder import list_images
 from rexnet_lit.models import checkpoint
 from rexnet_lit.models.predictor import Classifier
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import atomic_write
+from rexnet_lit.utils.files import atomic_write, is_url
 from rexnet_lit.utils.process import cache_dir
 from rexnet_lit.utils.progress import progress
 
@@ -103,7 +103,7 @@ def build_index(folder: str | os.PathLike[str], classifier: Classifier) -> Index
     Raises:
         UserError: It is no folder, or holds no images.
     """
-    if not packed.local_folder(folder).is_dir():
+    if not (is_url(folder) or Path(folder).is_dir()):
         raise UserError(f"--index: there is no folder {os.fspath(folder)!r}")
     root, listed, notes = list_images(folder)
     paths = list(listed)

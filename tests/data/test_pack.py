@@ -211,7 +211,7 @@ def test_a_url(folder, url):
     index = found.root / packed.INDEX
     written = index.stat().st_mtime_ns
     scan(url)
-    assert index.stat().st_mtime_ns == written  # the cache of verified images depends on it
+    assert index.stat().st_mtime_ns == written  # so the index need not be read again
     result = check(url)
     assert result.counts == check(folder).counts
     assert result.to_dict()["root"].endswith("/packed")

@@ -30,9 +30,9 @@ Embedded = tuple[Samples, Tensor]
 
 
 def embed_training_images(module: RexNetModule, data: ImageFolderDataModule) -> Embedded | None:
-    """Compute the features of up to `MOST` training images; None if there are none.
+    """Return at most `MOST` training images and their features, or None if there are no training images.
 
-    With several processes, each computes a part of them.
+    In a distributed run, each process computes a share of the features.
     """
     train = data.splits().get("train")
     if train is None:
