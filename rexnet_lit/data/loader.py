@@ -86,8 +86,6 @@ class Loader(DataLoader[Any]):
                     if batches is None:
                         self._iterator = None  # half-built by `_iterate`: start new workers
                     continue
-                for worker in getattr(batches, "_workers", ()) if timed_out else ():
-                    worker.kill()  # it may be unable to end by itself
                 if not timed_out and not done and get_start_method() != "fork":
                     raise UserError(f"a data loading worker has ended before its first batch; {_GUARD}") from None
                 raise self._failure(due[min(done, len(due) - 1)], timed_out, str(error)) from None
