@@ -83,7 +83,7 @@ def check(
     kept = folder.fixes.kept
     equal, alike = ([g for g in groups if not kept.issuperset(images[i].path for i in g)] for groups in (equal, alike))
     infos = [image.details.info for image in images if image.details]
-    suspects, share, symmetry = _check_labels(folder, images, [*equal, *alike], embed, predictions)
+    suspects, judgement, symmetry = _check_labels(folder, images, [*equal, *alike], embed, predictions)
     suspects = tuple(suspect for suspect in suspects if suspect.path not in kept)
     findings = [
         *(Finding("error", "folder", problem) for problem in problems),
@@ -97,7 +97,7 @@ def check(
         *_check_crop(infos, recipe),
         *_check_depth(images),
         *_check_sizes(images, recipe, kept),
-        *_report_suspects(suspects, share),
+        *_report_suspects(suspects, judgement),
         *symmetries.report(symmetry),
     ]
 
@@ -160,11 +160,11 @@ def _check_labels(
     copies: Sequence[Sequence[int]],
     embed: Embed | None,
     predictions: str | None,
-) -> tuple[tuple[Suspect, ...], float | None, Symmetries | None]:
-    """Return the images of all splits whose labels are probably wrong, their estimated share, and the symmetries.
+) -> tuple[tuple[Suspect, ...], labels.Judgement | None, Symmetries | None]:
+    """Return the images of all splits whose labels are probably wrong, how they were judged, and the symmetries.
 
-    Unreadable images are left out. The share is None if there is nothing to check the labels by, and the symmetries if
-    there are no features.
+    Unreadable images are left out. The judgement is None if there is nothing to check the labels by, and the symmetries
+    if there are no features.
     """
     good = [i for i, image in enumerate(images) if image.details]
     if len(folder.class_names) < 2 or not good or (embed is None and predictions is None):
@@ -172,7 +172,7 @@ def _check_labels(
     targets, paths = np.array([images[i].target for i in good]), [images[i].path for i in good]
     if predictions is not None:
         judgement = labels.judge_logits(labels.read_logits(predictions, folder.class_names, paths), targets)
-        return labels.describe(judgement, targets, paths, folder.class_names), judgement.share, None
+        return labels.describe(judgement, targets, paths, folder.class_names), judgement, None
     assert embed is not None  # noqa: S101 (for the type checker)
     sides = [min(image.details.info.width, image.details.info.height) for image in images if image.details]
     files, side = [os.path.join(folder.root, path) for path in paths], int(np.median(sides))  # noqa: PTH118
@@ -185,15 +185,20 @@ def _check_labels(
     judgement = labels.judge_features(features, targets, len(folder.class_names), units)
     same = labels.join_units(len(images), copies)[good]
     found = symmetries.measure(features, targets, units, lambda some, how: embed([files[i] for i in some], side, how))
-    return labels.describe(judgement, targets, paths, folder.class_names, features, same), judgement.share, found
+    return labels.describe(judgement, targets, paths, folder.class_names, features, same), judgement, found
 
 
-def _report_suspects(suspects: Sequence[Suspect], share: float | None) -> list[Finding]:
-    if share is None:
+def _report_suspects(suspects: Sequence[Suspect], judgement: labels.Judgement | None) -> list[Finding]:
+    if judgement is None:
         return []
+    if judgement.share is None:
+        message = "no label was checked: the features or predictions hardly tell the classes apart"
+        advice = "check the labels with a model that is trained on these classes: --labels --model MODEL"
+        return [Finding("warning", "labels", message, advice)]
     if not suspects:
         return [Finding("info", "labels", "no label is more likely wrong than right")]
-    message = f"{plural(len(suspects), 'label is', 'labels are')} probably wrong (estimated share of all: {share:.1%})"
+    share = f"estimated share of all: {judgement.share:.1%}"
+    message = f"{plural(len(suspects), 'label is', 'labels are')} probably wrong ({share})"
     advice = "look at them, worst first; they are wrong more often than right, but not all of them are"
     return [Finding("warning", "suspect-label", message, advice, tuple(suspect.path for suspect in suspects))]
 

@@ -33,6 +33,7 @@ _SHRINKAGES = (0.01, 0.03, 0.1, 1.0)  # added to the covariance's diagonal, time
 _TEMPERATURES = np.geomspace(0.01, 10, 13)  # tried first, as factors of the logits
 _MOST_FITTED = 4_000_000  # logits that the temperature and the share are estimated from
 _MOST_WRONG = 0.5  # a larger share of wrong labels is not believed
+_CLEARLY = 3.0  # standard errors
 _NEIGHBOURS = 3
 _BLOCK = 512  # suspects whose neighbours are searched at once
 
@@ -43,12 +44,13 @@ class Judgement(NamedTuple):
     Args:
         probs: (N, K): the class probabilities of each image, by a model that has not seen its label.
         suspects: The images whose labels are probably wrong, worst first.
-        share: The estimated share of wrong labels.
+        share: The estimated share of wrong labels. None if the model hardly tells the classes apart, which leaves no
+            suspects.
     """
 
     probs: Floats
     suspects: NDArray[np.intp]
-    share: float
+    share: float | None
 
 
 def judge_features(features: Floats, targets: Classes, num_classes: int, units: NDArray[np.intp]) -> Judgement:
@@ -120,7 +122,7 @@ def _judge(logits: Floats, targets: Classes) -> tuple[float, Judgement]:
     """
     rows = np.flatnonzero(np.isfinite(logits[np.arange(len(targets)), targets]))
     if not len(rows):
-        return -np.inf, Judgement(np.zeros_like(logits), rows, 0.0)
+        return -np.inf, Judgement(np.zeros_like(logits), rows, None)
     fitted = np.random.default_rng(0).permutation(rows)[: max(_MOST_FITTED // logits.shape[1], 1000)]
 
     def fit(temperature: float) -> tuple[float, float, float]:
@@ -135,10 +137,21 @@ def _judge(logits: Floats, targets: Classes) -> tuple[float, Judgement]:
         best = max(best, fit(best[1] * step), fit(best[1] / step))
     likelihood, temperature, share = best
     probs = _softmax(logits * np.float32(temperature))
+    if not _tells_apart(logits[fitted], targets[fitted]):
+        return likelihood, Judgement(probs, rows[:0], None)
     right, wrong = _likelihoods(probs[rows], targets[rows])
     chosen = rows[(1 - share) * right < share * wrong]
     given = probs[chosen, targets[chosen]]
     return likelihood, Judgement(probs, chosen[np.argsort(given, kind="stable")], share)
+
+
+def _tells_apart(logits: Floats, targets: Classes) -> bool:
+    """Return whether images have clearly higher logits for the class of their label than other images have for it."""
+    values = np.ma.masked_invalid(logits)
+    values = values - values.mean(1, keepdims=True)
+    gain = (values - values.mean(0))[np.arange(len(targets)), targets]
+    one_class = (targets == targets[0]).all()  # nothing to compare with
+    return bool(one_class or gain.mean() > _CLEARLY * gain.std() / len(gain) ** 0.5)
 
 
 def _likelihoods(probs: Floats, targets: Classes) -> tuple[NDArray[np.float64], NDArray[np.float64]]:

@@ -5,7 +5,8 @@
 For each crop mode: the largest difference of a probability between `Classifier.probabilities` and the data module with
 the network (as `validate` and `test` compute), ONNX, OpenVINO, torch.export and timm's network of the hub folder on
 the predictor's views, and the script in docs/guide.md, with and without its exact resize, on the files. timm's own
-transform on Pillow images is compared in levels by tests/data. Then the memory of 2,000 predictions, and eight threads.
+transform on Pillow images is compared in levels by tests/data. Before it the memory of 2,000 predictions, in one process
+of this script; after it eight threads.
 """
 
 from __future__ import annotations
@@ -124,6 +125,11 @@ def main() -> None:
         folder = Path(temporary)
         (folder / "images").mkdir()
         files = draw(folder / "images", o.images)
+        classifier, memory = rexnet_lit.load(o.model, device="cpu"), []
+        for _ in range(max(2000 // len(files), 1)):
+            classifier.predict(files)
+            memory.append(resident())
+        print(f"memory after each {len(files)} predictions, MB: {', '.join(f'{m:.0f}' for m in memory)}", flush=True)
         for mode in ("center", "border", "squash"):
             spec = dataclasses.replace(own.spec, eval_recipe=own.spec.eval_recipe.with_crop_mode(mode))
             model = folder / mode / "model.safetensors"
@@ -141,11 +147,6 @@ def main() -> None:
             parts = list(pool.map(lambda start: classifier.probabilities(files[start::8]), range(8)))
         apart = max(np.abs(parts[n] - expected[n::8]).max() for n in range(8))
         print(f"eight threads: {apart:.1e}")
-        memory = []
-        for _ in range(max(2000 // len(files), 1)):
-            classifier.predict(files)
-            memory.append(resident())
-        print(f"memory after each {len(files)} predictions, MB: {', '.join(f'{m:.0f}' for m in memory)}")
 
 
 if __name__ == "__main__":

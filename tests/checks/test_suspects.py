@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 
 import cv2
 import numpy as np
@@ -54,6 +53,17 @@ def test_planted_labels_are_the_suspects():
     order = found.probs[found.suspects, given[found.suspects]]
     assert list(order) == sorted(order)
     assert not len(suspects.judge_features(features, right, 3, np.arange(180)).suspects)
+
+
+@pytest.mark.parametrize("classes", [2, 5, 40])
+def test_labels_that_have_nothing_to_do_with_the_images(classes):
+    """Not even of a rare class, which a head that always answers with the other one would suspect as a whole."""
+    rng = np.random.default_rng(classes)
+    features = rng.normal(size=(400, 6)).astype(np.float32)
+    for targets in (rng.integers(0, classes, 400), (rng.random(400) < 0.1).astype(int)):
+        found = suspects.judge_features(features, targets, classes, np.arange(400))
+        assert found.share is None
+        assert not len(found.suspects)
 
 
 def test_the_share_of_wrong_labels():
@@ -127,6 +137,9 @@ def test_suspects_of_a_folder(planted):
     assert finding.severity == "warning"
     assert finding.paths == tuple(row.path for row in result.suspects)
     assert check(planted).suspects == ()
+    nothing = check(planted, embed=lambda paths, side, change: np.zeros((len(paths), 3), np.float32))
+    assert nothing.suspects == ()
+    assert any("hardly tell the classes apart" in finding.message for finding in nothing.findings)
     for path in rows:
         (planted / path).unlink()
     result = check(planted, DataRecord(max_bad_fraction=0.2), embed=mean_colour)
@@ -167,5 +180,7 @@ def test_mistakes_of_the_user(planted, tmp_path, capsys, monkeypatch):
         assert "--predictions" in fails(capsys, "check", planted, "--labels", "--predictions", table)
 
 
-def test_nothing_known_of_a_label_is_no_number(planted):
-    assert math.isfinite(suspects.judge_logits(np.full((2, 2), -np.inf, np.float32), np.zeros(2, int)).share)
+def test_nothing_is_known_of_any_label():
+    found = suspects.judge_logits(np.full((2, 2), -np.inf, np.float32), np.zeros(2, int))
+    assert found.share is None
+    assert not len(found.suspects)
