@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from pathlib import Path, PurePosixPath
 
 from rexnet_lit.data import packed
@@ -12,6 +11,7 @@ from rexnet_lit.data.folder import ImageFolder, scan
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.data.splits import quoted
 from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import check_new_folder, new_folder
 from rexnet_lit.utils.progress import progress
 
 
@@ -32,34 +32,28 @@ def write_fixed_copy(root: str, fixes: str, output: str, *, link: bool = False) 
     Raises:
         UserError: The dataset, the fixes or ``output`` cannot be used.
     """
-    target = Path(output).absolute()
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"fix: --output {output!r} exists and is not empty; name a new folder")
-    if Path(os.path.realpath(root)) in (real := Path(os.path.realpath(target)), *real.parents):
-        raise UserError(f"fix: --output {output!r} is inside the dataset; name a folder outside {root!r}")
+    target = check_new_folder("fix", output, root)
     if (packed.local_folder(root) / packed.INDEX).is_file():
         raise UserError(
             f"fix: {quoted(root)} is packed; unpack it with tar -xf into another folder, or fit with --data.fixes"
         )
     folder = scan(root, SplitSettings(fixes=fixes))
     names = _new_names(folder)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as temporary:
-            with progress("Copying the images", len(names)) as show:
-                for done, (old, new) in enumerate(names.items(), start=1):
-                    file = Path(temporary) / new
-                    file.parent.mkdir(parents=True, exist_ok=True)
-                    source = os.path.realpath(folder.root / old)
-                    os.link(source, file) if link else shutil.copy2(source, file)
-                    show(done)
-            target.mkdir(exist_ok=True)
-            for part in Path(temporary).iterdir():  # a folder appears only when it is complete
-                part.replace(target / part.name)
-    except OSError as error:
-        hint = "leave --link out" if link else "free or choose another place"
-        raise UserError(f"fix: cannot write {quoted(output)}: {error.strerror or error}; {hint}") from error
+    with new_folder("fix", target) as copy, progress("Copying the images", len(names)) as show:
+        for done, (old, new) in enumerate(names.items(), start=1):
+            file = copy / new
+            file.parent.mkdir(parents=True, exist_ok=True)
+            source = os.path.realpath(folder.root / old)
+            _link(source, file) if link else shutil.copy2(source, file)
+            show(done)
     return folder
+
+
+def _link(source: str, file: Path) -> None:
+    try:
+        os.link(source, file)
+    except OSError as error:
+        raise UserError(f"fix: cannot link {quoted(source)}: {error.strerror}; leave --link out") from error
 
 
 def _new_names(folder: ImageFolder) -> dict[str, str]:

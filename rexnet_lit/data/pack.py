@@ -6,7 +6,6 @@ import contextlib
 import io
 import os
 import tarfile
-import tempfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +18,7 @@ from rexnet_lit.data.image_header import DecodeError
 from rexnet_lit.data.splits import listed, quoted
 from rexnet_lit.data.walk import PathList
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import expand_home, is_url
+from rexnet_lit.utils.files import check_new_folder, is_url, new_folder
 from rexnet_lit.utils.progress import progress
 
 SHARD_BYTES = 512 * 1024 * 1024
@@ -47,27 +46,15 @@ def pack(root: str, output: str) -> Packed:
     """
     if is_url(output):
         raise UserError(f"pack: {quoted(output)} is a URL; pack into a folder, and upload its files")
-    source, target = packed.local_folder(root), Path(os.path.realpath(expand_home(output)))
+    source = packed.local_folder(root)
     if not source.is_dir():
         raise UserError(f"pack: there is no folder {quoted(root)}")
     if (source / packed.INDEX).is_file():
         raise UserError(f"pack: {quoted(root)} is packed already")
-    if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise UserError(f"pack: {quoted(output)} exists and is not empty; name a new folder")
-    if Path(os.path.realpath(source)) in (target, *target.parents):
-        raise UserError(f"pack: {quoted(output)} is inside the dataset; name a folder outside {quoted(root)}")
+    target = check_new_folder("pack", output, source)
     _, paths, notes = list_images(source)
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        place = target if target.exists() else target.parent  # an empty folder may be another disk's
-        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=place) as temporary:
-            written = _write(source, paths, Path(temporary))
-            target.mkdir(exist_ok=True)
-            for part in sorted(Path(temporary).iterdir(), key=lambda file: file.name == packed.INDEX):
-                part.replace(target / part.name)  # the index last: with it the dataset is complete
-    except OSError as error:
-        what = error.strerror or error
-        raise UserError(f"pack: cannot write {quoted(output)}: {what}; free or choose another place") from error
+    with new_folder("pack", target, last=packed.INDEX) as folder:  # with the index the dataset is complete
+        written = _write(source, paths, folder)
     empty = [folder for folder, inner, files in os.walk(source) if not inner and not files]
     if empty:
         notes = (*notes, listed([os.path.relpath(folder, source) for folder in empty], "empty folder", "left out"))

@@ -6,13 +6,10 @@ Source: E. Alpaydin and C. Kaynak, Optical Recognition of Handwritten Digits, UC
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 import cv2
 import numpy as np
 
-from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import check_new_folder, new_folder
 
 SIZE = 32
 _SPLITS = ("train", "val", "test")
@@ -30,25 +27,20 @@ def write_sample(folder: str) -> dict[str, int]:
     """
     from sklearn.datasets import load_digits
 
-    root = Path(folder).absolute()  # "." has no name
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise UserError(f"sample: {folder!r} exists and is not empty; name a new folder")
+    target = check_new_folder("sample", folder)
     digits = load_digits()
-    root.parent.mkdir(parents=True, exist_ok=True)
     counts = dict.fromkeys(_SPLITS, 0)
-    with tempfile.TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as temporary:
+    with new_folder("sample", target) as root:
         for digit in range(10):
             members = np.random.default_rng(digit).permutation(np.flatnonzero(digits.target == digit))
             bounds = np.cumsum([round(share * len(members)) for share in _SHARES])
             for split, indices in zip(_SPLITS, np.split(members, bounds), strict=True):
-                target = Path(temporary) / split / str(digit)
-                target.mkdir(parents=True)
+                (root / split / str(digit)).mkdir(parents=True)
                 for index in indices:
                     grey = np.round(digits.images[index] * (255 / 16)).astype(np.uint8)
                     large = cv2.resize(grey, (SIZE, SIZE), interpolation=cv2.INTER_CUBIC)
-                    (target / f"{index:04d}.png").write_bytes(cv2.imencode(".png", large)[1].tobytes())
+                    (root / split / str(digit) / f"{index:04d}.png").write_bytes(
+                        cv2.imencode(".png", large)[1].tobytes()
+                    )
                 counts[split] += len(indices)
-        root.mkdir(exist_ok=True)
-        for split in _SPLITS:  # a folder appears only when it is complete
-            (Path(temporary) / split).replace(root / split)
     return counts

@@ -144,6 +144,52 @@ def unused_path(path: Path) -> Path:
     return fresh
 
 
+def check_new_folder(command: str, output: str, source: str | os.PathLike[str] = "") -> Path:
+    """Return the real path of a folder that `new_folder` can write: it does not exist, or is empty.
+
+    Args:
+        command: What writes it, for the error.
+        output: The folder.
+        source: A folder that it must be outside of.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    target = Path(os.path.realpath(expand_home(output)))
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise UserError(f"{command}: {printable(repr(output))} exists and is not empty; name a new folder")
+    if source and Path(os.path.realpath(source)) in (target, *target.parents):
+        raise UserError(
+            f"{command}: {printable(repr(output))} is inside the dataset; name a folder outside {str(source)!r}"
+        )
+    return target
+
+
+@contextlib.contextmanager
+def new_folder(command: str, target: Path, last: str = "") -> Iterator[Path]:
+    """Yield a folder whose content is moved to ``target`` when the block ends without an exception.
+
+    Args:
+        command: What writes it, for the error.
+        target: The folder that `check_new_folder` returned.
+        last: The name of the file that is moved last.
+
+    Raises:
+        UserError: The folder cannot be written.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        place = target if target.exists() else target.parent  # an empty folder may be another disk's
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=place) as temporary:
+            yield Path(temporary)
+            target.mkdir(exist_ok=True)
+            for part in sorted(Path(temporary).iterdir(), key=lambda part: part.name == last):
+                part.replace(target / part.name)
+    except OSError as error:
+        what = error.strerror or error
+        raise UserError(f"{command}: cannot write {str(target)!r}: {what}; free or choose another place") from error
+
+
 def check_output(key: str, path: Path, *endings: str, mark: bytes = b"") -> None:
     """Check that an output replaces nothing but an earlier output of the same kind.
 

@@ -5,8 +5,8 @@
 For each crop mode: the largest difference of a probability between `Classifier.probabilities` and the data module with
 the network (as `validate` and `test` compute), ONNX, OpenVINO, torch.export and timm's network of the hub folder on
 the predictor's views, and the script in docs/guide.md, with and without its exact resize, on the files. timm's own
-transform on Pillow images is compared in levels by tests/data. Before it the memory of 2,000 predictions, in one process
-of this script; after it eight threads.
+transform on Pillow images is compared in levels by tests/data. Before that, the memory of 2,000
+predictions; after it, eight threads.
 """
 
 from __future__ import annotations

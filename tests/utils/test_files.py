@@ -10,7 +10,15 @@ from pathlib import Path
 import pytest
 
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import atomic_write, check_output, unused_path, write_csv, write_file
+from rexnet_lit.utils.files import (
+    atomic_write,
+    check_new_folder,
+    check_output,
+    new_folder,
+    unused_path,
+    write_csv,
+    write_file,
+)
 
 
 @pytest.mark.parametrize("kind", [ValueError, KeyboardInterrupt, OSError])
@@ -85,3 +93,24 @@ def test_outputs_replace_only_earlier_outputs(tmp_path):
     with pytest.raises(UserError, match="is a folder; name a file"):
         check_output("--output", tmp_path, ".csv")
     assert unused_path(tmp_path / "old.csv").name == "old-1.csv"
+
+
+def test_a_new_folder_is_complete_or_not_there(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    target = check_new_folder("pack", "~/deep/new")
+    assert target == tmp_path / "deep" / "new"
+    with pytest.raises(ZeroDivisionError), new_folder("pack", target) as folder:
+        1 / (folder / "part").write_bytes(b"")
+    assert not list(target.parent.iterdir())
+    target.mkdir()  # perhaps another disk: nothing is written beside it
+    with new_folder("pack", target, last="a") as folder:
+        assert folder.parent == target
+        for name in "ab":
+            (folder / name).touch()
+    assert [path.name for path in sorted(target.iterdir())] == ["a", "b"]
+    with pytest.raises(UserError, match="exists and is not empty"):
+        check_new_folder("pack", "~/deep/new")
+    with pytest.raises(UserError, match="is inside the dataset"):
+        check_new_folder("pack", "~/deep/new/inside", target)
+    with pytest.raises(UserError, match="cannot write"), new_folder("pack", target / "a" / "new"):
+        pass
