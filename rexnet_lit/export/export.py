@@ -104,7 +104,7 @@ def export(model: str, kind: str, output: str, images: str | None = None) -> Par
 
 def _keep(written: Path, output: Path, companion: str) -> int:
     """Move what was written to its place; return its size in bytes."""
-    output.parent.mkdir(exist_ok=True)
+    output.parent.mkdir(parents=True, exist_ok=True)
     if companion:
         written.with_suffix(companion).replace(output.with_suffix(companion))
     written.replace(Path(os.path.realpath(output)))
@@ -115,8 +115,6 @@ def _keep(written: Path, output: Path, companion: str) -> int:
 def _check_output(output: Path, model: Path, kind: str) -> Path:
     """Return what to write; raise before any work is done if it cannot be written, or would replace something else."""
     suffixes, companion, mark = FORMATS[kind].suffixes, FORMATS[kind].companion, FORMATS[kind].mark
-    if not output.absolute().parent.is_dir():
-        raise UserError(f"--output: there is no folder {str(output.absolute().parent)!r}; create it first")
     if companion and (output.is_dir() or not output.suffix):
         output /= f"model{suffixes[0]}"
     check_writable("--output", output)

@@ -294,8 +294,7 @@ def test_torch(model, expected, tmp_path, capfd):
 def test_safetensors(model, expected, tmp_path, capfd):
     from safetensors import safe_open
 
-    output = tmp_path / "made" / "model.safetensors"
-    output.parent.mkdir()
+    output = tmp_path / "new" / "folder" / "model.safetensors"
     run(model, "safetensors", output, capfd)
     classifier = rexnet_lit.load(output, device="cpu")
     assert classifier.class_names == NAMES
@@ -438,8 +437,6 @@ def test_errors_are_one_line(model, tmp_path, capsys, monkeypatch):
         line = fails(capsys, "export", model, "--format", "onnx", "--output", output)
         assert line == "export: onnxruntime is not installed; pip install 'rexnet-lit[onnx]'"
     assert not output.exists()
-    line = fails(capsys, "export", model, "--format", "onnx", "--output", tmp_path / "none" / "model.onnx")
-    assert "there is no folder" in line
     assert "invalid choice" in fails(capsys, "export", model, "--format", "coreml", "--output", output)
     assert "there is no file" in fails(capsys, "export", "gone.ckpt", "--format", "onnx", "--output", output)
     assert "is a folder" in fails(capsys, "export", model, "--format", "onnx", "--output", tmp_path)
