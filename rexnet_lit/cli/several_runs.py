@@ -16,6 +16,7 @@ from rexnet_lit.data.folder import scan
 from rexnet_lit.data.settings import SplitSettings
 from rexnet_lit.search import crossval, ship
 from rexnet_lit.search.state import read_result
+from rexnet_lit.training import start
 from rexnet_lit.training.callbacks.console import print_table
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.training.schedules import auto_epochs
@@ -46,14 +47,18 @@ class SeveralRuns(RexNetCLI):
         """The settings by key, without those that may differ between two starts of the same command."""
         return {key: value for key, value in leaves(self.settings) if not key.startswith(_OF_A_RUN)}
 
+    @property
+    def from_scratch(self) -> bool:
+        """Whether training starts from random weights."""
+        return start.from_scratch(*(self.settings["model"][key] for key in ("weights", "pretrained", "network")))
+
     def choose_epochs(self) -> None:
         """Replace ``trainer.max_epochs: auto`` by the number that it stands for, which all runs then have."""
         config = self._settings["fit"]
         if config["trainer"]["max_epochs"] == "auto":
             folder = scan(config["data"]["root"], SplitSettings.of(config["data"].as_dict()))
-            scratch = not (config["model"]["weights"] or config["model"]["pretrained"])
             images = len(folder.splits["train"])
-            config["trainer"]["max_epochs"] = auto_epochs(images, config["data"]["batch_size"], scratch)
+            config["trainer"]["max_epochs"] = auto_epochs(images, config["data"]["batch_size"], self.from_scratch)
 
     def before_fit(self) -> None:
         """Let the fit have the callbacks of a search."""

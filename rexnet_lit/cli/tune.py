@@ -81,8 +81,7 @@ def _search(
         )
     base = {**dict(leaves(runs.settings)), **fixed}
     if base["model.optimizer.lr"] is None:
-        scratch = not (base["model.pretrained"] or base["model.weights"])
-        base["model.optimizer.lr"] = OptimizerSettings(name=base["model.optimizer.name"]).full_lr(scratch)
+        base["model.optimizer.lr"] = OptimizerSettings(name=base["model.optimizer.name"]).full_lr(runs.from_scratch)
     file = shipped_configs.find(space_name, "--space")
     space = read_space(yaml.safe_load(Path(file).read_text("utf-8")), space_name, base)
     described = {f"--space {key}": str(setting) for key, setting in space.items()}

@@ -141,7 +141,7 @@ class RexNetModule(pl.LightningModule):
         self._plateau: Plateau | None = None
         self.started = False
         """Whether training has begun: a checkpoint is then restored completely."""
-        self.scratch = weights is None and not (pretrained and self.spec.network is None)
+        self.scratch = start.from_scratch(weights, pretrained, self.spec.network)
         """Whether training starts from random weights; after a resume, whether it did."""
         if self.strategy_settings.solves_head and head.name != "linear":
             raise UserError(f"model.strategy.solver: logistic solves a linear head; model.head.name is {head.name}")

@@ -16,6 +16,11 @@ from rexnet_lit.models.weights import describe_mismatch, load_pretrained, load_w
 from rexnet_lit.utils.errors import MissingFileError, UserError, printable
 
 
+def from_scratch(weights: str | None, pretrained: bool, own_network: Any) -> bool:
+    """Return whether training starts from random weights; an own network has no published ones."""
+    return weights is None and not (pretrained and own_network is None)
+
+
 class StartingWeights:
     """The weights that training starts from, loaded into a network by the constructor.
 

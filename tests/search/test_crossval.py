@@ -78,6 +78,16 @@ def test_too_few_or_too_many_folds_are_an_error_before_the_first_fit(tmp_path):
         cross_validate(pytest.fail, {"data": config}, folder, {}, tmp_path / "crossval")
 
 
+def test_an_own_network_starts_from_scratch_as_in_a_fit(tmp_path):
+    write_dataset(tmp_path, train=8)
+    own = '{"class_path": "timm.create_model", "init_args": {"model_name": "test_resnet", "num_classes": 3}}'
+    arguments = ["--config", "finetune", "--data.root", str(tmp_path), "--model.network", own]
+    runs = several_runs.parse([*arguments, "--model.pretrained", "true"])
+    assert runs.from_scratch
+    scratch = several_runs.parse([*arguments[:4], "--model.pretrained", "false"])
+    assert runs.settings["trainer"]["max_epochs"] == scratch.settings["trainer"]["max_epochs"] > 20
+
+
 def test_command_goes_on_and_its_figures_equal_scikit_learn(tmp_path, monkeypatch, capsys):
     write_dataset(tmp_path / "data", train=6)
     data = tmp_path / "data" / "train"
