@@ -22,6 +22,8 @@ _SHORT = {
     "model": {**dict.fromkeys(("head", "strategy", "optimizer", "schedule", "loss"), "name"), "teacher": "path"},
     "data": {"augment": "name"},
 }
+_OWN = {"optimizer": "adamw", "schedule": "cosine", "loss": "cross_entropy"}
+"""The settings that take a ``class_path``. Without a name, jsonargparse refuses the mapping as another class's."""
 ARGUMENTS = {
     "fit": {"DIR": "data.root"},
     "validate": {"MODEL": "ckpt_path", "DIR": "data.root"},
@@ -61,8 +63,11 @@ def expand(argv: Sequence[str]) -> list[str]:
         configs = [str(shipped_configs.named(shipped_configs.DEFAULT)), *configs]
     keys = {f"--{group}.{key}": field for group, fields in _SHORT.items() for key, field in fields.items()}
     expanded = []
-    for argument, following in zip(rest, [*rest[1:], ""], strict=True):
+    for argument, following, previous in zip(rest, [*rest[1:], ""], ["", *rest[:-1]], strict=True):
         key, equals, value = argument.partition("=")
+        name = _OWN.get((previous if argument.startswith("{") else key).removeprefix("--model."))
+        if name and re.search(r"\bclass_path\b", argument) and not re.search(r"\bname\b", argument):
+            argument = argument.replace("{", f"{{name: {name}, ", 1)
         pattern = r"\w+" if keys.get(key) == "name" else r"[^{].*"
         short = key in keys and re.fullmatch(pattern, value if equals else following)
         expanded.append(f"{key}.{keys[key]}{equals}{value}" if short else argument)
@@ -150,6 +155,9 @@ def load_yaml(text: str, command: str, leave_out: Iterable[str] = ()) -> Any:
                 section[name] = {field: section[name]}
             elif isinstance(section.get(name), list):
                 section[name] = {"transforms": section[name]}
+        for name, kind in _OWN.items() if group == "model" else ():
+            if isinstance(section.get(name), dict) and "class_path" in section[name]:
+                section[name].setdefault("name", kind)
         if section and isinstance(section.get("callbacks"), dict):  # for a list the parser's messages are better
             section["callbacks"] = [section["callbacks"]]
     for key in leave_out:

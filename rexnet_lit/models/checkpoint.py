@@ -119,6 +119,11 @@ def read_ckpt(path: str) -> dict[str, Any]:
     """
     file = _local_file(path, "ckpt_path")
     raw = file.read_bytes()
+    if file.suffix == ".safetensors":
+        raise UserError(
+            f"{path}: a model, which cannot be resumed; start from it with model.weights, or give the trainer "
+            "the module of RexNetModule.load_from_checkpoint(path), and no ckpt_path"
+        )
     if raw.startswith(b"\x80"):  # torch's old format, or any pickle
         raise UserError(f"{path}: refused, it is a pickle, which could run code; use a checkpoint of rexnet_lit")
     if not _intact(raw):

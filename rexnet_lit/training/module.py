@@ -187,17 +187,14 @@ class RexNetModule(pl.LightningModule):
         super().__setattr__(name, rexnet.compile_in_place(value) if name == "network" else value)
 
     @classmethod
-    def from_model(cls, model: checkpoint.Model, network: nn.Module | None = None) -> RexNetModule:
-        """Return the module of a model file, for validation, test and prediction.
-
-        Args:
-            model: What `checkpoint.load_model` returned.
-            network: A network of the user's own, if the model has one.
-        """
-        spec = model.spec
-        own = check_own_network(spec, network, str(model.path))
-        module = cls(spec.backbone, pretrained=False, head=spec.head, class_names=spec.class_names, network=own)
-        module.spec = spec
+    def from_model(cls, model: checkpoint.Model, network: nn.Module | None = None, **settings: Any) -> RexNetModule:
+        """Return the module of a model file, see `load_from_checkpoint`."""
+        spec, recipe = model.spec, model.spec.eval_recipe
+        if cls.configure_network is RexNetModule.configure_network:
+            settings["network"] = check_own_network(spec, network, str(model.path))
+        own: dict[str, Any] = {"backbone": spec.backbone, "head": spec.head, "class_names": spec.class_names}
+        module = cls(**own, image_size=recipe.image_size, crop_mode=recipe.crop_mode, pretrained=False, **settings)
+        module.spec, module.scratch = spec, False
         load_trained(module.network, model.state, str(model.path))
         return module
 
@@ -207,9 +204,13 @@ class RexNetModule(pl.LightningModule):
         checkpoint_path: str | os.PathLike[str],
         map_location: str | torch.device = "cpu",
         network: nn.Module | None = None,
+        **settings: Any,
     ) -> RexNetModule:
-        """Return the module of a model file, on a device; unlike Lightning's, this never unpickles."""
-        return cls.from_model(checkpoint.load_model(checkpoint_path), network).to(map_location)
+        """Return the module of a model file, on a device; unlike Lightning's, this never unpickles.
+
+        It takes a network of your own if the model has one, and further settings of the class, which are else defaults.
+        """
+        return cls.from_model(checkpoint.load_model(checkpoint_path), network, **settings).to(map_location)
 
     @property
     def eval_transform(self) -> EvalTransform:

@@ -46,6 +46,22 @@ def settings(capsys, *argv):
 # Configs
 
 
+def test_own_parts_are_mappings_of_a_class(capsys):
+    """In a file, and as an option; beside the settings of an earlier config, or without any."""
+    own = {
+        "loss": {"class_path": "torch.nn.CrossEntropyLoss", "init_args": {"label_smoothing": 0.2}},
+        "optimizer": {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.02}},
+        "schedule": {"class_path": "torch.optim.lr_scheduler.StepLR", "init_args": {"step_size": 10}},
+    }
+    Path("own.yaml").write_text(yaml.safe_dump({"model": own}))
+    options = [f"--model.{key}={yaml.safe_dump(value, default_flow_style=True)}" for key, value in own.items()]
+    apart = [word for option in options for word in option.split("=", 1)]
+    for argv in (["--config", "own.yaml"], ["--config", "finetune", "--config", "own.yaml"], options, apart):
+        found = settings(capsys, *argv)["model"]
+        for key, value in own.items():
+            assert {name: found[key][name] for name in value} == value
+
+
 def test_configs_by_name(capsys):
     whole = settings(capsys, "--config", ROOT / "configs" / "quickstart.yaml")
     assert whole["trainer"]["max_epochs"] == 8

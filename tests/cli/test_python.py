@@ -12,9 +12,10 @@ import yaml
 from cli_tools import rows_of
 from module_tools import equal, model_of
 
-from rexnet_lit import ImageFolderDataModule, RexNetModule
+from rexnet_lit import ImageFolderDataModule, RexNetModule, RunCheckpoint
 from rexnet_lit.cli import main
 from rexnet_lit.models import checkpoint
+from rexnet_lit.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
 
@@ -105,3 +106,78 @@ def test_a_run_that_is_resumed_in_python_ends_with_the_same_weights(start, shape
     ours, theirs = (checkpoint.load_model(folder / "model.safetensors").state for folder in (whole, resumed))
     assert equal(ours, theirs)
     assert [row["epoch"] for row in rows_of(resumed / "metrics.csv")] == ["0", "1", "2", ""]
+
+
+def trained(root, kind=RexNetModule, trainer=(), **model):
+    """A trainer after its fit, and the module and the images that it was given."""
+    images = ImageFolderDataModule(str(root), **DATA)
+    module = kind(**{"pretrained": False, **model}, class_names=images.class_names, image_size=32)
+    fitted = pl.Trainer(**{"max_epochs": 1, **QUIET, "default_root_dir": "python", **dict(trainer)})
+    fitted.fit(module, datamodule=images)
+    return fitted, module, images
+
+
+def result_of(fitted):
+    return json.loads((Path(fitted.log_dir) / "result.json").read_text())
+
+
+noisy = pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|LeafSpec|best model)")
+
+
+@noisy
+def test_the_trainer_of_a_fit_tests_what_ships(start, shapes):
+    fitted, module, images = trained(shapes, strategy={"blend": True}, calibrate=True)
+    shipped = result_of(fitted)["metrics"]["val/loss"]
+    smaller = ImageFolderDataModule(str(shapes), **{**DATA, "batch_size": 4})
+    for given in ({"datamodule": images}, {"model": module, "datamodule": smaller, "ckpt_path": "best"}):
+        assert fitted.validate(**given, verbose=False)[0]["val/loss"] == pytest.approx(shipped, rel=1e-4)
+    with pytest.raises(UserError, match="a model, which cannot be resumed"):
+        fitted.test(module, images, ckpt_path=str(Path(fitted.log_dir) / "model.safetensors"))
+
+
+class Own(RexNetModule):
+    def __init__(self, alpha=0.1, **settings):
+        super().__init__(**settings)
+        self.alpha = alpha
+
+
+@noisy
+def test_a_loaded_module_trains_on(start, shapes):
+    fitted, *_ = trained(shapes, Own)
+    path = fitted.checkpoint_callback.best_model_path
+    module = Own.load_from_checkpoint(path, alpha=0.7, select="loss", optimizer={"lr": 1e-5})
+    assert (module.alpha, module.select, module.lr, module.scratch) == (0.7, "loss", 1e-5, False)
+    sizes = set()
+    module.network.register_forward_pre_hook(lambda _, given: sizes.add(given[0].shape[2:]))
+    pl.Trainer(max_epochs=1, **QUIET, default_root_dir="on").fit(module, ImageFolderDataModule(str(shapes), **DATA))
+    assert sizes == {(32, 32)}
+
+
+@noisy
+def test_callbacks_of_another_trainers_run(start, shapes):
+    saver, early = RunCheckpoint(), pl.callbacks.EarlyStopping("val/loss", patience=0, min_delta=10)
+    callbacks = {"callbacks": [saver, early], "max_epochs": 3}
+    first, *_ = trained(shapes, trainer=callbacks)
+    best = Path(saver.best_model_path).read_bytes()
+    second, *_ = trained(shapes, trainer=callbacks, optimizer={"lr": 1e-5}, calibrate=True)
+    assert second.current_epoch > 0
+    assert Path(saver.best_model_path).parents[1] == Path(second.log_dir) != Path(first.log_dir)
+    assert (Path(first.log_dir) / "checkpoints" / "best.ckpt").read_bytes() == best
+
+
+class Broken(RexNetModule):
+    def training_step(self, batch, batch_idx):
+        raise RuntimeError("mistake")
+
+
+@noisy
+def test_the_record_of_a_run(start, shapes, capsys):
+    with pytest.raises(RuntimeError, match="mistake"):
+        trained(shapes, Broken)
+    failed = json.loads(Path("python/lightning_logs/version_0/result.json").read_text())
+    assert (failed["status"], failed["reason"]) == ("failed", "mistake")
+    fitted, *_ = trained(shapes, trainer={"max_epochs": 3, "check_val_every_n_epoch": 2})
+    rows = rows_of(Path(fitted.log_dir) / "metrics.csv")
+    assert [bool(row["val/loss"]) for row in rows[:3]] == [False, True, False]
+    trained(shapes, trainer={"enable_checkpointing": False}, calibrate=True)
+    assert "model.calibrate has no effect without checkpoints" in capsys.readouterr().out

@@ -31,6 +31,9 @@ class Calibrate(EndOfTraining):
     Not with a cosine head, whose temperature is a setting. The weights in training, and ``last.ckpt``, stay the same.
     """
 
+    def setting(self, module: RexNetModule) -> str | None:  # noqa: D102
+        return "model.calibrate" if module.calibrate else None
+
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Fit the temperature of the best weights, and save them divided by it."""
         if not module.calibrate or module.spec.num_classes == 1 or "val" not in data.splits():

@@ -92,6 +92,7 @@ class RunCheckpoint(ModelCheckpoint):
         """What is in ``best.ckpt``; the selection and the calibration at the end of training change it."""
         self.features: dict[Split, Tensor] = {}
         """Features of the shipped weights, (N, C), of splits for which the end of training has computed them."""
+        self._folder: Path | None = None
         self._best: dict[str, Any] | None = None
         """The content of ``best.ckpt`` while the end of training changes it."""
         self._best_changed = False
@@ -108,8 +109,12 @@ class RunCheckpoint(ModelCheckpoint):
             warnings.filterwarnings("ignore", "Checkpoint directory")  # that of the last fit; the next may get another
             super().setup(trainer, pl_module, stage)
 
-    def _use_run_folder(self, trainer: Trainer) -> None:
+    def _use_run_folder(self, trainer: Trainer, module: LightningModule) -> None:
         folder = find_run_folder(trainer)
+        if self._folder not in (None, folder):  # that was another trainer's run
+            self.reset()
+            self.setup(trainer, module, "fit")
+        self._folder = folder
         if folder is not None:
             self.dirpath = str(folder / "checkpoints")
 
@@ -302,8 +307,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Save into the run folder; do not train a resumed run that had stopped early."""
-        self._use_run_folder(trainer)
-        if stopped_early(trainer):
+        self._use_run_folder(trainer, pl_module)
+        if trainer.ckpt_path is not None and stopped_early(trainer):
             trainer.should_stop = True
             rank_zero_only(print)("note: EarlyStopping has ended this run; remove it from trainer.callbacks to resume")
 
@@ -313,7 +318,9 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a resume that would silently be another run; find the best weights so far."""
-        self._use_run_folder(trainer)
+        if trainer.state.fn != "fit":  # a test of these weights
+            return
+        self._use_run_folder(trainer, pl_module)
         self.refuse_changes(trainer, pl_module, find_datamodule(trainer), checkpoint)
         self._restore_best(trainer, checkpoint)
         resume.begin_next_epoch(trainer, checkpoint)

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.callbacks import Callback
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor
 
 from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
@@ -20,6 +21,16 @@ class EndOfTraining(Callback):
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Do the work, in all processes."""
         raise NotImplementedError
+
+    def setting(self, module: RexNetModule) -> str | None:
+        """Return the setting that asks for it, None if it is not asked for or always done."""
+        return None
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say of a setting that it will have no effect."""
+        key = self.setting(pl_module) if isinstance(pl_module, RexNetModule) else None
+        if key and (find_checkpoint(trainer) is None or find_datamodule(trainer) is None):
+            rank_zero_only(print)(f"note: {key} has no effect without checkpoints and an ImageFolderDataModule")
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Finish, unless the model or the data are of a user's own class, or nothing is saved."""

@@ -52,6 +52,8 @@ class RunRecord(Callback):
         self._started = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self._own_csv = True
         self._failed = False
+        self._begun = self._validated = False
+        """Whether training has begun, and whether the present epoch has been validated."""
         self.images_per_second = 0.0
         """In training, in the present epoch."""
 
@@ -68,6 +70,7 @@ class RunRecord(Callback):
         self.on_train_epoch_start(trainer, pl_module)
         if not self._keep_rows(trainer):
             return
+        self._begun = True
         self._write_result(trainer, "running")
         for logger in trainer.loggers:
             if not isinstance(logger, TensorBoardLogger):  # it gets them with the final metrics
@@ -88,7 +91,7 @@ class RunRecord(Callback):
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Start the clock."""
-        self._images, self._epoch_start = 0, time.monotonic()
+        self._images, self._epoch_start, self._validated = 0, time.monotonic(), False
 
     def on_train_batch_end(  # noqa: D102
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -106,6 +109,7 @@ class RunRecord(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on with what the validation has interrupted."""
         if trainer.state.fn == "fit":
+            self._validated = True
             start = self._since
             self._enter(self._before)
             self._epoch_start += self._since - start  # the speed is that of training
@@ -115,6 +119,8 @@ class RunRecord(Callback):
         metrics = main_metrics(trainer.callback_metrics)
         if not metrics or not trainer.is_global_zero:  # none in a run that is resumed at the end of an epoch
             return
+        if not self._validated:  # Lightning keeps those of an earlier epoch
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("val/")}
         rates = learning_rates(trainer)
         row = {"epoch": trainer.current_epoch, "step": trainer.global_step, "weights": "", "lr": rates.get("lr", "")}
         self._rows.append({**row, **metrics, "images/s": round(self.images_per_second, 1)})
@@ -159,7 +165,7 @@ class RunRecord(Callback):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Record why the run has ended."""
-        if trainer.state.fn == "fit" and self._rows:
+        if trainer.state.fn == "fit" and self._begun:
             stopped = isinstance(exception, Stopped | KeyboardInterrupt)
             self._write_result(trainer, "stopped" if stopped else "failed", str(exception))
 

@@ -82,6 +82,9 @@ class WeightSelection(EndOfTraining):
     run that did not start from scratch, the weights between the start and the last epoch with solved heads.
     """
 
+    def setting(self, module: RexNetModule) -> str | None:  # noqa: D102
+        return "model.strategy.blend" if module.blends else None
+
     def finish(self, trainer: Trainer, module: RexNetModule, data: ImageFolderDataModule, saver: RunCheckpoint) -> None:
         """Compare the candidates on the validation images, and save the best."""
         if not module.blends or not saver.best_model_path or "val" not in data.splits():
