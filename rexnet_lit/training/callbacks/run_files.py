@@ -62,8 +62,8 @@ class RunFiles(Callback):
         """
         if self.module is pl_module and trainer.ckpt_path is None and trainer.fit_loop.done:
             raise UserError(
-                "this trainer has trained the module for all its epochs; to go on, give a new Trainer "
-                "more epochs, and fit the ckpt_path of its last.ckpt"
+                "this trainer has trained the module for all its epochs; to go on, give a new Trainer a "
+                "larger max_epochs, and its fit the last.ckpt as ckpt_path"
             )
         self.module = pl_module
         self._take(trainer)
