@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from rexnet_lit.checks.findings import Suspect
 from rexnet_lit.data.splits import first_few
-from rexnet_lit.utils.errors import UserError, printable
+from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.files import by_text
 
 Floats = NDArray[np.float32]
 Classes = NDArray[np.int64]
@@ -256,6 +257,12 @@ def join_units(size: int, groups: Iterable[Sequence[int]]) -> NDArray[np.intp]:
     return np.array([head(i) for i in range(size)], np.intp)
 
 
+def _numbered(names: Sequence[str]) -> dict[str, int]:
+    """Return the position of each name, by the texts that stand for this name alone in a CSV file."""
+    position = {name: i for i, name in enumerate(names)}
+    return {text: position[min(same)] for text, same in by_text(names).items() if len(same) == 1}
+
+
 def read_logits(file: str | os.PathLike[str], class_names: Sequence[str], paths: Sequence[str]) -> Floats:
     """Read a ``predictions.csv`` as log-probabilities (N, K); those of images that it does not list are -inf.
 
@@ -264,9 +271,8 @@ def read_logits(file: str | os.PathLike[str], class_names: Sequence[str], paths:
     Raises:
         UserError: The file cannot be read, is no such file, or knows other classes or none of the images.
     """
-    numbers = {printable(name): k for k, name in enumerate(class_names)}
+    numbers, row_of = _numbered(class_names), _numbered(paths)
     logits = np.full((len(paths), len(class_names)), -np.inf, np.float32)
-    row_of = {path: i for i, path in enumerate(paths)}
     unknown: dict[str, None] = {}
     try:
         with Path(file).open(encoding="utf-8-sig", errors="surrogateescape", newline="") as stream:

@@ -19,7 +19,7 @@ from rexnet_lit.data.image_file import read_bytes
 from rexnet_lit.data.image_header import DecodeError
 from rexnet_lit.data.splits import Found, first_few, quoted
 from rexnet_lit.data.walk import PathList, Walk
-from rexnet_lit.utils.files import csv_cell, expand_home
+from rexnet_lit.utils.files import by_text, csv_cell, expand_home
 
 COLUMNS = ("path", "action", "label", "reason", "sha256")
 ACTIONS = ("keep", "relabel", "remove")
@@ -85,7 +85,7 @@ def apply_fixes(walk: Walk, found: Found, names: Sequence[str], file: str, *, of
         return AppliedFixes()
     before = {name: len(paths) for name, paths in found.get("train", {}).items()}
     places = _find(found, {fix.path for fix in fixes})
-    labels = _by_text(names)
+    labels = by_text(names)
     changes = [(fix, _check(walk, fix, places.get(fix.path, []), labels, faults, of_file)) for fix in fixes]
     rows = collections.Counter(place.path for _, place in changes if place)
     faults["listed twice"] += [os.fsdecode(path) for path, count in rows.items() if count > 1]
@@ -124,15 +124,6 @@ def _read(lines: Iterator[str], root: str, faults: _Faults) -> Iterator[_Fix]:
         else:
             yield _Fix(path, action, label, digest.strip().lower())
         seen.add(path)
-
-
-def _by_text(names: Sequence[str]) -> dict[str, set[str]]:
-    """Return which names a text in the file may stand for: a name, or one as `write_csv` writes it."""
-    found: dict[str, set[str]] = {}
-    for name in names:
-        for text in (name, csv_cell(name)):
-            found.setdefault(text, set()).add(name)
-    return found
 
 
 def _find(found: Found, wanted: set[str]) -> dict[str, list[_Place]]:

@@ -260,8 +260,8 @@ class RexNetModule(pl.LightningModule):
         return self
 
     def on_train_start(self) -> None:
-        """Freeze for this epoch, which a resumed run knows only now."""
-        self.started = True
+        """Freeze for this epoch, which a resumed run knows only now; a loaded model's limits no longer hold."""
+        self.started, self.spec = True, dataclasses.replace(self.spec, limits=None)
         self._freeze()
 
     def on_train_epoch_start(self) -> None:

@@ -117,6 +117,15 @@ def csv_cell(text: str) -> str:
     return f"'{shown}" if shown.startswith(_FORMULA) else shown
 
 
+def by_text(names: Iterable[str]) -> dict[str, set[str]]:
+    """Return which names a text in a CSV file may stand for: a name, or one as `write_csv` writes it."""
+    found: dict[str, set[str]] = {}
+    for name in names:
+        for text in (name, csv_cell(name)):
+            found.setdefault(text, set()).add(name)
+    return found
+
+
 def expand_home(path: str | os.PathLike[str]) -> str:
     """Return a path with ``~`` or ``~user`` at its start replaced by the home folder.
 

@@ -15,6 +15,7 @@ from rexnet_lit.checks.check import check
 from rexnet_lit.cli import main
 from rexnet_lit.data.settings import DataRecord
 from rexnet_lit.models import weights
+from rexnet_lit.utils import files
 from rexnet_lit.utils.errors import MissingFileError
 
 
@@ -103,6 +104,15 @@ def test_predictions_of_a_model_instead(tmp_path):
     found = suspects.judge_logits(np.concatenate([certain, np.full((1, 3), -np.inf, np.float32)]), np.zeros(22, int))
     assert found.suspects.tolist() == [20]
     assert 0 < found.share < 1 / 21  # part of it may be the model's own mistake
+
+
+def test_predictions_of_names_that_a_csv_file_escapes(tmp_path):
+    names, paths = ("-minus", "=sum", "a\nb"), ["-minus/@1.png", "=sum/1.png", "a\nb/1.png"]
+    rows = [[path, name, 0.9] for path, name in zip(paths, names, strict=True)]
+    files.write_csv(tmp_path / "predictions.csv", ("path", "label_1", "prob_1"), rows)
+    assert "'-minus/@1.png,'-minus,0.9" in (tmp_path / "predictions.csv").read_text()
+    logits = suspects.read_logits(tmp_path / "predictions.csv", names, paths)
+    np.testing.assert_allclose(np.exp(logits), np.full((3, 3), 0.05) + np.eye(3) * 0.85, rtol=1e-5)
 
 
 def mean_colour(paths, side, change):

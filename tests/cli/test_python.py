@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import lightning.pytorch as pl
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -15,6 +17,7 @@ from module_tools import equal, model_of
 from rexnet_lit import ImageFolderDataModule, RexNetModule, RunCheckpoint
 from rexnet_lit.cli import main
 from rexnet_lit.models import checkpoint
+from rexnet_lit.models.limits import Limits
 from rexnet_lit.utils.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("quick_runs")
@@ -121,7 +124,7 @@ def result_of(fitted):
     return json.loads((Path(fitted.log_dir) / "result.json").read_text())
 
 
-noisy = pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|LeafSpec|best model)")
+noisy = pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|LeafSpec|best model|no `val_dataloader)")
 
 
 @noisy
@@ -154,6 +157,21 @@ def test_a_loaded_module_trains_on(start, shapes):
 
 
 @noisy
+def test_a_model_that_is_trained_on_loses_its_limits(start, shapes):
+    """They are those of the weights that were loaded: without validation images, or own loaders, no new ones come."""
+    module = RexNetModule.load_from_checkpoint("start.safetensors")
+    limits = Limits(20, np.full(20, 0.5, np.float32), 0.95, 0.2, None)
+    module.spec = dataclasses.replace(module.spec, limits=limits)
+    checkpoint.save_model("limited.safetensors", module.spec, module.network.state_dict())
+    data = ImageFolderDataModule(str(shapes), **DATA)
+    data.setup("fit")
+    loaded = RexNetModule.load_from_checkpoint("limited.safetensors")
+    assert loaded.spec.limits is not None
+    trainer = pl.Trainer(max_epochs=1, default_root_dir="own", **QUIET)
+    trainer.fit(loaded, data.train_dataloader())
+    assert checkpoint.load_model(Path(trainer.log_dir) / "model.safetensors").spec.limits is None
+
+
 def test_callbacks_of_another_trainers_run(start, shapes):
     saver, early = RunCheckpoint(), pl.callbacks.EarlyStopping("val/loss", patience=0, min_delta=10)
     callbacks = {"callbacks": [saver, early], "max_epochs": 3}
@@ -163,6 +181,27 @@ def test_callbacks_of_another_trainers_run(start, shapes):
     assert second.current_epoch > 0
     assert Path(saver.best_model_path).parents[1] == Path(second.log_dir) != Path(first.log_dir)
     assert (Path(first.log_dir) / "checkpoints" / "best.ckpt").read_bytes() == best
+
+
+@noisy
+@pytest.mark.parametrize("given", [{"filename": "best"}, {"save_last": True}, {"dirpath": "{run}", "filename": "last"}])
+def test_a_checkpoint_over_the_runs_own_is_refused(given, start, shapes):
+    run = Path("python/lightning_logs/version_0/checkpoints").absolute()
+    own = pl.callbacks.ModelCheckpoint(**{key: str(value).format(run=run) for key, value in given.items()})
+    with pytest.raises(UserError, match=r"trainer.callbacks: ModelCheckpoint would write (best|last).ckpt over"):
+        trained(shapes, trainer={"callbacks": [own]})
+    assert not run.is_dir()
+    own = pl.callbacks.ModelCheckpoint(filename="{epoch}", save_top_k=-1)
+    _, module, *_ = trained(shapes, trainer={"callbacks": [own]})
+    found = {path.name for path in Path(module.trainer.log_dir, "checkpoints").iterdir()}
+    assert found == {"best.ckpt", "last.ckpt", "epoch=0.ckpt"}
+
+
+@noisy
+@pytest.mark.filterwarnings("ignore:.*ckpt_path")
+def test_another_kind_of_checkpoint_callback(start, shapes):
+    _, module, *_ = trained(shapes, trainer={"callbacks": [pl.callbacks.OnExceptionCheckpoint("stopped")]})
+    assert (Path(module.trainer.log_dir) / "model.safetensors").is_file()
 
 
 class Broken(RexNetModule):

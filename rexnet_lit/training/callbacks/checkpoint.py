@@ -23,6 +23,7 @@ from rexnet_lit.models import checkpoint
 from rexnet_lit.models.limits import Limits
 from rexnet_lit.training.callbacks import resume
 from rexnet_lit.training.callbacks.run_files import find_run_folder
+from rexnet_lit.training.callbacks.run_folder import refuse_same_files
 from rexnet_lit.training.callbacks.signals import StopSignals
 from rexnet_lit.training.metrics import main_metrics
 from rexnet_lit.training.module import RexNetModule
@@ -117,6 +118,7 @@ class RunCheckpoint(ModelCheckpoint):
         self._folder = folder
         if folder is not None:
             self.dirpath = str(folder / "checkpoints")
+            refuse_same_files([c for c in trainer.checkpoint_callbacks if c is not self], Path(self.dirpath))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Remove the temporary files of a save that was killed, and handle the signals."""

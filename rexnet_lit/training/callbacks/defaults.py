@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, WeightAveraging
 
 from rexnet_lit.training.callbacks.averaging import EMA
 from rexnet_lit.training.callbacks.calibration import Calibrate
@@ -45,7 +45,7 @@ def callbacks_of(module: RexNetModule) -> list[Callback]:
     if trained is not None and trained.module not in (None, module):
         _start_over(trainer)
         given = trainer.callbacks  # type: ignore[attr-defined]
-    saves = any(isinstance(c, ModelCheckpoint) for c in given)
+    saves = any(isinstance(c, Checkpoint) for c in given)
     if saves and not any(isinstance(c, RunCheckpoint) for c in given):
         # Not returned: Lightning would take it for a replacement of every ModelCheckpoint.
         kept = [c for c in given if not _is_lightnings_default(c)]

@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from lightning.pytorch import Trainer
 
@@ -25,6 +26,7 @@ except ImportError:  # Windows, where nothing is locked
 
 RESULT = "result.json"
 _CHECKPOINTS = "checkpoints"
+_OWN_FILES = ("best", "last")
 _VERSION = re.compile(r"version_\d+")
 _DEPTH = 4
 """Folders between a root and its run folders, and between a run folder and a checkpoint of the user's, at most."""
@@ -75,6 +77,25 @@ def _choose(trainer: Trainer) -> Path:
             )
     check_writable("trainer.default_root_dir", folder / _CHECKPOINTS / "last.ckpt")
     return folder
+
+
+def refuse_same_files(callbacks: Iterable[Any], folder: Path) -> None:
+    """Refuse checkpoint callbacks of the user's that write a ``best.ckpt`` or ``last.ckpt`` into a run's ``folder``.
+
+    Raises:
+        UserError: One does.
+    """
+    for callback in callbacks:
+        if Path(getattr(callback, "dirpath", None) or "").absolute() != folder.absolute():
+            continue
+        last = getattr(callback, "save_last", None) and getattr(callback, "CHECKPOINT_NAME_LAST", None)
+        names = {"save_last": last, "filename": getattr(callback, "filename", None)}
+        setting, name = next(((key, name) for key, name in names.items() if name in _OWN_FILES), (None, None))
+        if setting is not None:
+            raise UserError(
+                f"trainer.callbacks: {type(callback).__name__} would write {name}.ckpt over that of the run itself, in "
+                f"{folder}; leave {setting} out, or set another dirpath"
+            )
 
 
 def _is_used(folder: Path) -> bool:
