@@ -71,7 +71,7 @@ class Classifier:
     def __init__(self, spec: ModelSpec, network: nn.Module, device: str | torch.device | None = None) -> None:
         self.spec = spec
         self.device = _device(device)
-        self.network = network.eval().requires_grad_(False).to(self.device)
+        self.network = network.eval().to(self.device)
         if self.device.type == "cpu":
             self.network.to(memory_format=torch.channels_last)  # about 1.5 times as fast on CPUs
         self._transform = EvalTransform(spec.eval_recipe)
@@ -329,15 +329,16 @@ def load(
     name = os.fspath(model)
     if re.fullmatch(r"rexnetr?_\w+(\.\w+)?", name) and not name.endswith((".ckpt", ".safetensors")):
         spec = ModelSpec(name, variants.published_names(name), eval_recipe=variants.eval_recipe(name))
-        net = rexnet.build_network(name, spec.num_classes)
-        weights.load_pretrained(net, name, keep_head=True)
-        return Classifier(spec, net, device)
+        published = rexnet.build_network(name, spec.num_classes).requires_grad_(False)
+        weights.load_pretrained(published, name, keep_head=True)
+        return Classifier(spec, published, device)
     try:
         file = checkpoint.load_model(model, "model")
     except MissingFileError as error:
         raise MissingFileError(f"{error}; expected a file of a run, or a name such as 'rexnet_100'") from None
-    own = weights.check_own_network(file.spec, network, name)
-    net = rexnet.build_network(file.spec.backbone, file.spec.num_classes, file.spec.head) if own is None else own
+    net = weights.check_own_network(file.spec, network, name)
+    if net is None:
+        net = rexnet.build_network(file.spec.backbone, file.spec.num_classes, file.spec.head).requires_grad_(False)
     weights.load_trained(net, file.state, name)
     if file.spec.assumed_preprocessing:
         warnings.warn(

@@ -2,18 +2,20 @@
 
 A strategy is a pure function from the epoch to the frozen parts, so a resumed run needs no state for it. All
 parameters are in the optimiser from the first step; freezing only changes ``requires_grad`` and BatchNorm's mode.
+Parameters that the user has frozen stay so under every strategy.
 To add a strategy, write a function and name it in `STRATEGIES`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+import hashlib
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 from torch import nn
 
-from rexnet_lit.utils.errors import UserError
+from rexnet_lit.utils.errors import UserError, plural
 from rexnet_lit.utils.settings import check_choice, check_range
 
 
@@ -116,11 +118,35 @@ def _frozen_modules(network: nn.Module, settings: StrategySettings, epoch: int) 
         yield network.get_submodule(name)
 
 
-def freeze(network: nn.Module, settings: StrategySettings, epoch: int) -> None:
-    """Set every parameter's ``requires_grad`` for ``epoch``."""
-    network.requires_grad_(True)
+def freeze(network: nn.Module, settings: StrategySettings, epoch: int, frozen: set[str]) -> None:
+    """Set which parameters train in ``epoch``; those that the user has frozen stay frozen.
+
+    Args:
+        network: The network.
+        settings: The strategy.
+        epoch: From 0.
+        frozen: Names of the parameters that the strategy has frozen so far. It is updated.
+    """
+    unfreeze(network, frozen)
+    trained = {name: parameter for name, parameter in network.named_parameters() if parameter.requires_grad}
     for module in _frozen_modules(network, settings, epoch):
         module.requires_grad_(False)
+    frozen |= {name for name, parameter in trained.items() if not parameter.requires_grad}
+
+
+def unfreeze(network: nn.Module, frozen: set[str]) -> None:
+    """Let all parameters train that `freeze` has frozen."""
+    for name, parameter in network.named_parameters():
+        if name in frozen:
+            parameter.requires_grad_(True)
+    frozen.clear()
+
+
+def settings(network: nn.Module, frozen: Collection[str]) -> dict[str, str]:
+    """Return what identifies the parameters that the user has frozen, if there are any."""
+    by_user = [name for name, p in network.named_parameters() if not p.requires_grad and name not in frozen]
+    digest = hashlib.sha256("\0".join(by_user).encode()).hexdigest()[:8]
+    return {"frozen": f"{plural(len(by_user), 'parameter', 'parameters')}, {digest}"} if by_user else {}
 
 
 def freeze_batchnorm(network: nn.Module, settings: StrategySettings, epoch: int) -> None:

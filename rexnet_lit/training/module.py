@@ -126,8 +126,7 @@ class RexNetModule(pl.LightningModule):
         self.ema, self.calibrate, self.select, self.target_precision = ema, calibrate, select, target_precision
         self.drop_path_rate, self.grad_checkpointing = drop_path_rate, grad_checkpointing
         names = start.initial_names(num_classes, class_names)
-        self._numbered = class_names is None
-        """Whether the classes have only numbers so far."""
+        self._numbered = class_names is None  # the classes have only numbers so far
         self.spec = ModelSpec(backbone, names, head, variants.eval_recipe(backbone, image_size, crop_mode))
         self.network = self.configure_network()
         self.spec = parts.describe_network(self.spec, self.network, image_size, crop_mode)
@@ -139,6 +138,7 @@ class RexNetModule(pl.LightningModule):
         self.loss: nn.Module = build_loss(LossSettings(), [1] * len(names))
         self._default_loss = (self.loss,)  # in a tuple, so that it is no submodule
         self._plateau: Plateau | None = None
+        self._frozen: set[str] = set()  # by the strategy
         self.started = False
         """Whether training has begun: a checkpoint is then restored completely."""
         self.scratch = start.from_scratch(weights, pretrained, self.spec.network)
@@ -240,10 +240,10 @@ class RexNetModule(pl.LightningModule):
         if self.loss is self._default_loss[0]:  # not one that the user has set
             self.loss = self.configure_loss()
             self._default_loss = (self.loss,)
-        freezing.freeze(self.network, self.strategy_settings, self.current_epoch)
+        freezing.freeze(self.network, self.strategy_settings, self.current_epoch, self._frozen)
         if self.strategy_settings.name == "staged" and isinstance(strategy, DDPStrategy):
             # DDP reads requires_grad once: all parameters must have it then, and later some get no gradient.
-            self.network.requires_grad_(True)
+            freezing.unfreeze(self.network, self._frozen)
             strategy._ddp_kwargs["find_unused_parameters"] = True
 
     def on_fit_start(self) -> None:
@@ -270,7 +270,7 @@ class RexNetModule(pl.LightningModule):
         self.train_loss.reset()
 
     def _freeze(self) -> None:
-        freezing.freeze(self.network, self.strategy_settings, self.current_epoch)
+        freezing.freeze(self.network, self.strategy_settings, self.current_epoch, self._frozen)
         self.train()
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
@@ -396,5 +396,5 @@ class RexNetModule(pl.LightningModule):
         }
         nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
         names = ("select", "ema", "drop_path_rate", "grad_checkpointing")
-        taught = {"teacher": self.teacher and str(self.teacher)}
-        return {**nested, **self.start.settings(), **taught, **{name: getattr(self, name) for name in names}}
+        other = {"teacher": self.teacher and str(self.teacher)} | freezing.settings(self.network, self._frozen)
+        return {**nested, **self.start.settings(), **other, **{name: getattr(self, name) for name in names}}

@@ -23,6 +23,12 @@ def network() -> nn.Module:
     return build_network("rexnet_100", 3)
 
 
+@pytest.fixture(scope="module")
+def frozen() -> set[str]:
+    """What the strategies have frozen of `network`."""
+    return set()
+
+
 def rates(network: nn.Module, settings: OptimizerSettings) -> dict[str, tuple[float, float]]:
     """The learning rate and weight decay of every parameter."""
     names = {id(p): name for name, p in network.named_parameters()}
@@ -65,8 +71,9 @@ def test_layer_decay_of_an_mlp_head():
 
 @pytest.mark.parametrize("layer_decay", [1.0, 0.7])
 def test_frozen_parameters_are_in_the_optimiser_from_the_first_step(layer_decay):
+    frozen: set[str] = set()
     network = build_network("rexnet_100", 3)
-    freeze(network, StrategySettings("linear_probe"), 0)
+    freeze(network, StrategySettings("linear_probe"), 0, frozen)
     before = {name: p.requires_grad for name, p in network.named_parameters()}
     assert {n for n, trains in before.items() if trains} == {"head.fc.weight", "head.fc.bias"}
     found = rates(network, OptimizerSettings(layer_decay=layer_decay))
@@ -137,7 +144,7 @@ def test_wrong_strategies(settings, message):
         StrategySettings(**settings)
 
 
-def test_groups_are_those_of_timm_s_group_matcher(network):
+def test_groups_are_those_of_timm_s_group_matcher(network, frozen):
     from timm.models._manipulate import group_with_matcher
 
     groups = group_with_matcher(network.named_parameters(), network.group_matcher(), return_values=False)
@@ -146,16 +153,17 @@ def test_groups_are_those_of_timm_s_group_matcher(network):
     assert theirs[18] == "head.fc"
     for settings in (StrategySettings("partial", frozen=5), StrategySettings("partial", frozen=0)):
         for epoch in (0, 9):
-            freeze(network, settings, epoch)
+            freeze(network, settings, epoch, frozen)
             still = {n for n, p in network.named_parameters() if not p.requires_grad}
-            frozen = tuple(f"{group}." for group in theirs[: settings.frozen])
-            assert still == {n for n, _ in network.named_parameters() if n.startswith(frozen)} if frozen else not still
+            groups_frozen = tuple(f"{group}." for group in theirs[: settings.frozen])
+            expected = {n for n, _ in network.named_parameters() if n.startswith(groups_frozen)}
+            assert still == expected if groups_frozen else not still
 
 
-def test_staged_trains_the_head_then_the_upper_half_then_all(network):
+def test_staged_trains_the_head_then_the_upper_half_then_all(network, frozen):
     settings = StrategySettings("staged", unfreeze_epochs=[2, 3])
     for epoch, first in ((0, None), (1, None), (2, "features.8"), (3, "stem"), (50, "stem")):
-        freeze(network, settings, epoch)
+        freeze(network, settings, epoch, frozen)
         groups = [g for g in backbone_groups(network) if next(network.get_submodule(g).parameters()).requires_grad]
         assert (groups[0] if groups else None) == first, epoch
         assert groups == backbone_groups(network)[18 - len(groups) :]
@@ -200,10 +208,39 @@ def test_the_default_rate_depends_on_the_start(name, given, scratch, shapes, tmp
     assert {g["initial_lr"] for g in trainer.optimizers[0].param_groups} == {scratch}
 
 
-def test_freezing_is_undone_by_a_strategy_that_trains_all(network):
-    freeze(network, StrategySettings("linear_probe"), 0)
-    freeze(network, StrategySettings("full"), 0)
+def test_freezing_is_undone_by_a_strategy_that_trains_all(network, frozen):
+    freeze(network, StrategySettings("linear_probe"), 0, frozen)
+    freeze(network, StrategySettings("full"), 0, frozen)
     assert all(p.requires_grad for p in network.parameters())
+
+
+@pytest.mark.filterwarnings("ignore:.*(num_workers|logging interval|LeafSpec|exists and is not empty|in eval mode)")
+@pytest.mark.parametrize("strategy", ["full", "partial", "staged"])
+def test_what_the_user_has_frozen_stays_frozen(strategy, tmp_path, shapes):
+    data = ImageFolderDataModule(str(shapes), image_size=32, batch_size=8, num_workers=0)
+    settings = {"name": strategy, "unfreeze_epochs": [1, 1]}
+    module = RexNetModule(pretrained=False, class_names=data.class_names, strategy=settings, image_size=32)
+    own = [module.network.features[12].get_parameter("conv_exp.conv.weight"), module.network.head.fc.bias]
+    for parameter in own:
+        parameter.requires_grad_(False)
+    before = {name: p.detach().clone() for name, p in module.network.named_parameters()}
+    saved = None
+    for epochs in (2, 4):
+        trainer = pl.Trainer(
+            max_epochs=epochs, default_root_dir=tmp_path, accelerator="cpu", enable_progress_bar=False,
+            enable_model_summary=False, num_sanity_val_steps=0,
+        )  # fmt: skip
+        trainer.fit(module, data, ckpt_path=saved)
+        saved = trainer.checkpoint_callback.last_model_path
+    same = {name for name, p in module.network.named_parameters() if torch.equal(p, before[name])}
+    assert {"features.12.conv_exp.conv.weight", "head.fc.bias"} <= same
+    assert "features.13.conv_exp.conv.weight" not in same
+    assert ("stem.conv.weight" in same) == (strategy == "partial")
+    own[1].requires_grad_(True)
+    with pytest.raises(UserError, match=r"model.frozen \(2 parameters, \w+ then, 1 parameter, \w+ now\)"):
+        pl.Trainer(max_epochs=5, default_root_dir=tmp_path, enable_progress_bar=False).fit(
+            module, data, ckpt_path=saved
+        )
 
 
 def test_frozen_parts_are_in_eval_mode(network):
