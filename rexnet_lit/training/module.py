@@ -388,13 +388,4 @@ class RexNetModule(pl.LightningModule):
 
     def settings(self) -> dict[str, Any]:
         """Return the settings that decide the weights of a run, apart from its data."""
-        groups: dict[str, Any] = {
-            "strategy": self.strategy_settings,
-            "optimizer": self.optimizer_settings,
-            "schedule": self.schedule_settings,
-            "loss": self.loss_settings,
-        }
-        nested = {f"{k}.{f}": v for k, group in groups.items() for f, v in dataclasses.asdict(group).items()}
-        names = ("select", "ema", "drop_path_rate", "grad_checkpointing")
-        other = {"teacher": self.teacher and str(self.teacher)} | freezing.settings(self.network, self._frozen)
-        return {**nested, **self.start.settings(), **other, **{name: getattr(self, name) for name in names}}
+        return parts.settings_of_run(self) | freezing.settings(self.network, self._frozen)

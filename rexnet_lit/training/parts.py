@@ -27,7 +27,7 @@ from rexnet_lit.training.losses import LossSettings
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.settings import call_own, class_path_of, own_part
+from rexnet_lit.utils.settings import call_own, class_path_of, own_part, plain_arguments
 
 if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule
@@ -181,3 +181,26 @@ def build_schedule(module: RexNetModule, optimizer: Optimizer, own: Any) -> tupl
     elif settings.name == "plateau":
         factor = plateau = Plateau.start(settings, total, per_epoch)
     return {"scheduler": Schedule(optimizer, factor), "interval": "step"}, plateau
+
+
+def settings_of_run(module: RexNetModule) -> dict[str, Any]:
+    """Return the settings that decide the weights of a run, apart from its data, by name."""
+    found: dict[str, Any] = {f"strategy.{key}": v for key, v in dataclasses.asdict(module.strategy_settings).items()}
+    kinds: dict[str, tuple[Any, str]] = {
+        "optimizer": (module.optimizer_settings, "configure_optimizers"),
+        "schedule": (module.schedule_settings, "configure_optimizers"),
+        "loss": (module.loss_settings, "configure_loss"),
+    }
+    for group, (settings, method) in kinds.items():
+        values = dataclasses.asdict(settings)
+        own = getattr(type(module), method)
+        if not own.__module__.startswith("rexnet_lit."):  # overridden
+            values |= {"class_path": class_path_of(own), "init_args": None}
+        elif group == "loss" and module.loss is not module._default_loss[0]:
+            values |= {"class_path": class_path_of(module.loss), "init_args": plain_arguments(module.loss)}
+        if values["class_path"] is not None:  # the others have no effect
+            values = {key: values[key] for key in ("class_path", "init_args")}
+        found |= {f"{group}.{key}": value for key, value in values.items()}
+    names = ("select", "ema", "drop_path_rate", "grad_checkpointing")
+    found |= {**module.start.settings(), "teacher": module.teacher and str(module.teacher)}
+    return found | {name: getattr(module, name) for name in names}

@@ -52,7 +52,8 @@ def settings_and_own(kind: type[T], value: Any, key: str) -> tuple[T, Any]:
     if isinstance(value, kind | str | Mapping) or not callable(value):
         settings: Any = settings_of(kind, value, key)
         return settings, own_part(settings.class_path, settings.init_args, key)
-    return kind(class_path=class_path_of(value)), value  # type: ignore[call-arg]
+    own = {"class_path": class_path_of(value), "init_args": plain_arguments(value)}
+    return kind(**own), value
 
 
 def own_part(class_path: str | None, init_args: Mapping[str, Any] | None, key: str) -> Callable[..., Any] | None:
@@ -83,6 +84,18 @@ def class_path_of(value: Any) -> str:
         value = value.func
     kind = value if hasattr(value, "__qualname__") else type(value)
     return f"{kind.__module__}.{kind.__qualname__}"
+
+
+def plain_arguments(value: Any) -> dict[str, Any] | None:
+    """Return the numbers and texts that a ``partial`` passes, or that an object holds; None if there are none."""
+    if isinstance(value, functools.partial):
+        given = {str(i): argument for i, argument in enumerate(value.args)} | value.keywords
+        given = (plain_arguments(value.func) or {}) | given
+    else:
+        given = {} if hasattr(value, "__qualname__") else getattr(value, "__dict__", {})
+    kept = {k: v for k, v in given.items() if isinstance(v, str | int | float | tuple | list) and k[0] != "_"}
+    kept.pop("training", None)
+    return kept or None
 
 
 def call_own(own: Callable[..., Any], key: str, *args: Any) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -111,12 +112,12 @@ def test_a_run_that_is_resumed_in_python_ends_with_the_same_weights(start, shape
     assert [row["epoch"] for row in rows_of(resumed / "metrics.csv")] == ["0", "1", "2", ""]
 
 
-def trained(root, kind=RexNetModule, trainer=(), **model):
+def trained(root, kind=RexNetModule, trainer=(), fit=(), **model):
     """A trainer after its fit, and the module and the images that it was given."""
     images = ImageFolderDataModule(str(root), **DATA)
     module = kind(**{"pretrained": False, **model}, class_names=images.class_names, image_size=32)
     fitted = pl.Trainer(**{"max_epochs": 1, **QUIET, "default_root_dir": "python", **dict(trainer)})
-    fitted.fit(module, datamodule=images)
+    fitted.fit(module, datamodule=images, **dict(fit))
     return fitted, module, images
 
 
@@ -207,6 +208,32 @@ def test_another_kind_of_checkpoint_callback(start, shapes):
 class Broken(RexNetModule):
     def training_step(self, batch, batch_idx):
         raise RuntimeError("mistake")
+
+
+class OwnOptimizer(RexNetModule):
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@noisy
+def test_own_parts_in_the_record_and_on_a_resume(start, shapes):
+    settings = result_of(trained(shapes, OwnOptimizer)[0])["settings"]
+    own = [value for key, value in settings.items() if key.startswith(("optimizer.", "schedule."))]
+    assert set(own) == {f"{__name__}.OwnOptimizer.configure_optimizers", None}
+    assert settings["loss.name"] == "cross_entropy"
+
+    sgd, loss = partial(torch.optim.SGD, lr=0.01, momentum=0.5), torch.nn.CrossEntropyLoss(label_smoothing=0.2)
+    fitted, *_ = trained(shapes, optimizer=sgd, loss=loss)
+    settings = result_of(fitted)["settings"]
+    assert settings["optimizer.class_path"] == "torch.optim.sgd.SGD"
+    assert settings["optimizer.init_args"] == {"lr": 0.01, "momentum": 0.5}
+    assert "optimizer.name" not in settings
+    assert settings["loss.init_args"]["label_smoothing"] == 0.2
+    last = str(Path(fitted.log_dir) / "checkpoints/last.ckpt")
+    other = {"optimizer": partial(torch.optim.SGD, lr=0.02, momentum=0.5), "loss": torch.nn.CrossEntropyLoss()}
+    with pytest.raises(UserError, match=r"model.optimizer.init_args .*; model.loss.init_args"):
+        trained(shapes, trainer={"max_epochs": 2}, fit={"ckpt_path": last}, **other)
+    trained(shapes, trainer={"max_epochs": 2}, fit={"ckpt_path": last}, optimizer=sgd, loss=loss)
 
 
 @noisy

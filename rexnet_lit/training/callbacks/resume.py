@@ -25,7 +25,8 @@ _CONDITIONS, _LENGTH = "rexnet_lit_run", "rexnet_lit_run_length"
 _ABSENT = "not recorded"
 _FIXED = (
     *("model.optimizer.name", "model.optimizer.momentum", "model.optimizer.layer_decay"),
-    *("model.ema", "model.schedule.name"),
+    *("model.optimizer.class_path", "model.optimizer.init_args"),
+    *("model.ema", "model.schedule.name", "model.schedule.class_path", "model.schedule.init_args"),
 )
 """Settings whose state a resume takes from the checkpoint: changing them would have no effect, or fail."""
 

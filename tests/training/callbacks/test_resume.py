@@ -637,15 +637,19 @@ CHANGES = (
                 "model.loss.name (cross_entropy then, focal now)",
             ],
         ),
+        (
+            ("--model.optimizer", "{class_path: torch.optim.SGD, init_args: {lr: 0.1}}", "--accept_changes", "true"),
+            ["model.optimizer.class_path (None then, torch.optim.SGD now)", "model.optimizer.init_args"],
+        ),
         (("--model.backbone", "rexnet_130"), ["model.backbone is rexnet_100, this run's is rexnet_130"]),
         (("--model.head", "mlp"), ["model.head.name is linear, this run's is mlp"]),
     ],
-    ids=("settings", "processes", "memory", "optimizer", "both kinds", "backbone", "head"),
+    ids=("settings", "processes", "memory", "optimizer", "both kinds", "own", "backbone", "head"),
 )
 def test_resume_refuses_other_settings(run, settings, expected):
     before = contents(run_folder(run))
     line = failed(fit(run, *settings, "--ckpt_path", "last"), *expected)
-    fixed = any(words in text for text in expected for words in ("momentum", "ema", "backbone", "head"))
+    fixed = any(words in text for text in expected for words in ("momentum", "ema", "init_args", "backbone", "head"))
     assert ("--accept_changes true" in line, "model.weights" in line) == (not fixed, fixed)
     assert contents(run_folder(run)) == before
 
