@@ -189,13 +189,13 @@ class RexNetModule(pl.LightningModule):
     @classmethod
     def from_model(cls, model: checkpoint.Model, network: nn.Module | None = None, **settings: Any) -> RexNetModule:
         """Return the module of a model file, see `load_from_checkpoint`."""
-        spec, recipe = model.spec, model.spec.eval_recipe
-        if cls.configure_network is RexNetModule.configure_network:
-            settings["network"] = check_own_network(spec, network, str(model.path))
-        own: dict[str, Any] = {"backbone": spec.backbone, "head": spec.head, "class_names": spec.class_names}
-        module = cls(**own, image_size=recipe.image_size, crop_mode=recipe.crop_mode, pretrained=False, **settings)
-        module.spec, module.scratch = spec, False
+        if network is not None or cls.configure_network is RexNetModule.configure_network:
+            own = check_own_network(model.spec, network, str(model.path))
+            settings |= {} if own is None else {"network": own}
+        module = cls(**start.settings_of_model(model.spec, cls, settings))
+        module.spec, module.scratch = model.spec, False
         load_trained(module.network, model.state, str(model.path))
+        module.start = start.StartingWeights.of_model(module.network, module.spec, keep_copy=module.blends)
         return module
 
     @classmethod
@@ -208,7 +208,8 @@ class RexNetModule(pl.LightningModule):
     ) -> RexNetModule:
         """Return the module of a model file, on a device; unlike Lightning's, this never unpickles.
 
-        It takes a network of your own if the model has one, and further settings of the class, which are else defaults.
+        It takes a network of your own if the model has one, and settings of the class other than the model's own
+        (backbone, head, classes, image size, crop); without them, their defaults.
         """
         return cls.from_model(checkpoint.load_model(checkpoint_path), network, **settings).to(map_location)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -56,7 +57,18 @@ class StartingWeights:
         except MissingFileError as error:
             self.missing = error
         if self._keep_copy and self.missing is None:
-            self.state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+            self._copy(network)
+
+    @classmethod
+    def of_model(cls, network: nn.Module, spec: ModelSpec, *, keep_copy: bool) -> StartingWeights:
+        """Return those of a network that holds a trained model's weights."""
+        start = cls(None, spec, None, False, keep_copy=False)
+        if keep_copy and spec.head.name == "linear" and spec.network is None:
+            start._copy(network)
+        return start
+
+    def _copy(self, network: nn.Module) -> None:
+        self.state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
 
     def _load(self, network: nn.Module, spec: ModelSpec, weights: str | None, keep_matching_classes: bool) -> None:
         if spec.network is not None:
@@ -124,6 +136,37 @@ def _matching_rows(
     rows = matching_rows(names, spec.class_names)
     known = tuple(spec.class_names[row] for row in rows)
     return rows, f"The starting weights know these classes by name ({_short(known)})."
+
+
+def settings_of_model(spec: ModelSpec, kind: type, settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments with which a class of module is built for the weights of a model file.
+
+    Args:
+        spec: The model's description.
+        kind: `RexNetModule`, or a subclass of the user's.
+        settings: Further settings.
+
+    Raises:
+        UserError: One of them is fixed by the model, or the class does not take what describes the model.
+    """
+    recipe = spec.eval_recipe
+    own: dict[str, Any] = {"backbone": spec.backbone, "head": spec.head, "class_names": spec.class_names}
+    own |= {"image_size": recipe.image_size, "crop_mode": recipe.crop_mode, "pretrained": False}
+    fixed = [name for name in (*own, "num_classes", "weights") if name in settings]
+    if fixed:
+        raise UserError(
+            f"load_from_checkpoint: {', '.join(fixed)}: the model file decides this; to train another model from its "
+            f"weights, use {kind.__name__}(weights=FILE, ...)"
+        )
+    taken = inspect.signature(kind).parameters
+    if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in taken.values()):
+        missing = [name for name in (*own, *settings) if name not in taken]
+        if missing:
+            raise UserError(
+                f"load_from_checkpoint: the constructor of {kind.__name__} does not take {', '.join(missing)}; let it "
+                "take **settings, and pass them on to RexNetModule's"
+            )
+    return own | dict(settings)
 
 
 def initial_names(num_classes: int | None, class_names: Sequence[str] | None) -> tuple[str, ...]:

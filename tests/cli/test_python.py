@@ -158,6 +158,49 @@ def test_a_loaded_module_trains_on(start, shapes):
 
 
 @noisy
+def test_a_loaded_module_trains_as_one_that_starts_from_the_file(start, shapes):
+    """That has the same weights to select among, too."""
+    _, first, images = trained(shapes, strategy={"blend": True})
+    file = Path(first.trainer.log_dir) / "model.safetensors"
+    found = []
+    for kind in ("load_from_checkpoint", None):
+        pl.seed_everything(5, verbose=False)
+        settings = {"strategy": {"blend": True}, "select": "loss"}
+        if kind:
+            module = RexNetModule.load_from_checkpoint(file, **settings)
+        else:
+            module = RexNetModule(weights=str(file), class_names=images.class_names, image_size=32, **settings)
+        trainer = pl.Trainer(max_epochs=1, **QUIET, default_root_dir="on")
+        trainer.fit(module, ImageFolderDataModule(str(shapes), **DATA))
+        found.append((checkpoint.load_model(Path(trainer.log_dir) / "model.safetensors").state, result_of(trainer)))
+    assert equal(found[0][0], found[1][0])
+    for key in ("weights", "why", "metrics"):
+        assert found[0][1][key] == found[1][1][key]
+
+
+class Fixed(RexNetModule):
+    def __init__(self, class_names):
+        super().__init__(class_names=class_names, pretrained=False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "words"),
+    [
+        (
+            RexNetModule,
+            {"image_size": 48, "weights": "a"},
+            "image_size, weights: the model file decides this",
+        ),
+        (RexNetModule, {"num_classes": 3}, r"num_classes: .*use RexNetModule\(weights=FILE"),
+        (Fixed, {"ema": 0.9}, r"Fixed does not take backbone, .*, ema; let it take \*\*settings"),
+    ],
+)
+def test_what_a_loaded_module_cannot_take(kind, settings, words, start):
+    with pytest.raises(UserError, match=words):
+        kind.load_from_checkpoint("start.safetensors", **settings)
+
+
+@noisy
 def test_a_model_that_is_trained_on_loses_its_limits(start, shapes):
     """They are those of the weights that were loaded: without validation images, or own loaders, no new ones come."""
     module = RexNetModule.load_from_checkpoint("start.safetensors")
