@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import yaml
 from jsonargparse import Namespace
 from lightning.pytorch.callbacks import Callback
 
+from rexnet_lit.cli import shipped_configs
 from rexnet_lit.cli.config import leaves
 from rexnet_lit.cli.lightning_cli import RexNetCLI
 from rexnet_lit.cli.messages import Parser
@@ -46,6 +48,17 @@ class SeveralRuns(RexNetCLI):
     def identity(self) -> dict[str, Any]:
         """The settings by key, without those that may differ between two starts of the same command."""
         return {key: value for key, value in leaves(self.settings) if not key.startswith(_OF_A_RUN)}
+
+    @property
+    def overlay(self) -> dict[str, Any]:
+        """The settings by key that make a `fit` this one: all but the defaults, and those that `finetune` changes."""
+        defaults = dict(leaves(self._subcommand_parsers["fit"].get_defaults().as_dict()))
+        changed = dict(leaves(yaml.safe_load(shipped_configs.named(shipped_configs.DEFAULT).read_text("utf-8"))))
+        return {
+            key: value
+            for key, value in self.identity.items()
+            if key != "data.root" and (key in changed or value != defaults.get(key))
+        }
 
     @property
     def from_scratch(self) -> bool:

@@ -53,7 +53,7 @@ def run_tune(argv: Sequence[str]) -> int:
         stopped = error
         if not search.full:
             raise
-    _finish_tune(search, root, data, stopped=stopped is not None)
+    _finish_tune(search, root, data, runs.overlay, stopped=stopped is not None)
     if stopped is not None:
         raise stopped
     return 0
@@ -94,9 +94,11 @@ def _search(
     return Search(train, root / "tuning", space, base, budget, trials, base["model.select"]), data
 
 
-def _finish_tune(search: Search, root: Path, data: Mapping[str, Any], *, stopped: bool) -> None:
+def _finish_tune(
+    search: Search, root: Path, data: Mapping[str, Any], overlay: Mapping[str, Any], *, stopped: bool
+) -> None:
     """Ship the best weights so far, measure them on the test images unless the search was stopped, and print both."""
-    run = result.ship(search, root)
+    run = result.ship(search, root, overlay)
     verdict = "" if stopped else result.describe_test(search, data)
     result.write_report(search, Path(data["root"]).name, verdict)
     best, default = search.best, search.done[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,15 @@ from rexnet_lit.training.callbacks.evaluation_report import history_of
 from rexnet_lit.utils.files import write_file
 
 
-def ship(search: Search, root: Path) -> Path:
+def ship(search: Search, root: Path, overlay: Mapping[str, Any]) -> Path:
     """Copy the best run into a run folder below ``root``, and write ``best.yaml``; return the folder.
 
     A search that goes on after its end makes a new folder only if it has found something better.
+
+    Args:
+        search: The search.
+        root: Where the new folder is made.
+        overlay: The settings by key that make a fit one with the config's settings.
     """
     record, best = search.folder / "result.json", search.best
     facts = {"trial": best.name}
@@ -31,14 +37,14 @@ def ship(search: Search, root: Path) -> Path:
     if known is not None:
         return known
     target = ship_run(search.run_of(best), root, record, facts)
-    _write_best(search, best)
+    _write_best(search, best, overlay)
     return target
 
 
-def _write_best(search: Search, best: Trial) -> None:
-    """Write the settings of the best run as an overlay."""
+def _write_best(search: Search, best: Trial, overlay: Mapping[str, Any]) -> None:
+    """Write the settings of the best run as a config."""
     tree: dict[str, Any] = {}
-    for key, value in search.settings_of(best).items():
+    for key, value in {**overlay, **search.settings_of(best)}.items():
         *groups, name = key.split(".")
         place = tree
         for group in groups:
@@ -47,9 +53,9 @@ def _write_best(search: Search, best: Trial) -> None:
     top1, default = best.metrics["val/top1"], search.done[0].metrics["val/top1"]
     header = (
         f"# The best settings that a search has found: val top-1 {top1:.3f}, {default:.3f} with those of the config.\n"
-        "#\n#   python -m rexnet_lit fit DIR --config finetune --config best.yaml\n"
+        "#\n#   python -m rexnet_lit fit DIR --config best.yaml\n"
     )
-    write_file(search.folder / "best.yaml", header + yaml.safe_dump(tree, sort_keys=False))
+    write_file(search.folder / "best.yaml", header + yaml.safe_dump(json.loads(json.dumps(tree)), sort_keys=False))
 
 
 def changes(search: Search) -> dict[str, tuple[Any, Any]]:

@@ -35,6 +35,12 @@ class Setting:
     log: bool = False
     whole: bool = False
 
+    def __str__(self) -> str:
+        """Return the candidates as a user would write them."""
+        if self.choices:
+            return f"one of {', '.join(map(str, self.choices))}"
+        return f"{self.low:g} to {self.high:g}{', logarithmic' if self.log else ''}"
+
     @property
     def distribution(self) -> BaseDistribution:
         """Optuna's description."""

@@ -11,7 +11,10 @@ from typing import Any
 from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.callbacks.run_folder import RESULT
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.files import check_writable, write_file
+from rexnet_lit.utils.files import check_writable, unused_path, write_file
+
+TRIALS = "trials.json"
+"""The runs of a search that have ended."""
 
 Fit = Callable[..., Path]
 """Trains with some settings (``data.batch_size``) changed and with further callbacks, resumes what it finds in
@@ -20,6 +23,8 @@ Fit = Callable[..., Path]
 
 def remember(folder: Path, settings: Mapping[str, Any]) -> None:
     """Write the settings that the runs in ``folder`` share, or compare them with those that an earlier start wrote.
+
+    If they differ and the earlier runs have only failed, their folder is renamed, and a new one begins.
 
     Raises:
         UserError: They differ, or the folder holds something else, or cannot be written.
@@ -37,12 +42,23 @@ def remember(folder: Path, settings: Mapping[str, Any]) -> None:
     except (OSError, ValueError):
         raise UserError(f"{file} is damaged; choose another --trainer.default_root_dir") from None
     changed = [key for key in {**then, **now} if then.get(key) != now.get(key)]
-    if changed:
+    if changed and _only_failed(folder):
+        moved = unused_path(folder)
+        folder.rename(moved)
+        print(f"note: what failed with other settings is moved to {moved}", flush=True)  # noqa: T201
+        remember(folder, settings)
+    elif changed:
         named = "; ".join(f"{key} ({then.get(key)} then, {now.get(key)} now)" for key in changed[:6])
         raise UserError(
             f"{folder} was begun with other settings: {named}; set them back to go on there, or choose another "
             "--trainer.default_root_dir"
         )
+
+
+def _only_failed(folder: Path) -> bool:
+    """Return whether nothing below ``folder`` has finished, or can be resumed."""
+    states = {read_result(file.parent).get("status") for file in folder.rglob(RESULT)}
+    return states <= {"failed"} and not (folder / TRIALS).is_file()
 
 
 def finished_run(root: Path) -> Path | None:

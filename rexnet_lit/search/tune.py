@@ -27,7 +27,7 @@ from rexnet_lit.checks.symmetries import HFLIP, SETTINGS, Symmetries
 from rexnet_lit.data.augmentation import AUTO, MIRRORED
 from rexnet_lit.search.pace import Pace, TooLongError
 from rexnet_lit.search.space import Setting, Values, propose
-from rexnet_lit.search.state import finished_run, read_result
+from rexnet_lit.search.state import TRIALS, finished_run, read_result
 from rexnet_lit.search.symmetries import MeasureSymmetries, read_symmetries, wanted_settings
 from rexnet_lit.search.trial import Trial, write_average, write_leaderboard
 from rexnet_lit.training.parts import SELECT
@@ -78,7 +78,7 @@ class Search:
         self._epochs_file, self._symmetries_file = folder / "epochs.json", folder / "symmetries.json"
         if self._epochs_file.is_file():
             self._shorten(json.loads(self._epochs_file.read_text("utf-8")))
-        self._record = folder / "trials.json"
+        self._record = folder / TRIALS
         if self._record.is_file():
             rows = json.loads(self._record.read_text("utf-8"))
             self.done = [Trial(**{**row, "start": tuple(row.get("start", ()))}) for row in rows]
@@ -134,14 +134,14 @@ class Search:
                 finished = self._train(dataclasses.replace(trial, epochs=self._epochs_that_fit(error)))
             if trial.stage == "default" and self.symmetries is not None:
                 print(f"{self.symmetries}.", flush=True)  # noqa: T201
+            if finished.stage == "default" and finished.status == "failed":
+                raise UserError(f"the settings of the config fail: {finished.reason}")
             self.done.append(finished)
             rows = [dataclasses.asdict(each) for each in self.done]
             write_file(self._record, json.dumps(rows, indent=1) + "\n")
             order = sorted(self.done, key=lambda t: (t.stage == "short", t.status == "failed", *self._rank(t)))
             write_leaderboard(self.folder / "leaderboard.csv", order, {key: self.base[key] for key in self.space})
             self._print(finished)
-            if finished.stage == "default" and finished.status == "failed":
-                raise UserError(f"the settings of the config fail: {finished.reason}")
             self._remove_checkpoints()
 
     def _epochs_that_fit(self, error: TooLongError) -> int:

@@ -304,6 +304,8 @@ def test_command(tmp_path, monkeypatch, capsys):
     best = yaml.safe_load((tmp_path / "tuning/best.yaml").read_text())
     row = rows_of(tmp_path / "tuning/leaderboard.csv")[0]
     assert (best["trainer"]["max_epochs"], best["seed_everything"]) == (int(row["epochs"]), int(row["seed"]))
+    assert best["data"]["batch_size"] == 8  # an option of the command
+    assert "root" not in best["data"]
     if row["stage"] == "continued":
         assert checkpoint.load_model(best["model"]["weights"]).spec.class_names
     page = (tmp_path / "tuning/report.html").read_text()
@@ -316,7 +318,29 @@ def test_command(tmp_path, monkeypatch, capsys):
     assert "--budget" in capsys.readouterr().err
     assert main.main([*command, "--model.loss.label_smoothing", "0"]) == 2
     assert "model.loss.label_smoothing" in capsys.readouterr().err
-    fit = ["fit", str(data), "--config", "quickstart", "--config", "tuning/best.yaml", "--print_config"]
-    assert main.main(fit) == 0
+    configs = []
+    for others in ([], ["--config", "finetune"], ["--config", "quickstart"]):
+        capsys.readouterr()
+        assert main.main(["fit", str(data), *others, "--config", "tuning/best.yaml", "--print_config"]) == 0
+        configs.append(capsys.readouterr().out)
+    assert configs[0] == configs[1] == configs[2]
+    assert yaml.safe_load(configs[0])["model"]["backbone"] == "rexnet_100"
     assert main.main([*command, "--budget", "0.1s", "--trainer.default_root_dir", "other"]) == 2
     assert "allow more time" in capsys.readouterr().err
+
+
+def test_a_search_that_failed_at_once_can_be_corrected(tmp_path, monkeypatch, capsys):
+    data = write_dataset(tmp_path / "data", train=8) / "train"
+    monkeypatch.chdir(tmp_path)
+    command = [
+        "tune", str(data), "--config", "quickstart", "--trials", "1", "--data.batch_size", "8", "--trainer.max_epochs",
+        "1", "--data.num_workers", "0",
+    ]  # fmt: skip
+    assert main.main([*command, "--model.pretrained", "true"]) == 2
+    assert main.main([*command, "--space", "no.yaml"]) == 2
+    capsys.readouterr()
+    assert main.main(command) == 0
+    assert f"what failed with other settings is moved to {Path('tuning-1')}" in capsys.readouterr().out
+    assert Path("tuning-1/settings.json").is_file()
+    assert main.main([*command, "--data.image_size", "48"]) == 2  # now there is something to lose
+    assert "data.image_size (32 then, 48 now)" in capsys.readouterr().err
