@@ -221,7 +221,7 @@ def _check_layout(folder: ImageFolder) -> list[Finding]:
     for note in folder.notes:
         if " have no images in " in note:
             continue  # see _check_missing
-        expected = any(words in note for words in ("taken as", "drawn from", "data.fixes"))
+        expected = any(words in note for words in ("taken as", "drawn from", "data.fixes", "each in one split"))
         found.append(Finding("info" if expected else "warning", "layout", note))
     if folder.clutter:
         many = plural(folder.clutter, "file or folder is no image", "files and folders are no images")

@@ -121,7 +121,7 @@ class RexNetCLI(LightningCLI):
         """Parse; for the runs that read a model file, again with its record as the defaults."""
         command, args = argv[0], expand(argv)
         self.config = settings_parser.parse(parser, self._subcommand_parsers, args)
-        rank_zero_only(output.print_notes)(settings_parser.unused(args, command))
+        rank_zero_only(output.print_notes)(settings_parser.unused(args, command, self.config[command]))
         if command == "fit":
             if shipped_configs.needs_default(command, split_configs(argv)[0]):
                 name = shipped_configs.DEFAULT

@@ -34,6 +34,22 @@ _USED_BY = (
         ("fit", "validate", "test"),
     ),
 )
+# Settings that only some choices of another setting use.
+_USED_WITH = (
+    (r"model\.strategy\.frozen", "model.strategy.name", ("partial",)),
+    (r"model\.strategy\.unfreeze_epochs", "model.strategy.name", ("staged",)),
+    (r"model\.strategy\.views", "model.strategy.name", ("linear_probe",)),
+    (r"model\.head\.(hidden|layers)", "model.head.name", ("mlp",)),
+    (r"model\.head\.temperature", "model.head.name", ("cosine",)),
+    (r"model\.loss\.gamma", "model.loss.name", ("focal",)),
+    (r"model\.schedule\.min_factor", "model.schedule.name", ("cosine",)),
+    (r"model\.schedule\.step_epochs", "model.schedule.name", ("step",)),
+    (r"model\.schedule\.gamma", "model.schedule.name", ("step", "plateau")),
+    (r"model\.schedule\.patience", "model.schedule.name", ("plateau",)),
+    (r"model\.schedule\.rise", "model.schedule.name", ("one_cycle",)),
+    (r"data\.augment\.(num_ops|magnitude)", "data.augment.name", ("randaugment",)),
+    (r"data\.cache_gb", "data.cache", ("auto", "ram", "disk")),
+)
 
 
 def add_settings(parser: LightningArgumentParser, command: str) -> None:
@@ -93,12 +109,15 @@ def _users(key: str, command: str) -> tuple[str, ...]:
     return next((runs for pattern, runs in _USED_BY if re.fullmatch(pattern, key)), (command,))
 
 
-def unused(args: list[str], command: str) -> Iterator[str]:
-    """Yield what to say of each option of a command line that has no effect in this run."""
+def unused(args: list[str], command: str, config: Namespace) -> Iterator[str]:
+    """Yield what to say of each option of a command line that has no effect in this run, whose settings are given."""
     for key in (arg.partition("=")[0].removeprefix("--") for arg in args if arg.startswith("--")):
         runs = _users(key, command)
         if command not in runs:
             yield f"--{key} has no effect in {command}; it is for {', '.join(runs)}"
+        for pattern, chooser, choices in _USED_WITH:
+            if command == "fit" and re.fullmatch(pattern, key) and config[chooser] not in choices:
+                yield f"--{key} has no effect with --{chooser} {config[chooser]}; it is for {', '.join(choices)}"
 
 
 def parse(parser: LightningArgumentParser, own: Mapping[str, LightningArgumentParser], args: list[str]) -> Namespace:

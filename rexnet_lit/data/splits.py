@@ -81,13 +81,17 @@ def draw_missing(walk: Walk, found: Found, settings: SplitSettings, groups: Mapp
     if "val" in found:
         if settings.num_folds:
             walk.problems.append("data.num_folds is set, but there is a val split; remove one of them")
+        elif settings.val_fraction not in (0, SplitSettings.val_fraction):
+            walk.notes.append(f"data.val_fraction {settings.val_fraction:g} has no effect: there is a val split")
         settings = dataclasses.replace(settings, val_fraction=0.0, num_folds=0)
     if "test" in found:
+        if settings.test_fraction:
+            walk.notes.append(f"data.test_fraction {settings.test_fraction:g} has no effect: there is a test split")
         settings = dataclasses.replace(settings, test_fraction=0.0)
     draws_val = bool(settings.val_fraction or settings.num_folds)
     if not (draws_val or settings.test_fraction) or "train" not in found:
         return False
-    if len(found) > 1:
+    if len(found) > 1 or settings.split_file is not None:
         walk.notes.append(f"{'val' if draws_val else 'test'} is drawn from train")
     train = found["train"]
     drawn = draw_groups(train, groups, settings) if groups else {n: draw(n, train[n], settings) for n in train}

@@ -80,6 +80,8 @@ def read_table(walk: Walk, settings: SplitSettings) -> tuple[Found, dict[bytes, 
     except (OSError, UserError) as error:
         walk.problems.append(f"{where}: {getattr(error, 'strerror', None) or error}")
         return {}, {}
+    if "group" in columns and settings.group_pattern is not None:
+        walk.problems.append(f"{where} has a group column, and data.group_pattern is set too; remove one of them")
     if not rows and not faults:
         walk.problems.append(f"{where} lists no images")
     left_out = {name: faults.pop(name, []) for name in ("row without a label", "row of an image listed before")}

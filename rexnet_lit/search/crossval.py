@@ -146,8 +146,8 @@ def cross_validate(
 
 def changes(config: Mapping[str, Any], home: Path) -> dict[str, Any]:
     """Return the settings that differ for a run in the folder ``home``: its images come from a file there."""
-    drawn = {"num_folds": 0, "fold": 0, "test_fraction": 0.0, "group_pattern": None, "labels": None, "fixes": None}
-    found: dict[str, Any] = {f"data.{key}": value for key, value in drawn.items() if key in config}
+    drawn = ("val_fraction", "test_fraction", "num_folds", "fold", "group_pattern", "labels", "fixes")
+    found: dict[str, Any] = {f"data.{key}": getattr(SplitSettings, key) for key in drawn if key in config}
     return found | {"data.split_file": str(home / "split.csv"), "trainer.default_root_dir": str(home)}
 
 

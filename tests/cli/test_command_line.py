@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 from cli_tools import fails, lively_model, write_dataset
+from jsonargparse import Namespace
 
 from rexnet_lit.cli import main, settings_parser, shipped_configs
 from rexnet_lit.cli.commands import COMMANDS
@@ -215,15 +216,36 @@ def test_wrong_options_of_a_fit(start, capsys):
 def test_settings_of_other_runs(capsys):
     """A config may be shared, so they are taken, but an option without an effect is said so."""
     options = ["--data.root=d", "--data.strangers=s", "--data.augment.name=none", "--trainer.max_epochs", "3"]
-    assert list(settings_parser.unused(options, "fit")) == ["--data.strangers has no effect in fit; it is for test"]
-    assert list(settings_parser.unused(options, "test")) == [
+    config = Namespace()
+    assert list(settings_parser.unused(options, "fit", config)) == [
+        "--data.strangers has no effect in fit; it is for test"
+    ]
+    assert list(settings_parser.unused(options, "test", config)) == [
         "--data.augment.name has no effect in test; it is for fit",
         "--trainer.max_epochs has no effect in test; it is for fit",
     ]
-    assert [line.split()[0] for line in settings_parser.unused(options, "predict")] == [
+    assert [line.split()[0] for line in settings_parser.unused(options, "predict", config)] == [
         *("--data.root", "--data.strangers", "--data.augment.name", "--trainer.max_epochs"),
     ]
     assert fails(capsys, "test", "m.ckpt", "--model.loss", "focal").startswith("model.loss.name is for fit")
+
+
+@pytest.mark.parametrize(
+    ("key", "chooser", "unused", "used"),
+    [
+        ("model.strategy.frozen", "model.strategy.name", "full", "partial"),
+        ("model.loss.gamma", "model.loss.name", "cross_entropy", "focal"),
+        ("model.schedule.gamma", "model.schedule.name", "cosine", "plateau"),
+        ("model.head.hidden", "model.head.name", "linear", "mlp"),
+        ("data.augment.num_ops", "data.augment.name", "light", "randaugment"),
+        ("data.cache_gb", "data.cache", "none", "disk"),
+    ],
+)
+def test_a_setting_of_another_choice(key, chooser, unused, used):
+    options = [f"--{key}", "3", "--data.root=d"]
+    (line,) = settings_parser.unused(options, "fit", Namespace({chooser: unused}))
+    assert line.startswith(f"--{key} has no effect with --{chooser} {unused}; it is for ")
+    assert not list(settings_parser.unused(options, "fit", Namespace({chooser: used})))
 
 
 def test_a_wrong_key_in_a_config(capsys):

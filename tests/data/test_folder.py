@@ -687,6 +687,17 @@ def test_groups_from_the_split_file(tmp_path):
     assert len(of) == 2
     assert of[0].isdisjoint(of[1])
     assert len(folder.splits["val"]) == 8
+    assert "val is drawn from train" in folder.notes
+    with pytest.raises(UserError, match=r"has a group column, and data.group_pattern is set too; remove one"):
+        scan(tmp_path, split_file=tmp_path / "s.csv", group_pattern=r"/(\d)")
+
+
+def test_fractions_of_splits_that_are_there(tmp_path):
+    make(tmp_path, *many("train/a", 4), *many("train/b", 4), *many("val/a", 2), *many("val/b", 2), *many("test/a", 1))
+    assert not any("fraction" in note for note in scan(tmp_path).notes)
+    notes = scan(tmp_path, val_fraction=0.1, test_fraction=0.3).notes
+    assert "data.val_fraction 0.1 has no effect: there is a val split" in notes
+    assert "data.test_fraction 0.3 has no effect: there is a test split" in notes
 
 
 def test_fingerprint(tmp_path):
