@@ -135,7 +135,12 @@ def parse(parser: LightningArgumentParser, own: Mapping[str, LightningArgumentPa
     jsonargparse.set_loader("yaml", lambda text: load_yaml(text, command, removed), (yaml.YAMLError,))
     configs = read_configs(split_configs(args)[0], command)
     known = keys(own[command], command)
-    problems: list[str] = []
+    problems = [
+        f"{path}: model.{key} is taken from the data; remove it"
+        for path, content in configs.items()
+        for key in _FROM_DATA
+        if content.get("model", {}).get(key) is not None  # else the parser would replace it without a word
+    ]
     for _ in range(20):
         try:
             config: Namespace = parser.parse_args(args)

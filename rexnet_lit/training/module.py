@@ -355,6 +355,8 @@ class RexNetModule(pl.LightningModule):
 
     @lr.setter
     def lr(self, rate: float) -> None:
+        if self._own["optimizer"] is not None:
+            raise UserError(f"the learning rate {rate:.3g} cannot be set: model.optimizer is your own; give it there")
         unscaled = rate * self.optimizer_settings.full_lr(self.scratch) / self.lr
         self.optimizer_settings = dataclasses.replace(self.optimizer_settings, lr=unscaled)
 

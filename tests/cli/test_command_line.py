@@ -248,6 +248,15 @@ def test_a_setting_of_another_choice(key, chooser, unused, used):
     assert not list(settings_parser.unused(options, "fit", Namespace({chooser: used})))
 
 
+def test_what_the_data_decides_in_a_config(capsys):
+    Path("mine.yaml").write_text("model: {num_classes: 3, image_size: 64, crop_mode: null}\ntrainer: {epochs: 3}\n")
+    line = fails(capsys, "fit", "DIR", "--config", "mine.yaml")
+    assert "mine.yaml: model.num_classes is taken from the data; remove it; " in line
+    assert "mine.yaml: model.image_size is taken from the data; remove it; " in line
+    assert "crop_mode" not in line
+    assert "trainer.epochs" in line
+
+
 def test_a_wrong_key_in_a_config(capsys):
     Path("mine.yaml").write_text("lr: 0.1\ntrainer: {epochs: 3}\n")
     line = fails(capsys, "fit", "DIR", "--config", "mine.yaml")

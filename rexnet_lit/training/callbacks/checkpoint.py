@@ -55,6 +55,7 @@ class Shipped:
         return {**dataclasses.asdict(self), "metrics": dict(self.metrics)}
 
 
+_OF_TUNER = (".lr_find_", ".scale_batch_size_")  # files of Lightning's `Tuner` and its callbacks
 _SHIPPED, _ENDED = "rexnet_lit_shipped", "rexnet_lit_ended"
 """What a ``best.ckpt`` says of what the end of training has put into it, and what that depended on."""
 
@@ -320,8 +321,8 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a resume that would silently be another run; find the best weights so far."""
-        if trainer.state.fn != "fit":  # a test of these weights
-            return
+        if trainer.state.fn != "fit" or Path(str(trainer.ckpt_path)).name.startswith(_OF_TUNER):
+            return  # a test of these weights, or a fit that goes back to its start
         self._use_run_folder(trainer, pl_module)
         self.refuse_changes(trainer, pl_module, find_datamodule(trainer), checkpoint)
         self._restore_best(trainer, checkpoint)

@@ -1,4 +1,4 @@
-"""What a fit prints: a line per epoch, and a summary at the end."""
+"""What is printed: of a fit a line per epoch and a summary, of another run in Python what it leaves out."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from lightning.pytorch.callbacks import Callback, Timer
 from lightning.pytorch.utilities import rank_zero_only
 
 from rexnet_lit.data.datamodule import find_datamodule
+from rexnet_lit.models import checkpoint
 from rexnet_lit.training.callbacks.checkpoint import find_checkpoint, stopped_early
 from rexnet_lit.training.callbacks.record import find_record
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.training.metrics import main_metrics
+from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.utils.errors import plural
 from rexnet_lit.utils.progress import SECONDS
 
 
@@ -112,3 +115,38 @@ def _next_command(trainer: Trainer, model: Path) -> str:
     splits = data.folder.splits if data is not None and data.folder else {"val": None}
     command = "test" if "test" in splits else "validate" if "val" in splits else "predict --data.predict_path PATH"
     return f"python -m rexnet_lit {command} --ckpt_path {shlex.quote(str(model))}"
+
+
+class EvaluationNotes(Callback):
+    """Prints what ``test`` and ``predict`` of a `Trainer` in Python leave out, unlike those of the command line."""
+
+    @rank_zero_only
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that other weights ship, and that strangers are not looked at."""
+        data, folder = find_datamodule(trainer), find_run_folder(trainer)
+        shipped = folder / "model.safetensors" if folder is not None else Path("MODEL")
+        if isinstance(pl_module, RexNetModule) and not trainer.ckpt_path and shipped.is_file():
+            state = checkpoint.load_model(shipped).state
+            if checkpoint.digest(state) != checkpoint.digest(pl_module.network.state_dict()):
+                _note(f"this tests the weights at the end of training; those that ship are in {shipped}")
+        if data is not None and data.strangers is not None:
+            _note(f"data.strangers has no effect here; use: rexnet-lit test {shlex.quote(str(shipped))}")
+
+    @rank_zero_only
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Say that no file is written, and which images have no row."""
+        data, loader = find_datamodule(trainer), trainer.predict_dataloaders
+        if data is None or data.predict_samples is None:
+            return
+        if data.predict_output is not None:
+            _note("data.predict_output has no effect here; use: rexnet-lit predict MODEL")
+        lost = len(data.predict_samples) - len(loader.dataset.samples)  # type: ignore[union-attr]
+        if lost:
+            many = plural(lost, "image has", "images have")
+            _note(
+                f"{many} no row, being unreadable; the rows' paths: trainer.predict_dataloaders.dataset.samples.paths"
+            )
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", flush=True)  # noqa: T201

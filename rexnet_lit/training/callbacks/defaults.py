@@ -1,20 +1,27 @@
-"""The callbacks that every fit gets: from the command line, in a notebook, with any ``Trainer``."""
+"""The callbacks that every run gets: from the command line, in a notebook, with any ``Trainer``."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
 from lightning.pytorch import Trainer
-from lightning.pytorch.callbacks import Callback, Checkpoint, ModelCheckpoint, WeightAveraging
+from lightning.pytorch.callbacks import (
+    Callback,
+    Checkpoint,
+    GradientAccumulationScheduler,
+    ModelCheckpoint,
+    WeightAveraging,
+)
 
 from rexnet_lit.training.callbacks.averaging import EMA
 from rexnet_lit.training.callbacks.calibration import Calibrate
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
-from rexnet_lit.training.callbacks.console import ConsoleSummary
+from rexnet_lit.training.callbacks.console import ConsoleSummary, EvaluationNotes
 from rexnet_lit.training.callbacks.limits import FitLimits
 from rexnet_lit.training.callbacks.mirroring import ChooseMirroring
 from rexnet_lit.training.callbacks.nan_guard import NaNGuard
 from rexnet_lit.training.callbacks.pictures import AugmentedSamples, ValidationPictures
+from rexnet_lit.training.callbacks.predictions import LimitsCollector
 from rexnet_lit.training.callbacks.record import RunRecord
 from rexnet_lit.training.callbacks.run_files import RunFiles
 from rexnet_lit.training.callbacks.weight_selection import WeightSelection
@@ -30,17 +37,23 @@ _DEFAULTS = (
 
 
 def callbacks_of(module: RexNetModule) -> list[Callback]:
-    """Return the callbacks of a fit, but for those that the trainer has: an earlier fit's, or the user's own.
+    """Return the callbacks of a run, but for those that the trainer has: an earlier fit's, or the user's own.
 
     Checkpoints of Lightning's default `ModelCheckpoint` are replaced by those of `RunCheckpoint`; one that the user
     has set up stays. A trainer that has already trained another module starts over.
     """
-    if module._trainer is None or module.trainer.state.fn != "fit":
+    if module._trainer is None:
         return []
     trainer = module.trainer
     given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    if trainer.state.fn != "fit":
+        writes = any(isinstance(c, (LimitsCollector, EvaluationNotes)) for c in given)
+        return [] if writes else [EvaluationNotes()]
     if module.ema and any(isinstance(c, WeightAveraging) and not isinstance(c, EMA) for c in given):
         raise UserError("trainer.callbacks: WeightAveraging and model.ema both average the weights; leave one out")
+    if any(isinstance(c, GradientAccumulationScheduler) for c in given):
+        reason = "the schedule needs to know the steps; set accumulate_grad_batches"
+        raise UserError(f"trainer.callbacks: GradientAccumulationScheduler is not supported: {reason}")
     trained = next((c for c in given if isinstance(c, RunFiles)), None)
     if trained is not None and trained.module not in (None, module):
         _start_over(trainer)

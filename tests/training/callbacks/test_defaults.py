@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import lightning.pytorch as pl
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
-from module_tools import model_of
+from module_tools import data_of, make_runs_quick, model_of, trainer_of
 
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.training.callbacks.run_files import find_run_folder
 
 BATCHES = [(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))]
 
@@ -60,3 +62,32 @@ def test_checkpoints_that_the_user_has_set_up_stay(tmp_path, monkeypatch):
     found = checkpoints_of(pl.Trainer(**QUIET, callbacks=[own]))
     assert own in found
     assert [type(c) for c in found if c is not own] == [RunCheckpoint]
+
+
+def test_what_runs_in_python_leave_out(shapes, tmp_path, monkeypatch, capsys):
+    make_runs_quick(monkeypatch)
+    (tmp_path / "new").mkdir()
+    shutil.copy(next(shapes.glob("test/*/*.png")), tmp_path / "new")
+    (tmp_path / "new/broken.png").write_bytes(b"\x89PNG")
+    images = str(tmp_path / "new")
+    data = data_of(shapes, strangers=images, predict_path=images, predict_output="mine.csv")
+    module = model_of()
+    trainer = trainer_of(tmp_path, max_epochs=1, enable_checkpointing=True)
+    trainer.fit(module, data)
+    shipped = find_run_folder(trainer) / "model.safetensors"
+    capsys.readouterr()
+    trainer.test(module, data, verbose=False)
+    notes = capsys.readouterr().out
+    assert f"note: data.strangers has no effect here; use: rexnet-lit test {shipped}" in notes
+    assert "this tests" not in notes  # they are what ships
+
+    with torch.no_grad():
+        module.network.get_classifier().bias.add_(1)
+    trainer.test(module, data, verbose=False)
+    notes = capsys.readouterr().out
+    assert f"note: this tests the weights at the end of training; those that ship are in {shipped}" in notes
+
+    trainer_of(tmp_path).predict(module, data)
+    notes = capsys.readouterr().out
+    assert "note: data.predict_output has no effect here; use: rexnet-lit predict MODEL" in notes
+    assert "note: 1 image has no row, being unreadable; the rows' paths: " in notes
