@@ -5,6 +5,7 @@ To add a recipe, write a function and enter it in `RECIPES`.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import warnings
 from collections.abc import Sequence
@@ -97,7 +98,7 @@ class AugmentSettings:
         cutmix: Alpha of CutMix, which pastes a rectangle of another image (Yun et al. 2019); 0 for none. With both,
             each batch gets one of them at random.
         transforms: albumentations by name, instead of the recipe's own transforms after crop and flip, such as
-            ``[{GaussianBlur: {p: 0.2}}, {Rotate: {limit: 10}}]``.
+            ``[{GaussianBlur: {p: 0.2}}, {Rotate: {limit: 10}}]``; in Python also as objects.
     """
 
     name: RecipeName = "light"
@@ -185,11 +186,11 @@ def _alternatives(step: Any) -> list[Any]:
 
 
 def build_pipeline(steps: Sequence[Any], where: str = "data.augment.transforms") -> list[Any]:
-    """Build albumentations from plain types.
+    """Build albumentations from plain types, or take them as they are.
 
     Args:
-        steps: Each a name, or ``{name: {argument: value}}``. ``OneOf``, ``SomeOf`` and ``Sequential`` take such a list
-            under ``transforms``.
+        steps: Each a name, ``{name: {argument: value}}``, or an object of albumentations. ``OneOf``, ``SomeOf`` and
+            ``Sequential`` take such a list under ``transforms``.
         where: The key, for the error.
 
     Raises:
@@ -200,6 +201,9 @@ def build_pipeline(steps: Sequence[Any], where: str = "data.augment.transforms")
     built = []
     for number, step in enumerate(steps):
         here = f"{where}[{number}]"
+        if isinstance(step, A.BasicTransform | A.BaseCompose):
+            built.append(copy.deepcopy(step))  # the user's own stays as it is
+            continue
         name, arguments = next(iter(step.items())) if isinstance(step, dict) and len(step) == 1 else (step, {})
         if not isinstance(name, str) or not isinstance(arguments, dict | None):
             raise UserError(f"{here}: expected a name or {{name: {{argument: value}}}}, got {step!r}")

@@ -25,12 +25,12 @@ from rexnet_lit.data.memory import keep_in_memory
 from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, build_sampler, run_seed, training_order
 from rexnet_lit.data.settings import CropMode, DataRecord, EvalRecipe, check_size_schedule, failed_checks
 from rexnet_lit.data.splits import Split
-from rexnet_lit.data.transforms import EvalTransform, ProgressiveTransform, TrainTransform
+from rexnet_lit.data.transforms import EvalTransform, TrainTransform, as_train_transform, build_train_transform
 from rexnet_lit.data.unlabelled import JointDataset, find_bad, require_teacher
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import absolute_path
-from rexnet_lit.utils.settings import check_choice, check_range, settings_of
+from rexnet_lit.utils.settings import check_choice, check_range, overridden, settings_of
 
 CacheName = Literal["auto", "none", "ram", "disk"]
 _SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -183,6 +183,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
             "crop_mode": self.crop_mode,
             "size_schedule": self.size_schedule,
             **{f"augment.{key}": value for key, value in dataclasses.asdict(self.augment).items()},
+            "train_transform": overridden(self, "train_transform"),
         }
 
     def fingerprints(self) -> dict[str, str | None]:
@@ -240,25 +241,24 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 if self.unlabelled is not None:
                     require_teacher(self.trainer)
                     parts["unlabelled"] = self._readable(*find_bad(self.unlabelled, self.record.max_bad_fraction))
-            transform = self.train_transform() if name == "train" else evaluate
+            transform = as_train_transform(self.train_transform(), *self._recipe()) if name == "train" else evaluate
             mix = build_mix(self.augment, self.num_classes) if name == "train" else None
             for part, samples in parts.items():
                 self._datasets.pop(part, None)  # free its memory first
                 self._datasets[part] = self._dataset(samples, transform, mix)
 
-    def train_transform(self, hflip: float | None = None) -> TrainTransform:
-        """Return the transform of training images, with another probability of a flip than ``augment.hflip``."""
-        augment = self.augment if hflip is None else dataclasses.replace(self.augment, hflip=hflip)
-        recipe, size = self._recipe()
-        if self.size_schedule:
-            return ProgressiveTransform(augment, recipe, self.size_schedule)
-        return TrainTransform(augment, recipe, size)
+    def train_transform(self) -> Callable[..., Tensor]:
+        """Return what maps a training image, uint8 (H, W, 3), to float32 (3, S, S), normalised.
+
+        A subclass may return a function of its own, or albumentations: its random numbers then follow the run's seed.
+        """
+        return build_train_transform(self.augment, *self._recipe(), self.size_schedule)
 
     def mirror(self, hflip: float) -> None:
         """Flip the training images of this fit with this probability: what ``augment.hflip: auto`` stands for."""
-        transform = self.train_transform(hflip)
+        augment = dataclasses.replace(self.augment, hflip=hflip)
         for name in self._datasets.keys() & {"train", "unlabelled"}:
-            self._datasets[name].transform = transform
+            self._datasets[name].transform = build_train_transform(augment, *self._recipe(), self.size_schedule)
 
     def preview(self, count: int = 16) -> NDArray[np.uint8]:
         """Return training images, (N, S, S, 3), as the first epoch's augmentation makes them; ``auto`` mirrors."""

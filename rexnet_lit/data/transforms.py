@@ -10,7 +10,7 @@ import dataclasses
 import functools
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import albumentations as A  # noqa: N812
@@ -25,6 +25,7 @@ from torch.nn import functional
 from rexnet_lit.data import decode
 from rexnet_lit.data.augmentation import AUTO, MIRRORED, RECIPES, AugmentSettings, build_pipeline, check_pipeline
 from rexnet_lit.data.settings import INTERPOLATIONS, CropMode, EvalRecipe
+from rexnet_lit.utils.errors import UserError
 
 _LONGEST = 3  # times the shorter side; of a longer image, only what the crop shows is resized
 
@@ -241,3 +242,71 @@ class ProgressiveTransform(TrainTransform):
     def at(self, epoch: int) -> TrainTransform:
         """Return what transforms the images of an epoch."""
         return [stage for start, stage in self._stages if epoch >= start][-1]
+
+
+class OwnTransform(TrainTransform):
+    """A training transform of the user's own.
+
+    Its random numbers, if they come from ``random``, NumPy, torch or albumentations, depend only on the seed.
+
+    Args:
+        transform: Maps uint8 (H, W, 3) to float32 (3, S, S), normalised: a function, or albumentations.
+        recipe: The mean and std by which `augment` shows an image.
+        image_size: S, in pixels.
+
+    Raises:
+        UserError: It does something else.
+    """
+
+    def __init__(self, transform: Callable[..., Any], recipe: EvalRecipe, image_size: int) -> None:
+        self._arguments = (transform, recipe, image_size)
+        self.transform, self.recipe = transform, dataclasses.replace(recipe, image_size=image_size)
+        self.min_size = math.ceil(image_size / math.sqrt(0.08))  # of torchvision's and albumentations' random crop
+        self(np.tile(np.linspace(0, 255, self.min_size, dtype=np.uint8)[:, None, None], (1, self.min_size, 3)), 0)
+
+    def __call__(self, image: NDArray[np.uint8] | Image.Image, seed: int | None = None) -> Tensor:
+        """Map a PIL image, or uint8 (H, W, 3), to float32 (3, S, S); see `TrainTransform`."""
+        seed, size = int(torch.randint(2**31, ())) if seed is None else seed, self.recipe.image_size
+        states = random.getstate(), np.random.get_state()
+        try:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                random.seed(seed)
+                np.random.seed(seed)
+                result = self._apply(_pixels(image), seed)
+        except Exception as error:
+            raise UserError(f"train_transform fails on an image: {type(error).__name__}: {error}") from error
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+        if not (isinstance(result, Tensor) and result.dtype == torch.float32 and result.shape == (3, size, size)):
+            found = f"{getattr(result, 'dtype', '')} {tuple(getattr(result, 'shape', ()))}"
+            raise UserError(
+                f"train_transform must map uint8 (H, W, 3) to a float32 tensor (3, {size}, {size}); got "
+                f"{type(result).__name__} {found}"
+            )
+        return result
+
+    def _apply(self, image: NDArray[np.uint8], seed: int) -> Any:
+        if not isinstance(self.transform, A.BasicTransform | A.BaseCompose):
+            return self.transform(image)
+        pipeline = self.transform if isinstance(self.transform, A.BaseCompose) else A.Compose([self.transform])
+        pipeline.set_random_state(np.random.default_rng(seed), random.Random(seed))
+        return pipeline(image=image)["image"]
+
+    def augment(self, image: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+        """Return what the network sees, without the normalisation, as uint8 (S, S, 3)."""
+        pixels = self(image, seed).permute(1, 2, 0) * torch.tensor(self.recipe.std) + torch.tensor(self.recipe.mean)
+        return (pixels * 255).round().clamp(0, 255).byte().numpy()
+
+
+def as_train_transform(transform: Any, recipe: EvalRecipe, image_size: int) -> TrainTransform:
+    """Return a training transform, made from the user's own if it is one."""
+    return transform if isinstance(transform, TrainTransform) else OwnTransform(transform, recipe, image_size)
+
+
+def build_train_transform(
+    augment: AugmentSettings, recipe: EvalRecipe, image_size: int, sizes: Sequence[tuple[int, int]] | None
+) -> TrainTransform:
+    """Return the training recipe, at sizes that change with the epoch if there are any."""
+    return ProgressiveTransform(augment, recipe, sizes) if sizes else TrainTransform(augment, recipe, image_size)

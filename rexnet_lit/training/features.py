@@ -19,6 +19,7 @@ from rexnet_lit.training.logistic_head import STRENGTHS, LogisticHead, fit_logis
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.progress import progress
+from rexnet_lit.utils.settings import overridden
 
 if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule
@@ -71,7 +72,7 @@ def _views(module: RexNetModule, data: ImageFolderDataModule) -> int:
         raise UserError("model.strategy.views keeps features of whole images; set data.augment.mixup and cutmix to 0")
     if views and data.size_schedule:
         raise UserError("model.strategy.views keeps features of one size; leave data.size_schedule out")
-    views = views or int(data.augment.fixed and not data.size_schedule)
+    views = views or int(data.augment.fixed and not data.size_schedule and not overridden(data, "train_transform"))
     width: int = cast(Any, module.network).head_hidden_size
     needed = 4 * width * max(views, 1) * len(data.splits()["train"])
     if views and needed > process.available_memory() / 2:

@@ -22,6 +22,7 @@ from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.training.schedules import images_per_step
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import unused_path
+from rexnet_lit.utils.settings import overridden
 
 
 def find_lr(trainer: pl.Trainer, module: RexNetModule, data: ImageFolderDataModule) -> None:
@@ -37,7 +38,7 @@ def find_lr(trainer: pl.Trainer, module: RexNetModule, data: ImageFolderDataModu
     """
     if trainer.world_size > 1:
         raise UserError("find_lr runs in one process; set trainer.devices to 1")
-    if data.augment.chooses_hflip:
+    if data.augment.chooses_hflip and not overridden(data, "train_transform"):
         print("data.augment.hflip auto: images are mirrored here, as only a fit chooses")  # noqa: T201
     trainer.loggers, trainer.callbacks = [], []  # type: ignore[attr-defined]  # they would start a run folder
     logging.disable(logging.INFO)

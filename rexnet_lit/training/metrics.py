@@ -17,6 +17,7 @@ from torchmetrics import Metric, MetricCollection
 from torchmetrics.classification import MulticlassCalibrationError, MulticlassStatScores
 from torchmetrics.utilities import dim_zero_cat
 
+from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.reliability import confidence_bins, expected_calibration_error
 
 _FIRST = ("top1", "top5", "macro_f1", "nll", "ece")  # in metrics.json
@@ -121,6 +122,23 @@ def build_metrics(num_classes: int, prefix: str) -> MetricCollection:
     if num_classes > 5:
         metrics["top5"] = _TopK(5)
     return MetricCollection(metrics, prefix=prefix, compute_groups=False)
+
+
+def require_updates(metrics: MetricCollection, batches: Sequence[float]) -> None:
+    """Check that a user's own steps have updated the metrics.
+
+    Args:
+        metrics: What `build_metrics` returned.
+        batches: How many batches each loader had in this process.
+
+    Raises:
+        UserError: There were batches, and no update.
+    """
+    if sum(batches) and not any(metric.update_called for metric in metrics.values()):
+        name = str(next(iter(metrics.keys()))).partition("/")[0]
+        step = {"val": "validation_step"}.get(name, f"{name}_step")
+        how = f"call super().{step}(batch, batch_idx), or self.{name}_metrics.update(logits, targets)"
+        raise UserError(f"no predictions were counted: {step} must {how}")
 
 
 def stage_results(metrics: MetricCollection) -> dict[str, Any]:

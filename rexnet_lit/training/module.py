@@ -26,7 +26,7 @@ from rexnet_lit.training import features, freezing, parts, plugins, schedules, s
 from rexnet_lit.training.distillation import TeacherSettings, build_teacher
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.losses import LossSettings, build_loss, own_loss
-from rexnet_lit.training.metrics import build_metrics
+from rexnet_lit.training.metrics import build_metrics, require_updates
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
@@ -307,6 +307,7 @@ class RexNetModule(pl.LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the validation metrics, which torchmetrics gathers over all processes."""
+        require_updates(self.val_metrics, self.trainer.num_val_batches)
         self.log_dict(self.val_metrics, prog_bar=True)
         if self._plateau is not None and self.trainer.state.fn == "fit" and not self.trainer.sanity_checking:
             self._plateau.update(float(self.val_metrics["loss"].compute()))
@@ -330,6 +331,7 @@ class RexNetModule(pl.LightningModule):
 
     def on_test_epoch_end(self) -> None:
         """Log the test metrics."""
+        require_updates(self.test_metrics, self.trainer.num_test_batches)
         self.log_dict(self.test_metrics)
 
     def _evaluate(self, batch: Sequence[Tensor], metrics: MetricCollection) -> dict[str, Tensor | None]:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 import lightning.pytorch as pl
 import numpy as np
 import timm.models.rexnet
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from timm.models import PretrainedCfg
 from torch import nn
@@ -17,7 +18,7 @@ from torchmetrics import Metric
 
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.data.settings import CropMode
-from rexnet_lit.models import variants
+from rexnet_lit.models import rexnet, variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.training import optim, schedules
@@ -27,7 +28,7 @@ from rexnet_lit.training.losses import LossSettings
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.settings import call_own, class_path_of, own_part, plain_arguments
+from rexnet_lit.utils.settings import call_own, class_path_of, overridden, own_part, plain_arguments
 
 if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule
@@ -73,9 +74,15 @@ def build_metrics_of(values: Mapping[str, Any] | None) -> dict[str, Metric]:
     return {name: build_own(value, f"model.metrics.{name}", Metric) for name, value in (values or {}).items()}
 
 
-def is_rexnet(network: nn.Module) -> bool:
-    """Return whether a network is timm's ReXNet."""
-    return isinstance(network, timm.models.rexnet.RexNet)
+def _is_described(network: nn.Module, spec: ModelSpec) -> bool:
+    """Return whether a network is the ReXNet of ``spec``, with no layer replaced: a file of it needs no other code."""
+    if not isinstance(network, timm.models.rexnet.RexNet):
+        return False
+    with torch.device("meta"):
+        built = rexnet.build_network(spec.backbone, spec.num_classes, spec.head)
+    states: list[dict[str, Any]] = [network.state_dict(), built.state_dict()]
+    ours, theirs = ({name: tensor.shape for name, tensor in state.items()} for state in states)
+    return ours == theirs
 
 
 def describe_network(
@@ -84,13 +91,17 @@ def describe_network(
     """Return ``spec`` with the class of a user's own network, and its preprocessing if timm knows it.
 
     Raises:
-        UserError: It lacks what the module calls.
+        UserError: It lacks what the module calls, or has not one logit per class.
     """
-    if is_rexnet(network):
+    if _is_described(network, spec):
         return dataclasses.replace(spec, network=None)
     lacks = [name for name in ("forward_features", "forward_head", "get_classifier") if not hasattr(network, name)]
     if lacks:
         raise UserError(f"model.network: {class_path_of(network)} has no {', '.join(lacks)}, as timm's models have")
+    layers = cast(Any, network).get_classifier().modules()
+    sizes = [layer.out_features for layer in layers if hasattr(layer, "out_features")]
+    if sizes and sizes[-1] != spec.num_classes:
+        raise UserError(f"model.network has {sizes[-1]} logits for {spec.num_classes} classes; replace its last layer")
     cfg = getattr(network, "pretrained_cfg", None)
     recipe = variants.recipe_of(PretrainedCfg(**cfg), image_size, crop_mode) if cfg else spec.eval_recipe
     return dataclasses.replace(spec, network=class_path_of(network), eval_recipe=recipe)
@@ -112,7 +123,7 @@ def describe_preprocessing(spec: ModelSpec, trainer: pl.Trainer) -> ModelSpec:
 
 def check_network(module: RexNetModule) -> None:
     """Raise `UserError` if a setting needs the layers of a ReXNet, and the network is another."""
-    if is_rexnet(module.network):
+    if module.spec.network is None:
         return
     strategy = module.strategy_settings
     needs = {
@@ -126,8 +137,8 @@ def check_network(module: RexNetModule) -> None:
     found = [f"model.{key}" for key, needed in needs.items() if needed]
     if found:
         raise UserError(
-            f"{', '.join(found)}: this needs the layers of a ReXNet, but model.network is a {module.spec.network}; "
-            "leave it at its default"
+            f"{', '.join(found)}: this needs the unchanged layers of a ReXNet, but model.network is your own "
+            f"({module.spec.network}); leave it at its default"
         )
 
 
@@ -193,9 +204,8 @@ def settings_of_run(module: RexNetModule) -> dict[str, Any]:
     }
     for group, (settings, method) in kinds.items():
         values = dataclasses.asdict(settings)
-        own = getattr(type(module), method)
-        if not own.__module__.startswith("rexnet_lit."):  # overridden
-            values |= {"class_path": class_path_of(own), "init_args": None}
+        if own := overridden(module, method):
+            values |= {"class_path": own, "init_args": None}
         elif group == "loss" and module.loss is not module._default_loss[0]:
             values |= {"class_path": class_path_of(module.loss), "init_args": plain_arguments(module.loss)}
         if values["class_path"] is not None:  # the others have no effect

@@ -18,7 +18,6 @@ from rexnet_lit.data.splits import draw_evenly
 from rexnet_lit.models import rexnet
 from rexnet_lit.training.features import embedder
 from rexnet_lit.training.module import RexNetModule
-from rexnet_lit.training.parts import is_rexnet
 
 VIEWS: dict[str, Callable[[Tensor], Tensor]] = {
     HFLIP: lambda images: images.flip(3),
@@ -43,7 +42,7 @@ def measure_symmetries(
         views: What to do with images, by setting.
     """
     train, val = _draw(data, module.spec.num_classes)
-    if not is_rexnet(module.network) or not len(val) or len({*train.targets.tolist()}) < 2:
+    if module.spec.network is not None or not len(val) or len({*train.targets.tolist()}) < 2:
         return None
     network, trainer = module.network, module.trainer
     module.network = copy.deepcopy(network).eval()

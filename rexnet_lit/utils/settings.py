@@ -86,6 +86,12 @@ def class_path_of(value: Any) -> str:
     return f"{kind.__module__}.{kind.__qualname__}"
 
 
+def overridden(value: object, method: str) -> str | None:
+    """Return the path of a method that a user's subclass has in place of ours; None if there is none."""
+    own = getattr(type(value), method)
+    return None if own.__module__.startswith("rexnet_lit.") else class_path_of(own)
+
+
 def plain_arguments(value: Any) -> dict[str, Any] | None:
     """Return the numbers and texts that a ``partial`` passes, or that an object holds; None if there are none."""
     if isinstance(value, functools.partial):

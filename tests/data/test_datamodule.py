@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
+import albumentations as A  # noqa: N812
 import numpy as np
 import pytest
 import torch
@@ -358,6 +359,23 @@ def test_progressive_resizing_is_a_function_of_the_epoch(shapes):
     assert sizes == [32, 32, 48, 48, 32]
     assert {images.shape[-1] for images, *_ in data.val_dataloader()} == {32}
     assert data.preview(5).shape == (5, 32, 32, 3)
+
+
+class OwnAugmentation(ImageFolderDataModule):
+    def train_transform(self):
+        return A.Compose([A.RandomResizedCrop(size=(32, 32)), A.Normalize(), A.ToTensorV2()])
+
+
+def test_an_own_training_transform(shapes):
+    data = OwnAugmentation(str(shapes), image_size=32, batch_size=7, num_workers=0)
+    data.setup("fit")
+    loader = data.train_dataloader()
+    (first, *_), (again, *_), (other, *_) = (epoch_of(loader, epoch)[0] for epoch in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert data.preview(5).shape == (5, 32, 32, 3)
+    assert data.settings()["train_transform"].endswith("OwnAugmentation.train_transform")
+    assert module(shapes).settings()["train_transform"] is None
 
 
 @pytest.mark.parametrize("sizes", [[[1, 64]], [[0, 64], [0, 96]], [[0, 96], [5, 16]], [[0, 64], [4, 96], [2, 128]]])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import pickle
 import random
 
 import albumentations as A  # noqa: N812
@@ -12,10 +13,11 @@ import pytest
 import timm.data
 import torch
 from PIL import Image
+from torchvision.transforms import v2
 
 from rexnet_lit.data.augmentation import AugmentSettings, build_pipeline
 from rexnet_lit.data.settings import EvalRecipe
-from rexnet_lit.data.transforms import EvalTransform, TrainTransform
+from rexnet_lit.data.transforms import EvalTransform, OwnTransform, TrainTransform
 from rexnet_lit.utils.errors import UserError
 
 RECIPES = ("none", "light", "medium", "heavy", "randaugment")
@@ -382,3 +384,67 @@ def test_recipes_travel_to_loader_workers():
         assert torch.equal(again(image, 7), recipe(image, 7))
     evaluate = EvalTransform(EvalRecipe(32))
     assert functools.reduce(torch.equal, [pickle.loads(pickle.dumps(evaluate))(image), evaluate(image)])  # noqa: S301
+
+
+# --- a user's own ---------------------------------------------------------------------------------
+
+
+def test_albumentations_objects():
+    mine = A.OneOf([A.GaussianBlur(blur_limit=(3, 5), p=0.5), A.InvertImg(p=0.5)], p=0.9)
+    objects = train("light", 32, transforms=[mine, A.Rotate(limit=(-30, 30), p=0.5)])
+    named = train(
+        "light",
+        32,
+        transforms=[
+            {"OneOf": {"transforms": [{"GaussianBlur": {"blur_limit": [3, 5]}}, "InvertImg"], "p": 0.9}},
+            {"Rotate": {"limit": [-30, 30], "p": 0.5}},
+        ],
+    )
+    for seed in range(5):
+        np.testing.assert_array_equal(objects.augment(noise(90, 120), seed), named.augment(noise(90, 120), seed))
+    assert mine.transforms[0].p == 0.5
+    with pytest.raises(UserError, match=r"transforms\[0\]: Resize must map uint8"):
+        train("light", 32, transforms=[A.Resize(8, 8)])
+
+
+def own_function(image):
+    noise = np.random.rand() + random.random() + float(torch.rand(()))
+    return torch.from_numpy(cv2.resize(image, (32, 32))).permute(2, 0, 1) / 255 * noise
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        own_function,
+        A.Compose([A.RandomResizedCrop(size=(32, 32)), A.Normalize(), A.ToTensorV2()]),
+        v2.Compose([v2.ToImage(), v2.RandomResizedCrop(32), v2.ToDtype(torch.float32, scale=True)]),
+    ],
+    ids=["function", "albumentations", "torchvision"],
+)
+def test_an_own_transform_follows_the_seed(transform):
+    own = pickle.loads(pickle.dumps(OwnTransform(transform, EvalRecipe(32), 32)))  # noqa: S301
+    before = (random.random, np.random.rand, lambda: torch.rand(()).item())
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    expected = [draw() for draw in before]
+    random.seed(0), np.random.seed(0), torch.manual_seed(0)
+    first, again, other = own(noise(90, 120), 1), own(noise(90, 120), 1), own(noise(90, 120), 2)
+    assert [draw() for draw in before] == expected  # the caller's random numbers are untouched
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    assert own.augment(noise(90, 120), 1).shape == (32, 32, 3)
+
+
+@pytest.mark.parametrize(
+    ("transform", "message"),
+    [
+        (lambda image: image.no, "train_transform fails on an image: AttributeError: .*no"),
+        (
+            lambda image: torch.zeros(3, 8, 8),
+            r"tensor \(3, 32, 32\); got Tensor torch.float32 \(3, 8, 8\)",
+        ),
+        (lambda image: image, r"got ndarray uint8"),
+    ],
+)
+def test_wrong_own_transforms(transform, message):
+    with pytest.raises(UserError, match=message):
+        OwnTransform(transform, EvalRecipe(32), 32)

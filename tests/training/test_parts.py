@@ -254,6 +254,45 @@ def test_what_needs_a_rexnet_says_so(settings, shapes, tmp_path):
         fit(model_of(network=other(), **settings), tmp_path, shapes)
 
 
+def test_a_rexnet_with_a_layer_replaced_is_an_own_network(shapes, tmp_path):
+    def changed():
+        module = model_of()
+        module.network.head.fc = torch.nn.Sequential(
+            torch.nn.Linear(module.network.head_hidden_size, 8), torch.nn.ReLU(), torch.nn.Linear(8, 3)
+        )
+        return module
+
+    trainer = fit(changed(), tmp_path, shapes)
+    best = trainer.checkpoint_callback.best_model_path
+    with pytest.raises(UserError, match=r"its network is your own \(timm\.models\.rexnet\.RexNet\); .* network="):
+        RexNetModule.load_from_checkpoint(best)
+    again = RexNetModule.load_from_checkpoint(best, network=changed().network)
+    assert len(again.network.head.fc) == 3
+    module = changed()
+    module.calibrate = True
+    with pytest.raises(UserError, match=r"model\.calibrate: this needs the unchanged layers"):
+        fit(module, tmp_path, shapes)
+
+
+def test_a_network_with_other_logits_than_classes(shapes, tmp_path):
+    with pytest.raises(UserError, match=r"model\.network has 5 logits for 3 classes"):
+        model_of(network=timm.create_model("test_resnet", num_classes=5))
+    module = model_of()
+    module.network.head.fc = torch.nn.Linear(module.network.head_hidden_size, 4)
+    with pytest.raises(UserError, match=r"model\.network has 4 logits for 3 classes"):
+        fit(module, tmp_path, shapes)
+
+
+class Forgetful(RexNetModule):
+    def validation_step(self, batch, batch_idx):
+        return None
+
+
+def test_a_validation_step_that_counts_nothing(shapes, tmp_path):
+    with pytest.raises(UserError, match=r"no predictions were counted: validation_step must call super"):
+        fit(model_of(Forgetful), tmp_path, shapes)
+
+
 def test_a_network_without_timms_interface():
     with pytest.raises(UserError, match=r"model\.network: torch\.nn.*forward_features"):
         model_of(network=torch.nn.Linear(3, 3))

@@ -13,6 +13,7 @@ from rexnet_lit.data.augmentation import MIRRORED
 from rexnet_lit.data.datamodule import ImageFolderDataModule, find_datamodule
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.training.symmetries import VIEWS, measure_symmetries
+from rexnet_lit.utils.settings import overridden
 
 
 class ChooseMirroring(Callback):
@@ -50,6 +51,8 @@ class ChooseMirroring(Callback):
         hflip = self._resumed if trainer.ckpt_path else None  # a validation restores it too
         self.hflip = self._resumed = None
         if data is None or not data.augment.chooses_hflip or not isinstance(pl_module, RexNetModule):
+            return
+        if overridden(data, "train_transform"):  # it decides
             return
         if hflip is None:
             pl_module.start.require(resumes=trainer.ckpt_path is not None)
