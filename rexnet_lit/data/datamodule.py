@@ -30,7 +30,7 @@ from rexnet_lit.data.unlabelled import JointDataset, find_bad, require_teacher
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import absolute_path
-from rexnet_lit.utils.settings import check_choice, check_range, overridden, settings_of
+from rexnet_lit.utils.settings import check_choice, check_range, check_types, overridden, settings_of
 
 CacheName = Literal["auto", "none", "ram", "disk"]
 _SPLITS_OF_STAGE: dict[str, tuple[Split, ...]] = {"fit": ("train", "val"), "validate": ("val",), "test": ("test",)}
@@ -123,6 +123,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         )
         if problems:
             raise UserError("; ".join(problems))
+        check_types("data", ImageFolderDataModule.__init__, locals())
         self.record = DataRecord(
             root=absolute_path(root),
             val_fraction=val_fraction,

@@ -121,8 +121,11 @@ class ImageDataset(Dataset[Batch]):
         return transform.at(epoch).augment(self.read(index), self._seed(index, epoch))
 
     def __getitem__(self, batch: BatchKey) -> Batch:
-        if not isinstance(batch, BatchKey):  # Lightning has replaced the sampler
-            raise UserError("the trainer's overfit_batches is not supported; use limit_train_batches")
+        if not isinstance(batch, BatchKey):
+            raise UserError(
+                "an ImageDataset is read by its own batch sampler, and another one is in its place: use "
+                "limit_train_batches instead of overfit_batches, and the loader as train_dataloader() returns it"
+            )
         drawn = zip(batch.indices.tolist(), batch.draws.tolist(), strict=True)
         images = [self._load(index, batch.epoch, draw) for index, draw in drawn]
         stacked = torch.stack([image.permute(1, 2, 0) for image in images])  # (B, S, S, 3): one contiguous copy

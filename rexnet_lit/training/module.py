@@ -30,7 +30,7 @@ from rexnet_lit.training.metrics import build_metrics, require_updates
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.settings import check_choice, check_range, settings_and_own, settings_of
+from rexnet_lit.utils.settings import check_choice, check_range, check_types, settings_and_own, settings_of
 
 _LOSSES = "rexnet_lit_losses"
 
@@ -115,6 +115,7 @@ class RexNetModule(pl.LightningModule):
         check_range("model.drop_path_rate", drop_path_rate, "[0, 1)")
         check_range("model.target_precision", target_precision, "(0, 1)")
         check_choice("model.select", select, parts.SELECT)
+        check_types("model", RexNetModule.__init__, locals())
         head = settings_of(HeadSpec, head, "model.head")
         self.strategy_settings = settings_of(StrategySettings, strategy, "model.strategy")
         own: dict[str, Any] = {"network": network}

@@ -14,6 +14,7 @@ from lightning.pytorch.utilities import rank_zero_only
 from timm.models import PretrainedCfg
 from torch import nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from rexnet_lit.data.datamodule import find_datamodule
@@ -184,7 +185,12 @@ def build_schedule(module: RexNetModule, optimizer: Optimizer, own: Any) -> tupl
     settings, plateau = module.schedule_settings, None
     if own is not None and not module.strategy_settings.only_solves:
         made = call_own(own, "model.schedule", optimizer)
-        return {"monitor": "val/loss", **(made if isinstance(made, dict) else {"scheduler": made})}, None
+        found: dict[str, Any] = made if isinstance(made, dict) else {"scheduler": made}
+        if isinstance(found.get("scheduler"), ReduceLROnPlateau):
+            if module.trainer.limit_val_batches == 0:
+                raise UserError("model.schedule: ReduceLROnPlateau needs the validation loss; nothing is validated")
+            found = {"frequency": module.trainer.check_val_every_n_epoch, **found}  # when there is a loss
+        return {"monitor": "val/loss", **found}, None
     per_epoch, total = schedules.count_steps(module.trainer, settings)
     factor: Any = lambda step: schedules.lr_factor(settings, step, total, per_epoch)  # noqa: E731
     if module.strategy_settings.only_solves:

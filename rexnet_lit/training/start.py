@@ -175,6 +175,13 @@ def initial_names(num_classes: int | None, class_names: Sequence[str] | None) ->
         if num_classes is None:
             raise UserError("RexNetModule needs num_classes or class_names: pass the data module's")
         return tuple(str(i) for i in range(num_classes))
+    wrong = [name for name in class_names if not isinstance(name, str)]
+    if isinstance(class_names, str) or wrong:
+        given = repr(class_names) if isinstance(class_names, str) else f"{wrong[0]!r} among them"
+        raise UserError(f"class_names: expected a list of texts, got {given}")
+    if len({*class_names}) < len(class_names):
+        name = next(name for name in class_names if list(class_names).count(name) > 1)
+        raise UserError(f"class_names: {name!r} is there twice; each class needs a name of its own")
     if num_classes is not None and num_classes != len(class_names):
         raise UserError(f"num_classes is {num_classes}, but there are {len(class_names)} class_names")
     return tuple(class_names)

@@ -6,6 +6,9 @@ import dataclasses
 import functools
 import importlib
 import numbers
+import os
+import types
+import typing
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeVar
 
@@ -32,7 +35,9 @@ def settings_of(kind: type[T], value: T | str | Mapping[str, Any], key: str) -> 
         for name in value:
             if name not in known:
                 raise UserError(f"{key}.{name}: there is no such setting{did_you_mean(name, known)}")
-        return kind(**value)
+        made = kind(**value)
+        check_types(key, kind, value)
+        return made
     if not isinstance(value, kind):
         raise UserError(f"{key} is {value!r}; expected a name, a mapping, or {kind.__name__}")
     return value
@@ -121,6 +126,36 @@ def check_choice(key: str, value: object, choices: Iterable[object]) -> None:
     known = [str(choice) for choice in choices]
     if str(value) not in known:
         raise UserError(f"{key} is {value!r}; expected one of {', '.join(known)}{did_you_mean(str(value), known)}")
+
+
+_PLAIN: dict[Any, tuple[type, ...]] = {
+    bool: (bool,),
+    int: (numbers.Integral,),
+    float: (numbers.Real,),
+    str: (str, os.PathLike),
+    type(None): (type(None),),
+}
+
+
+def check_types(group: str, kind: Callable[..., Any], values: Mapping[str, Any]) -> None:
+    """Check the plain settings, of bool, int, float or str, that are given in Python; the command line parses them.
+
+    Args:
+        group: What the settings belong to: ``model``.
+        kind: A dataclass or a constructor, with the types.
+        values: The settings by name.
+
+    Raises:
+        UserError: One has another type.
+    """
+    for name, hint in typing.get_type_hints(kind).items():
+        kinds = typing.get_args(hint) if typing.get_origin(hint) in (typing.Union, types.UnionType) else (hint,)
+        if name not in values or not all(part in _PLAIN for part in kinds):
+            continue
+        value, allowed = values[name], tuple(found for part in kinds for found in _PLAIN[part])
+        if not isinstance(value, allowed) or (isinstance(value, bool) and bool not in kinds):
+            names = " or ".join("None" if part is type(None) else part.__name__ for part in kinds)
+            raise UserError(f"{group}.{name} is {value!r}; expected {names}")
 
 
 def check_range(

@@ -361,6 +361,22 @@ def test_progressive_resizing_is_a_function_of_the_epoch(shapes):
     assert data.preview(5).shape == (5, 32, 32, 3)
 
 
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"val_fraction": "0.1"}, "data.val_fraction is '0.1'; expected float"),
+        ({"num_folds": "3"}, "data.num_folds is '3'; expected int"),
+        ({"image_size": "64"}, "data.image_size is '64'; expected int or None"),
+        ({"group_pattern": 3}, "data.group_pattern is 3; expected str or None"),
+        ({"follow_outside_links": "no"}, "data.follow_outside_links is 'no'; expected bool"),
+        ({"augment": {"transforms": "Blur"}}, "data.augment.transforms: expected a list of transforms, got 'Blur'"),
+    ],
+)
+def test_settings_of_other_types(shapes, settings, message):
+    with pytest.raises(UserError, match=message):
+        module(shapes, **settings).train_transform()
+
+
 class OwnAugmentation(ImageFolderDataModule):
     def train_transform(self):
         return A.Compose([A.RandomResizedCrop(size=(32, 32)), A.Normalize(), A.ToTensorV2()])

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +16,7 @@ import pytest
 import safetensors.torch
 import timm
 import torch
-from lightning.pytorch.callbacks import WeightAveraging
+from lightning.pytorch.callbacks import BatchSizeFinder, WeightAveraging
 from module_tools import NAMES, data_of, equal, make_runs_quick, model_of, state_of, trainer_of
 from sklearn.metrics import f1_score, log_loss
 
@@ -26,6 +29,7 @@ from rexnet_lit.models.rexnet import build_network
 from rexnet_lit.models.spec import ModelSpec
 from rexnet_lit.training import parts
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
+from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.training.freezing import StrategySettings
 from rexnet_lit.training.module import RexNetModule
 from rexnet_lit.training.optim import OptimizerSettings, build_optimizer
@@ -513,7 +517,7 @@ def test_sizes_that_differ_are_one_line(tmp_path, shapes):
 
 @pytest.mark.filterwarnings("ignore:You requested to overfit")
 def test_what_lightning_would_ask_of_the_data_otherwise(tmp_path, shapes):
-    with pytest.raises(UserError, match="overfit_batches is not supported"):
+    with pytest.raises(UserError, match="use limit_train_batches instead of overfit_batches"):
         trainer_of(tmp_path, overfit_batches=1).fit(model_of(), data_of(shapes))
     with pytest.raises(UserError, match=r"the stage is 'train'; expected one of .*predict"):
         data_of(shapes).setup("train")
@@ -621,6 +625,43 @@ def test_lightning_s_tuner_sets_the_learning_rate(tmp_path, shapes, base_batch_s
     trainer = trainer_of(tmp_path, max_epochs=1)
     trainer.fit(module, data)
     assert max(trainer.lr_scheduler_configs[0].scheduler.base_lrs) == pytest.approx(found.suggestion(), rel=1e-12)
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.parametrize("callback", [False, True])
+def test_lightning_s_tuner_sets_the_batch_size(tmp_path, shapes, callback):
+    data, module = data_of(shapes), model_of()
+    finder = BatchSizeFinder(max_trials=2, init_val=8)
+    trainer = trainer_of(tmp_path, max_epochs=1, enable_checkpointing=True, callbacks=[finder] if callback else None)
+    if not callback:
+        pl.tuner.Tuner(trainer).scale_batch_size(module, datamodule=data, max_trials=2, init_val=8)
+    trainer.fit(module, data)
+    assert data.batch_size == 16
+    assert trainer.global_step == data.steps_per_epoch() == -(-len(data.splits()["train"]) // 16)
+    assert json.loads((find_run_folder(trainer) / "result.json").read_text())["resumed"] is None
+
+
+def test_the_tuner_cannot_set_the_rate_of_an_own_optimizer():
+    module = model_of(optimizer=functools.partial(torch.optim.SGD, lr=0.1))
+    with pytest.raises(UserError, match=r"the learning rate 0.02 cannot be set: model\.optimizer is your own"):
+        module.lr = 0.02
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"calibrate": "yes"}, "model.calibrate is 'yes'; expected bool"),
+        ({"pretrained": "no"}, "model.pretrained is 'no'; expected bool"),
+        ({"weights": 3}, "model.weights is 3; expected str or None"),
+        ({"strategy": {"blend": "no"}}, "model.strategy.blend is 'no'; expected bool"),
+        ({"class_names": "abc"}, "class_names: expected a list of texts, got 'abc'"),
+        ({"class_names": ["a", 2]}, "class_names: expected a list of texts, got 2 among them"),
+        ({"class_names": ["a", "b", "a"]}, "class_names: 'a' is there twice"),
+    ],
+)
+def test_settings_of_other_types(settings, message):
+    with pytest.raises(UserError, match=re.escape(message)):
+        model_of(**settings)
 
 
 @pytest.mark.parametrize("how", ["assigned", "in place", "whole"])

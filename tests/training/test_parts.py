@@ -198,6 +198,16 @@ def test_a_metric_that_exists_or_is_none():
         model_of(metrics={"mine": 3})
 
 
+def test_an_own_plateau_is_stepped_when_there_is_a_validation_loss(shapes, tmp_path):
+    sgd = partial(torch.optim.SGD, lr=0.1)
+    module = model_of(optimizer=sgd, schedule=torch.optim.lr_scheduler.ReduceLROnPlateau)
+    trainer = trainer_of(tmp_path, max_epochs=4, check_val_every_n_epoch=2)
+    trainer.fit(module, data_of(shapes))
+    assert trainer.lr_scheduler_configs[0].scheduler.last_epoch == 2
+    with pytest.raises(UserError, match=r"ReduceLROnPlateau needs the validation loss; nothing is validated"):
+        trainer_of(tmp_path, limit_val_batches=0).fit(model_of(schedule=module._own["schedule"]), data_of(shapes))
+
+
 # --- networks -------------------------------------------------------------------------------------
 
 

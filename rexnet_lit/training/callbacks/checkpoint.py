@@ -60,6 +60,7 @@ _SHIPPED, _ENDED = "rexnet_lit_shipped", "rexnet_lit_ended"
 """What a ``best.ckpt`` says of what the end of training has put into it, and what that depended on."""
 
 NOTHING = Shipped("the last weights", "nothing was validated", {})
+NOT_SAVED = Shipped("none", "the trainer saves no checkpoints", {})
 WHY = {"top1": "highest val top-1", "macro_f1": "highest val macro F1", "loss": "lowest val loss"}
 
 
@@ -321,8 +322,11 @@ class RunCheckpoint(ModelCheckpoint):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         """Refuse a resume that would silently be another run; find the best weights so far."""
-        if trainer.state.fn != "fit" or Path(str(trainer.ckpt_path)).name.startswith(_OF_TUNER):
-            return  # a test of these weights, or a fit that goes back to its start
+        if trainer.state.fn != "fit":  # a test of these weights
+            return
+        if Path(str(trainer.ckpt_path)).name.startswith(_OF_TUNER):
+            trainer.ckpt_path = None  # the fit goes back to its start, and resumes nothing
+            return
         self._use_run_folder(trainer, pl_module)
         self.refuse_changes(trainer, pl_module, find_datamodule(trainer), checkpoint)
         self._restore_best(trainer, checkpoint)

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from rexnet_lit.data.datamodule import find_datamodule
 from rexnet_lit.data.sampler import run_seed
-from rexnet_lit.training.callbacks.checkpoint import NOTHING, Shipped, find_checkpoint
+from rexnet_lit.training.callbacks.checkpoint import NOT_SAVED, Shipped, find_checkpoint
 from rexnet_lit.training.callbacks.mirroring import ChooseMirroring
 from rexnet_lit.training.callbacks.run_files import find_run_folder
 from rexnet_lit.training.callbacks.run_folder import RESULT
@@ -237,7 +237,7 @@ def learning_rates(trainer: Trainer) -> dict[str, float]:
 
 def _shipped(trainer: Trainer) -> Shipped:
     saver = find_checkpoint(trainer)
-    return NOTHING if saver is None else saver.shipped
+    return NOT_SAVED if saver is None else saver.shipped
 
 
 def _chosen(trainer: Trainer) -> dict[str, float]:

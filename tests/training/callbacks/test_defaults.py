@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 
 import lightning.pytorch as pl
+import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from module_tools import data_of, make_runs_quick, model_of, trainer_of
 
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.callbacks.run_files import find_run_folder
+from rexnet_lit.utils.errors import UserError
 
 BATCHES = [(torch.zeros(2, 3, 32, 32), torch.tensor([0, 1]))]
 
@@ -91,3 +94,17 @@ def test_what_runs_in_python_leave_out(shapes, tmp_path, monkeypatch, capsys):
     notes = capsys.readouterr().out
     assert "note: data.predict_output has no effect here; use: rexnet-lit predict MODEL" in notes
     assert "note: 1 image has no row, being unreadable; the rows' paths: " in notes
+
+
+def test_a_run_without_checkpoints_records_that_nothing_ships(shapes, tmp_path, monkeypatch):
+    make_runs_quick(monkeypatch)
+    trainer = trainer_of(tmp_path, max_epochs=1, logger=pl.loggers.CSVLogger(tmp_path))
+    trainer.fit(model_of(), data_of(shapes))
+    record = json.loads((find_run_folder(trainer) / "result.json").read_text())
+    assert (record["weights"], record["why"]) == ("none", "the trainer saves no checkpoints")
+
+
+def test_gradient_accumulation_scheduler_is_refused(tmp_path):
+    scheduler = pl.callbacks.GradientAccumulationScheduler({0: 2})
+    with pytest.raises(UserError, match=r"GradientAccumulationScheduler is not supported.*accumulate_grad_batches"):
+        trainer_of(tmp_path, callbacks=[scheduler]).fit(model_of(), BATCHES, BATCHES)
