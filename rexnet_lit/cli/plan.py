@@ -111,7 +111,8 @@ def run_plan(argv: Sequence[str]) -> int:
     if runs.model.strategy_settings.only_solves:
         work = dataclasses.replace(work, epochs=1, validations=1)
     work = dataclasses.replace(work, selects=runs.model.blends)
-    _print(runs, work, plan.estimate_times(cold, warm, work, imports, runs.datamodule.num_classes), devices, disk)
+    times = plan.estimate_times(cold, warm, work, imports, runs.datamodule.num_classes)
+    _print(runs, work, times, warm.batch, devices, disk)
     _print_memory(cold, warm, runs.model.device, runs.sizes["train"])
     for note in _notes(settings, devices):
         print(f"note: {note}")  # noqa: T201
@@ -136,16 +137,16 @@ def _disk_bytes(folder: Path) -> tuple[int, int]:
     return sum(found.values()), sum(found.values()) + max(found.values(), default=0)
 
 
-def _print(runs: ShortRuns, work: Work, times: Times, devices: int, disk: tuple[int, int]) -> None:
+def _print(runs: ShortRuns, work: Work, times: Times, images: int, devices: int, disk: tuple[int, int]) -> None:
     network = runs.model.network
     parameters = sum(p.numel() for p in network.parameters()) / 1e6
     trained = sum(p.numel() for p in network.parameters() if p.requires_grad) / 1e6
-    batch, epochs = runs.settings["data"]["batch_size"], "epoch" if work.epochs == 1 else "epochs"
+    epochs = "epoch" if work.epochs == 1 else "epochs"
     rows = [
         ("parameters", f"{parameters:.2f} M, {trained:.2f} M of them trained"),
         ("images", ", ".join(f"{count:,} {name}" for name, count in runs.sizes.items())),
         ("steps", f"{work.steps:,} per epoch, {round(work.steps * work.epochs):,} in {work.epochs:g} {epochs}"),
-        ("a step", f"{times.step:.3g} s, {batch * devices / times.step:,.0f} images/s"),
+        ("a step", f"{times.step:.3g} s, {images * devices / times.step:,.0f} images/s"),
         *((f"time: {name}", _duration(getattr(times, name))) for name in ("start", "training", "validation", "saving")),
         ("time: end", _duration(times.end)),
         ("time in all", _duration(times.total)),
@@ -167,6 +168,8 @@ def _print_memory(cold: ShortFit, warm: ShortFit, device: torch.device, images: 
     memory = plan.all_memory(device, warm.memory)
     largest = plan.largest_batch(cold, warm, memory, images)
     fits = f"the largest batch that fits is about {largest}" if largest else "not even a batch of 8 fits"
+    if largest and plan.memory_of(cold, warm, largest + 8) <= plan.MARGIN * memory:
+        fits = f"a batch of {largest} fits, and larger ones would have more images than there are to train on"
     Console().print(Text(f"{memory / 2**30:.1f} GiB are free for it; {fits}"))
 
 

@@ -28,7 +28,7 @@ from rexnet_lit.utils import process
 EPOCHS, STEPS = 2, 10
 """Of the second short fit."""
 _SKIPPED = 2  # steps at the start of a fit, which take longer
-_MARGIN = 0.9  # of the memory: an estimate that is a little too low must not end a run
+MARGIN = 0.9  # of the memory: an estimate that is a little too low must not end a run
 
 
 class Stopwatch(Callback):
@@ -224,7 +224,7 @@ def largest_batch(cold: ShortFit, warm: ShortFit, memory: int, images: int) -> i
     """
     if not memory_of(cold, warm, warm.batch):
         return 0
-    fits = [b for b in range(8, max(9, min(images, 65536) + 1), 8) if memory_of(cold, warm, b) <= _MARGIN * memory]
+    fits = [b for b in range(8, max(9, min(images, 65536) + 1), 8) if memory_of(cold, warm, b) <= MARGIN * memory]
     return fits[-1] if fits else 0
 
 
