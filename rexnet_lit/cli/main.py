@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from rexnet_lit import __version__
@@ -93,8 +94,10 @@ def main(argv: Sequence[str]) -> int:
             return 143
         return stop.code if isinstance(stop.code, int) else 2
     except Exception as error:
-        message = None if debug else user_message(error)
+        message = user_message(error)
         if message is None:
             raise
+        if debug:
+            traceback.print_exception(error)
         print(f"rexnet-lit: error: {printable(message)}", file=sys.stderr)  # noqa: T201
         return 2

@@ -39,6 +39,9 @@ Check: TypeAlias = Callable[[NDArray[np.float32]], NDArray[np.float32]]
 Writer: TypeAlias = Callable[[Classifier, Path, Tensor, Path], Check]
 """Takes a classifier, its own file, example images (N, 3, S, S) from 0 to 1 and the path to write to."""
 
+_KEY = "rexnet_lit"
+"""Names the model's description in a graph's metadata; by it an earlier export is recognised."""
+
 BATCH = {"images": {0: torch.export.Dim("batch")}}
 """The dynamic shapes of a graph: any number of images."""
 
@@ -114,7 +117,7 @@ def _keep(written: Path, output: Path, companion: str) -> int:
 
 def _check_output(output: Path, model: Path, kind: str) -> Path:
     """Return what to write; raise before any work is done if it cannot be written, or would replace something else."""
-    suffixes, companion, mark = FORMATS[kind].suffixes, FORMATS[kind].companion, FORMATS[kind].mark
+    suffixes, companion = FORMATS[kind].suffixes, FORMATS[kind].companion
     if companion and (output.is_dir() or not output.suffix):
         output /= f"model{suffixes[0]}"
     check_writable("--output", output)
@@ -124,7 +127,7 @@ def _check_output(output: Path, model: Path, kind: str) -> Path:
     if output.exists() and not FORMATS[kind].overwrites and not empty:
         raise UserError(f"--output: {str(output)!r} exists already; name a new {'file' if suffixes else 'folder'}")
     if suffixes:
-        check_output("--output", output, *suffixes, mark=mark)
+        check_output("--output", output, *suffixes, mark=_KEY.encode(), within=-1)
     if suffixes and output.suffix.lower() not in suffixes:  # torch and `load` go by it
         raise UserError(f"--output: {str(output)!r} must end in {' or '.join(suffixes)} for {kind}")
     if companion and not output.exists() and output.with_suffix(companion).exists():
@@ -169,7 +172,7 @@ def metadata(classifier: Classifier) -> dict[str, str]:
     for key in ("mean", "std"):  # whoever finds them here normalises a second time
         del described["eval_recipe"][key]
     return {
-        "rexnet_lit": json.dumps(described),
+        _KEY: json.dumps(described),
         **({"limits": json.dumps(thresholds)} if thresholds else {}),
         "class_names": json.dumps(classifier.class_names),
         "preprocessing": json.dumps(_preprocessing(classifier.spec.eval_recipe)),

@@ -19,7 +19,6 @@ class Format:
         needs_images: Whether it is quantised, with images like those that the model is for.
         overwrites: Whether an existing file of that kind is replaced.
         companion: Ending of a second file, beside the first; the output may then also be a folder for both.
-        mark: Bytes in the first kilobyte of an existing file that is replaced.
     """
 
     description: str
@@ -28,7 +27,6 @@ class Format:
     needs_images: bool = False
     overwrites: bool = True
     companion: str = ""
-    mark: bytes = b""
 
 
 FORMATS = {
@@ -39,7 +37,6 @@ FORMATS = {
         "openvino_files:write_float",
         (".xml",),
         companion=".bin",
-        mark=b"<net ",
     ),
     "openvino-int8": Format(
         "OpenVINO IR quantised to 8 bits, for CPUs",
@@ -47,7 +44,6 @@ FORMATS = {
         (".xml",),
         needs_images=True,
         companion=".bin",
-        mark=b"<net ",
     ),
     "torch": Format("a torch.export program, for torch.export.load", "torch_files:write_program", (".pt2",)),
     # The file that exists may be the only copy of another model.

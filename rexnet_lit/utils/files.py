@@ -199,14 +199,15 @@ def new_folder(command: str, target: Path, last: str = "") -> Iterator[Path]:
         raise UserError(f"{command}: cannot write {str(target)!r}: {what}; free or choose another place") from error
 
 
-def check_output(key: str, path: Path, *endings: str, mark: bytes = b"") -> None:
+def check_output(key: str, path: Path, *endings: str, mark: bytes = b"", within: int = 1024) -> None:
     """Check that an output replaces nothing but an earlier output of the same kind.
 
     Args:
         key: The option that sets it, for the error.
         path: The file.
         endings: The suffixes of this kind of file, such as ``.csv``.
-        mark: Bytes in the first kilobyte of an earlier output.
+        mark: Bytes in an earlier output.
+        within: How many of its bytes to search for them; -1 for all.
 
     Raises:
         UserError: ``path`` is a folder, or an existing file of another kind or origin.
@@ -219,7 +220,7 @@ def check_output(key: str, path: Path, *endings: str, mark: bytes = b"") -> None
         )
     if mark and path.is_file():
         with path.open("rb") as file:
-            if mark not in file.read(1024):
+            if mark not in file.read(within):
                 raise UserError(f"{key}: {str(path)!r} exists and is no earlier output of this command; name another")
 
 

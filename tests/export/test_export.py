@@ -197,6 +197,17 @@ def test_openvino_replaces_only_its_own_files(model, tmp_path, capsys):
     assert "must end in .xml" in fails(capsys, *command, tmp_path / "model.onnx")
 
 
+@pytest.mark.parametrize(("kind", "name"), [("onnx", "mine.onnx"), ("torch", "mine.pt2")])
+def test_a_file_of_another_program_is_not_overwritten(model, onnx_file, tmp_path, capsys, kind, name):
+    mine = tmp_path / name
+    mine.write_bytes(b"someone else's graph")
+    line = fails(capsys, "export", model, "--format", kind, "--output", mine)
+    assert f"{name}' exists and is no earlier output of this command; name another" in line
+    assert mine.read_bytes() == b"someone else's graph"
+    shutil.copy(onnx_file, tmp_path / "again.onnx")
+    assert main.main(["export", str(model), "--format", "onnx", "--output", str(tmp_path / "again.onnx")]) == 0
+
+
 def test_openvino_is_an_extra(model, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "openvino", None)
     line = fails(capsys, "export", model, "--format", "openvino", "--output", tmp_path / "model.xml")

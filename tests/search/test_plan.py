@@ -85,7 +85,9 @@ def test_the_command_writes_nothing(tmp_path, monkeypatch, capsys):
     assert "12 train, 6 val" in screen
     assert "time in all" in screen
     assert "4 (this fit)" in screen
-    assert "a batch of 8 fits, and larger ones would have more images than there are to train on" in screen
+    assert "a batch of 8 fits, and larger ones would have more images than there are to train on" in " ".join(
+        screen.split()
+    )
     assert "Fit finished" not in screen
     assert set(root.rglob("*")) == before
     assert list((tmp_path / "work").iterdir()) == []
