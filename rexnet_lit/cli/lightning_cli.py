@@ -10,6 +10,7 @@ import atexit
 import dataclasses
 import inspect
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,14 @@ from rexnet_lit.cli.config import expand, split_configs, usage
 from rexnet_lit.cli.messages import raised_by_lightning
 from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.sampler import uses_all_batches
+from rexnet_lit.data.settings import failed_checks
 from rexnet_lit.models import checkpoint
 from rexnet_lit.training.callbacks import run_folder
 from rexnet_lit.training.callbacks.checkpoint import RunCheckpoint
 from rexnet_lit.training.callbacks.loggers import RunTensorBoardLogger
 from rexnet_lit.training.callbacks.signals import StopOnSignal
 from rexnet_lit.training.module import RexNetModule
+from rexnet_lit.training.parts import check_settings
 from rexnet_lit.training.schedules import auto_epochs
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
@@ -203,6 +206,8 @@ class RexNetCLI(LightningCLI):
             rank_zero_only(print)(f"note: {note}", flush=True)
         self.model.spec = dataclasses.replace(self.model.spec, eval_recipe=recipe)
         self.datamodule = ImageFolderDataModule(**settings, class_names=self.model.spec.class_names)
+        if self.subcommand == "test" and previous_run.is_new(self.datamodule, self.file.data):
+            self._test_all_images(settings)
         folder = self.datamodule.folder
         if folder is not None and folder.drawn and self.datamodule.record != self.file.data:
             rank_zero_only(print)(
@@ -215,18 +220,26 @@ class RexNetCLI(LightningCLI):
             self.config_init = self.parser.instantiate_classes(self.config)
         self.trainer = self.instantiate_trainer()
 
+    def _test_all_images(self, settings: dict[str, Any]) -> None:
+        """Take all images of a folder of class folders as its test split."""
+        whole = {**settings, "val_fraction": 0.0, "num_folds": 0, "fold": 0}
+        self.datamodule = data = ImageFolderDataModule(**whole, class_names=self.model.spec.class_names)
+        assert data.folder is not None  # noqa: S101 (for the type checker)
+        images = data.folder.splits["train"]
+        data.folder = dataclasses.replace(data.folder, splits={"test": images})
+        note = f"{settings['root']} has no splits, so all of its images are tested"
+        rank_zero_only(print)(f"note: {note}", flush=True)
+
     def _wrong_settings(self) -> list[str]:
         """Return what is wrong with each group of settings, to report all errors at once."""
-        found = []
+        config = self.config["fit"]
+        checks = [partial(trainer_checks.check_settings, config["trainer"]), partial(check_settings, config["model"])]
         for group, kind in (("data", ImageFolderDataModule), ("model", RexNetModule)):
             for name, parameter in inspect.signature(kind).parameters.items():
                 if dataclasses.is_dataclass(parameter.default):
                     settings: Any = type(parameter.default)
-                    try:
-                        settings(**self.config["fit"][group][name].as_dict())
-                    except UserError as error:
-                        found.append(str(error))
-        return found
+                    checks.append(partial(settings, **config[group][name].as_dict()))
+        return failed_checks(*checks)
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """Build the trainer with the run's loggers and callbacks."""

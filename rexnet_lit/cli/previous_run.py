@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rexnet_lit.data.datamodule import ImageFolderDataModule
 from rexnet_lit.data.settings import DataRecord, SplitSettings
 from rexnet_lit.data.table import lists_images_of
 from rexnet_lit.models import checkpoint
@@ -75,6 +76,14 @@ def recorded_splits(data: Mapping[str, Any], record: DataRecord, folder: Path | 
         # The run's split.csv is of the corrected dataset.
         settings["fixes"] = None if written and settings["split_file"] == written else record.fixes
     return {key: value for key, value in settings.items() if key not in changed}
+
+
+def is_new(data: ImageFolderDataModule, record: DataRecord) -> bool:
+    """Return whether the data is a folder of class folders, without a test split, that a model was not trained on."""
+    folder = data.folder
+    if folder is None or folder.layout != "flat" or "test" in folder.splits or "train" not in folder.splits:
+        return False
+    return not _same_folder(str(folder.root), record.root)
 
 
 def _same_folder(path: str | None, other: str | None) -> bool:

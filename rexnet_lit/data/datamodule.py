@@ -19,14 +19,14 @@ from rexnet_lit.data.augmentation import AugmentSettings, build_mix
 from rexnet_lit.data.cache import DiskCache
 from rexnet_lit.data.dataset import FeatureDataset, ImageDataset
 from rexnet_lit.data.features import embed_dataset
-from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan, without_labels
+from rexnet_lit.data.folder import ImageFolder, Samples, fingerprint, scan
 from rexnet_lit.data.loader import Loader, build_loader
 from rexnet_lit.data.memory import keep_in_memory
 from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, build_sampler, run_seed, training_order
 from rexnet_lit.data.settings import CropMode, DataRecord, EvalRecipe, check_size_schedule, failed_checks
 from rexnet_lit.data.splits import Split
 from rexnet_lit.data.transforms import EvalTransform, TrainTransform, as_train_transform, build_train_transform
-from rexnet_lit.data.unlabelled import JointDataset, find_bad, require_teacher
+from rexnet_lit.data.unlabelled import JointDataset, find_bad, require_teacher, without_labels
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
 from rexnet_lit.utils.files import absolute_path
@@ -110,19 +110,6 @@ class ImageFolderDataModule(pl.LightningDataModule):
         class_names: tuple[str, ...] | None = None,
     ) -> None:
         super().__init__()
-        trains = root is not None and class_names is None
-        problems = failed_checks(
-            partial(check_range, "data.batch_size", batch_size, f"[{1 + trains}, inf)", "for BatchNorm", whole=True),
-            partial(check_size_schedule, size_schedule),
-            partial(check_range, "data.num_workers", num_workers, "[0, 1024]", "0 for the main process", optional=True),
-            partial(check_choice, "data.cache", cache, get_args(CacheName)),
-            partial(check_choice, "data.crop_mode", crop_mode or "center", get_args(CropMode)),
-            partial(check_choice, "data.sampler", sampler, SAMPLERS),
-            partial(check_range, "data.cache_gb", cache_gb, "(0, inf]", "or data.cache none", optional=True),
-            partial(check_range, "data.max_bad_fraction", max_bad_fraction, "[0, 1]"),
-        )
-        if problems:
-            raise UserError("; ".join(problems))
         check_types("data", ImageFolderDataModule.__init__, locals())
         self.record = DataRecord(
             root=absolute_path(root),
@@ -138,14 +125,27 @@ class ImageFolderDataModule(pl.LightningDataModule):
             fixes=absolute_path(fixes),
             max_bad_fraction=max_bad_fraction,
         )
+        trains = root is not None and class_names is None
+        problems = self.record.problems() + failed_checks(
+            partial(check_range, "data.batch_size", batch_size, f"[{1 + trains}, inf)", "for BatchNorm", whole=True),
+            partial(check_size_schedule, size_schedule),
+            partial(check_range, "data.num_workers", num_workers, "[0, 1024]", "0 for the main process", optional=True),
+            partial(check_choice, "data.cache", cache, get_args(CacheName)),
+            partial(check_choice, "data.crop_mode", crop_mode or "center", get_args(CropMode)),
+            partial(check_choice, "data.sampler", sampler, SAMPLERS),
+            partial(check_range, "data.cache_gb", cache_gb, "(0, inf]", "or data.cache none", optional=True),
+            partial(check_range, "data.max_bad_fraction", max_bad_fraction, "[0, 1]"),
+        )
+        if problems:
+            raise UserError("; ".join(problems))
         self.image_size, self.crop_mode, self.size_schedule = image_size, crop_mode, size_schedule
-        self.batch_size, self.num_workers = batch_size, num_workers
+        self.batch_size, self.num_workers, self.predict_output = batch_size, num_workers, predict_output
         self.augment, self.sampler, self.cache = settings_of(AugmentSettings, augment, "data.augment"), sampler, cache
         self._cache_bytes = None if cache_gb is None else cache_gb * 1e9
         self._disk: DiskCache | None = None
-        self.predict_output = predict_output
-        self.predict_samples, self.predict_notes = without_labels(predict_path)
-        self.strangers, self.unlabelled = without_labels(strangers)[0], without_labels(unlabelled)[0]
+        self.predict_samples, self.predict_notes = without_labels(predict_path, "data.predict_path")
+        self.strangers = without_labels(strangers, "data.strangers")[0]
+        self.unlabelled = without_labels(unlabelled, "data.unlabelled")[0]
         self.eval_recipe: EvalRecipe | None = None
         """The preprocessing; `setup` takes it from the trainer's model."""
         self.bad_files: list[verify.UnreadableFile] = []
@@ -362,7 +362,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
         return build_loader(dataset, sampler, workers, stays=stays, on_gpu=on_gpu, seed=run_seed())
 
     def steps_per_epoch(self) -> int:
-        """Return the number of training batches of an epoch, in each process."""
+        """Return the number of training batches of an epoch in each process."""
         return len(self._sampler("train"))
 
     def train_dataloader(self) -> DataLoader[Any]:

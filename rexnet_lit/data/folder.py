@@ -380,14 +380,6 @@ def list_images(path: str | os.PathLike[str]) -> tuple[Path, PathList, tuple[str
     return where, paths, notes
 
 
-def without_labels(path: str | None) -> tuple[Samples | None, tuple[str, ...]]:
-    """Return what `list_images` does as samples with the target -1, and the notes; None for no path."""
-    if path is None:
-        return None, ()
-    folder, paths, notes = list_images(path)
-    return Samples(folder, paths, np.full(len(paths), -1, np.int64)), notes
-
-
 def fingerprint(samples: Samples) -> str:
     """Return a SHA-256 over paths, class numbers and file sizes, independent of the order and of the root."""
     digest = hashlib.sha256()

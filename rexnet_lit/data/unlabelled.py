@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from rexnet_lit.data import quarantine, verify
 from rexnet_lit.data.dataset import Batch, ImageDataset
-from rexnet_lit.data.folder import Samples
+from rexnet_lit.data.folder import Samples, list_images
 from rexnet_lit.data.sampler import BatchKey
 from rexnet_lit.data.walk import PathList
 from rexnet_lit.utils.errors import UserError
@@ -73,3 +73,14 @@ def require_teacher(trainer: Any) -> None:
             "data.unlabelled: only a teacher can tell what images without labels show; name a fine-tuned model of the "
             "same classes: --model.teacher MODEL"
         )
+
+
+def without_labels(path: str | None, key: str) -> tuple[Samples | None, tuple[str, ...]]:
+    """Return what `list_images` does of a setting as samples with the target -1, and the notes; None for no path."""
+    if path is None:
+        return None, ()
+    try:
+        folder, paths, notes = list_images(path)
+    except UserError as error:
+        raise UserError(f"{key}: {error}") from None
+    return Samples(folder, paths, np.full(len(paths), -1, np.int64)), notes

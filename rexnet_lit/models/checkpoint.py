@@ -127,6 +127,8 @@ def read_ckpt(path: str) -> dict[str, Any]:
     if raw.startswith(b"\x80"):  # torch's old format, or any pickle
         raise UserError(f"{path}: refused, it is a pickle, which could run code; use a checkpoint of rexnet_lit")
     if not _intact(raw):
+        if file.suffix != ".ckpt":
+            raise UserError(f"{path}: not a model of rexnet_lit; name a .ckpt or .safetensors file of a run")
         raise UserError(f"{path}: damaged or not a checkpoint (its checksum does not match); use another of the run")
     try:
         with warnings.catch_warnings():

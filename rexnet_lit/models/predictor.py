@@ -16,6 +16,7 @@ import functools
 import itertools
 import os
 import re
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sized
 from typing import Any, Literal, NamedTuple, TypeAlias, cast
@@ -137,8 +138,8 @@ class Classifier:
         """
         if self.spec.limits is None:
             raise UserError(
-                "this model has no limits (prediction sets, unsure, stranger): it is of an older version, or had fewer "
-                "than 20 validation images; fit it again"
+                "this model has no limits (prediction sets, unsure, stranger). It is a checkpoint of an epoch: use its "
+                "run's model.safetensors; or it had fewer than 20 validation images, or is of an older version: fit again"
             )
         return self.spec.limits
 
@@ -198,6 +199,7 @@ class Classifier:
         Raises:
             UserError: The model has no such class.
         """
+        target = unicodedata.normalize("NFC", target) if isinstance(target, str) else target
         if target is not None and target not in self.class_names:
             near = did_you_mean(str(target), self.class_names) or f"; it knows {', '.join(self.class_names[:20])}"
             raise UserError(f"explain: the model has no class {target!r}{near}")

@@ -30,7 +30,7 @@ from rexnet_lit.training.metrics import build_metrics, require_updates
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.settings import check_choice, check_range, check_types, settings_and_own, settings_of
+from rexnet_lit.utils.settings import check_types, settings_and_own, settings_of
 
 _LOSSES = "rexnet_lit_losses"
 
@@ -111,11 +111,8 @@ class RexNetModule(pl.LightningModule):
         crop_mode: CropMode | None = None,
     ) -> None:
         super().__init__()
-        check_range("model.ema", ema, "[0, 1)", "0 for none, or a decay such as 0.999")
-        check_range("model.drop_path_rate", drop_path_rate, "[0, 1)")
-        check_range("model.target_precision", target_precision, "(0, 1)")
-        check_choice("model.select", select, parts.SELECT)
         check_types("model", RexNetModule.__init__, locals())
+        parts.check_settings(locals())
         head = settings_of(HeadSpec, head, "model.head")
         self.strategy_settings = settings_of(StrategySettings, strategy, "model.strategy")
         own: dict[str, Any] = {"network": network}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias, cast
 
 import lightning.pytorch as pl
@@ -18,7 +19,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from torchmetrics import Metric
 
 from rexnet_lit.data.datamodule import find_datamodule
-from rexnet_lit.data.settings import CropMode
+from rexnet_lit.data.settings import CropMode, failed_checks
 from rexnet_lit.models import rexnet, variants
 from rexnet_lit.models.heads import HeadSpec
 from rexnet_lit.models.spec import ModelSpec
@@ -29,7 +30,15 @@ from rexnet_lit.training.losses import LossSettings
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.settings import call_own, class_path_of, overridden, own_part, plain_arguments
+from rexnet_lit.utils.settings import (
+    call_own,
+    check_choice,
+    check_range,
+    class_path_of,
+    overridden,
+    own_part,
+    plain_arguments,
+)
 
 if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule
@@ -53,6 +62,18 @@ else:
     Loss: TypeAlias = LossSettings | Plain | nn.Module | Callable[..., Any]
     Taught: TypeAlias = TeacherSettings | Plain | None
     Network: TypeAlias = nn.Module | Mapping[str, Any] | None
+
+
+def check_settings(values: Mapping[str, Any]) -> None:
+    """Raise `UserError` for numbers and names out of range among the settings of a `RexNetModule`, for all at once."""
+    problems = failed_checks(
+        partial(check_range, "model.ema", values["ema"], "[0, 1)", "0 for none, or a decay such as 0.999"),
+        partial(check_range, "model.drop_path_rate", values["drop_path_rate"], "[0, 1)"),
+        partial(check_range, "model.target_precision", values["target_precision"], "(0, 1)"),
+        partial(check_choice, "model.select", values["select"], SELECT),
+    )
+    if problems:
+        raise UserError("; ".join(problems))
 
 
 def build_own(value: Any, key: str, kind: type) -> Any:

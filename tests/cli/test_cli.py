@@ -1114,3 +1114,23 @@ def test_home_folder_in_every_path(tmp_path, monkeypatch, capsys):
     found = {path.name for path in home.iterdir()}
     assert {"runs", "names.csv", "page.html", "copy.safetensors", "digits", "again.safetensors"} <= found
     assert list(here.iterdir()) == []
+
+
+def test_a_new_folder_without_splits_is_tested_whole(tmp_path, capsys):
+    """A folder of class folders that the model was not trained on; its own one has no test split to offer."""
+    root = write_dataset(tmp_path / "data", train=4, val=2)
+    model = lively_model(tmp_path / "model.safetensors", size=32)
+    command = ["test", str(model), str(root / "train"), "--trainer.default_root_dir", str(tmp_path / "runs")]
+    assert main.main(command) == 0
+    screen = capsys.readouterr().out
+    assert "train has no splits, so all of its images are tested" in screen
+    assert "Test: 12 images" in screen
+    assert "there is no test split" in fails(capsys, "test", model, root)
+
+
+def test_ranges_and_choices_are_reported_at_once(tmp_path, capsys):
+    root = write_dataset(tmp_path / "data", train=4, val=2)
+    wrong = {"data.batch_size": 0, "data.val_fraction": 3, "model.ema": 2, "model.drop_path_rate": 1}
+    wrong |= {"model.head.dropout": 5, "trainer.accumulate_grad_batches": 0}
+    line = fails(capsys, "fit", root, *(f"--{key}={value}" for key, value in wrong.items()))
+    assert all(f"{key} is " in line for key in wrong)

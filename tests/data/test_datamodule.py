@@ -764,3 +764,9 @@ def test_a4_mutated_files_in_loader_workers(tmp_path):
     for images, targets, indices in loader:
         assert images.isfinite().all()
         assert targets.tolist() == samples.targets[indices.numpy()].tolist()
+
+
+@pytest.mark.parametrize("key", ["predict_path", "strangers", "unlabelled"])
+def test_a_missing_folder_of_images_is_named_with_its_setting(shapes, key):
+    with pytest.raises(UserError, match=rf"^data\.{key}: 'gone': no such file or folder"):
+        module(shapes, **{key: "gone"})

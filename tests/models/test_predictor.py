@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import dataclasses
 import io
 import pickle
 import re
@@ -152,6 +153,14 @@ def test_embed(classifier):
     np.testing.assert_allclose(
         features @ head.weight.numpy().T + head.bias.numpy(), classifier.logits(images).numpy(), atol=1e-4
     )
+
+
+def test_explain_takes_any_form_of_a_name(model):
+    classifier = rexnet_lit.load(model, device="cpu")
+    names = ("caf\u00e9", *classifier.class_names[1:])
+    classifier.spec = dataclasses.replace(classifier.spec, class_names=names)
+    image = picture("ring", 3, 80)
+    np.testing.assert_array_equal(classifier.explain(image, "cafe\u0301"), classifier.explain(image, names[0]))
 
 
 @pytest.mark.parametrize("target", [None, "bars"])
@@ -304,6 +313,13 @@ def test_load_refuses_other_files(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             rexnet_lit.load(tmp_path / name if name == "nothing.ckpt" else name)
+
+
+@pytest.mark.parametrize("name", ["model.onnx", "model.pt2", "predictions.csv"])
+def test_load_names_what_is_no_model(tmp_path, name):
+    (tmp_path / name).write_bytes(b"\x08\x08 a graph")
+    with pytest.raises(UserError, match=rf"{name}: not a model of rexnet_lit; name a .ckpt or .safetensors file"):
+        rexnet_lit.load(tmp_path / name)
 
 
 @pytest.fixture
