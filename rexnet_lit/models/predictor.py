@@ -139,7 +139,7 @@ class Classifier:
         if self.spec.limits is None:
             raise UserError(
                 "this model has no limits (prediction sets, unsure, stranger). It is a checkpoint of an epoch: use its "
-                "run's model.safetensors; or it had fewer than 20 validation images, or is of an older version: fit again"
+                "run's model.safetensors; or it had fewer than 20 validation images, or is older: fit it again"
             )
         return self.spec.limits
 

@@ -179,7 +179,7 @@ def compare_runs(runs: Sequence[TestedRun]) -> Comparison:
         rows.append({"name": run.name, **metrics, "top1_interval": interval})
     return Comparison(
         images=len(paths),
-        split=str(first.metrics.get("split", "test")),
+        split="val" if "val" in map(_split_of, runs) else "test",
         confidence=1 - level,
         runs=tuple(rows),
         differences=tuple(
@@ -199,10 +199,17 @@ def _check_images(first: TestedRun, other: TestedRun) -> None:
     if len(shared) == len(truth[0]) == len(truth[1]):
         relabelled = sum(truth[0][path] != truth[1][path] for path in shared)
         reason = f"{plural(relabelled, 'image has', 'images have')} another label"
+    elif _split_of(first) != _split_of(other):
+        kinds = {"val": "validation", "test": "test"}
+        reason += f": {kinds[_split_of(first)]} and {kinds[_split_of(other)]} images"
     raise UserError(
         f"{first.name} and {other.name} were tested on different images ({reason}): their metrics cannot be compared; "
         "test both on one folder with --data.root, or give both runs the same test split"
     )
+
+
+def _split_of(run: TestedRun) -> str:
+    return "val" if run.metrics.get("split") == "val" else "test"
 
 
 def mcnemar(only_first: int, only_second: int) -> float:

@@ -100,6 +100,18 @@ def test_runs_on_different_images_are_refused(change, reason):
         compare_runs([first, second])
 
 
+def test_reports_of_validation_images_are_named():
+    truth = np.arange(10) % 5
+    one, other, less = (
+        result_of(name, truth[:count], truth[:count]) for name, count in (("a", 10), ("b", 10), ("c", 5))
+    )
+    assert compare_runs([one, other]).split == "test"
+    other.metrics["split"] = less.metrics["split"] = "val"
+    assert compare_runs([one, other]).split == "val"
+    with pytest.raises(UserError, match=r"5 of 10 and 5 images are the same: test and validation images"):
+        compare_runs([one, less])
+
+
 def test_command(tmp_path, capsys, monkeypatch):
     from rexnet_lit.cli import main
 
