@@ -198,6 +198,15 @@ def test_groups_of_equals():
     assert duplicates.near_groups(np.zeros(0, np.uint64), np.zeros((0, 16, 16, 3), np.uint8)) == []
 
 
+def test_groups_that_stay_together_are_no_warning(tmp_path):
+    for name in ("cat", "dog"):
+        for i in range(30):
+            save(tmp_path / name / f"animal{i // 2}_{i}.png", picture(i + 100 * (name == "dog")))
+    result = check(tmp_path, DataRecord(group_pattern=r"(\w+/animal\d+)_"))
+    assert [finding.message for finding in result.findings if finding.severity != "info"] == []
+    assert "each in one split" in found(result)["layout"].message
+
+
 def test_a17_a20_missing_tiny_and_unequal_classes(healthy):
     for i in range(130):
         save(healthy / f"train/many/{i}.png", picture(2000 + i))
