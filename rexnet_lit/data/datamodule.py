@@ -6,7 +6,7 @@ import dataclasses
 import os
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any, Literal, NoReturn, get_args
+from typing import Any, Literal, NoReturn, cast, get_args
 
 import lightning.pytorch as pl
 import numpy as np
@@ -25,7 +25,7 @@ from rexnet_lit.data.memory import keep_in_memory
 from rexnet_lit.data.sampler import SAMPLERS, BatchSampler, SamplerName, build_sampler, run_seed, training_order
 from rexnet_lit.data.settings import CropMode, DataRecord, EvalRecipe, check_size_schedule, failed_checks
 from rexnet_lit.data.splits import Split
-from rexnet_lit.data.transforms import EvalTransform, TrainTransform, as_train_transform, build_train_transform
+from rexnet_lit.data.transforms import EvalTransform, TrainTransform, build_train_transform, checked
 from rexnet_lit.data.unlabelled import JointDataset, find_bad, require_teacher, without_labels
 from rexnet_lit.utils import process
 from rexnet_lit.utils.errors import UserError
@@ -242,7 +242,8 @@ class ImageFolderDataModule(pl.LightningDataModule):
                 if self.unlabelled is not None:
                     require_teacher(self.trainer)
                     parts["unlabelled"] = self._readable(*find_bad(self.unlabelled, self.record.max_bad_fraction))
-            transform = as_train_transform(self.train_transform(), *self._recipe()) if name == "train" else evaluate
+            given = self.train_transform() if name == "train" else evaluate
+            transform = checked(given, *self._recipe(), self.size_schedule)
             mix = build_mix(self.augment, self.num_classes) if name == "train" else None
             for part, samples in parts.items():
                 self._datasets.pop(part, None)  # free its memory first
@@ -390,8 +391,7 @@ class ImageFolderDataModule(pl.LightningDataModule):
 
 def any_datamodule(trainer: pl.Trainer | None) -> pl.LightningDataModule | None:
     """Return the trainer's data module of any class; None if it was given loaders."""
-    data: pl.LightningDataModule | None = getattr(trainer, "datamodule", None)
-    return data
+    return cast("pl.LightningDataModule | None", getattr(trainer, "datamodule", None))
 
 
 def find_datamodule(trainer: pl.Trainer | None) -> ImageFolderDataModule | None:

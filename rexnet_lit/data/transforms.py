@@ -300,9 +300,19 @@ class OwnTransform(TrainTransform):
         return (pixels * 255).round().clamp(0, 255).byte().numpy()
 
 
-def as_train_transform(transform: Any, recipe: EvalRecipe, image_size: int) -> TrainTransform:
-    """Return a training transform, made from the user's own if it is one."""
-    return transform if isinstance(transform, TrainTransform) else OwnTransform(transform, recipe, image_size)
+def checked(
+    transform: Any, recipe: EvalRecipe, image_size: int, sizes: Sequence[tuple[int, int]] | None
+) -> TrainTransform | EvalTransform:
+    """Return a transform that a dataset can use: ours as it is, or one made from the user's own.
+
+    Raises:
+        UserError: The user's own does something else than `OwnTransform` needs, or there are sizes, which it ignores.
+    """
+    if isinstance(transform, TrainTransform | EvalTransform):
+        return transform
+    if sizes:
+        raise UserError("data.size_schedule has no effect on your own train_transform; leave it out")
+    return OwnTransform(transform, recipe, image_size)
 
 
 def build_train_transform(

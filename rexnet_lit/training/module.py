@@ -30,7 +30,7 @@ from rexnet_lit.training.metrics import build_metrics, require_updates
 from rexnet_lit.training.optim import OptimizerSettings
 from rexnet_lit.training.schedules import Plateau, Schedule, ScheduleSettings
 from rexnet_lit.utils.errors import UserError
-from rexnet_lit.utils.settings import check_types, settings_and_own, settings_of
+from rexnet_lit.utils.settings import check_types, overridden, settings_and_own, settings_of
 
 _LOSSES = "rexnet_lit_losses"
 
@@ -127,7 +127,9 @@ class RexNetModule(pl.LightningModule):
         self._numbered = class_names is None  # the classes have only numbers so far
         self.spec = ModelSpec(backbone, names, head, variants.eval_recipe(backbone, image_size, crop_mode))
         self.network = self.configure_network()
-        self.spec = parts.describe_network(self.spec, self.network, image_size, crop_mode)
+        changed = network is not None or overridden(self, "configure_network")
+        self._built = None if changed else parts.shapes_of(self.network)
+        self.spec = parts.describe_network(self.spec, self.network, image_size, crop_mode, self._built)
         size = variants.train_size(backbone) if self.spec.network is None else self.spec.eval_recipe.image_size
         self.train_size = image_size or size
         self.teacher = build_teacher(teacher, self.strategy_settings, None if self._numbered else self.spec)
@@ -231,7 +233,8 @@ class RexNetModule(pl.LightningModule):
             return
         self.started = False
         recipe = self.spec.eval_recipe
-        self.spec = parts.describe_network(self.spec, self.network, recipe.image_size, recipe.crop_mode)
+        size, mode = recipe.image_size, recipe.crop_mode
+        self.spec = parts.describe_network(self.spec, self.network, size, mode, self._built)
         self.spec = parts.describe_preprocessing(self.spec, self.trainer)
         parts.check_network(self)
         if self.teacher is not None:

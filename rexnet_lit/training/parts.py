@@ -43,6 +43,9 @@ from rexnet_lit.utils.settings import (
 if TYPE_CHECKING:
     from rexnet_lit.training.module import RexNetModule
 
+Shapes: TypeAlias = dict[str, torch.Size]
+"""The shapes of a network's tensors by name."""
+
 SELECT = {"top1": "max", "macro_f1": "max", "loss": "min"}
 """What can make weights the best, and whether more or less of it is better."""
 
@@ -96,26 +99,37 @@ def build_metrics_of(values: Mapping[str, Any] | None) -> dict[str, Metric]:
     return {name: build_own(value, f"model.metrics.{name}", Metric) for name, value in (values or {}).items()}
 
 
-def _is_described(network: nn.Module, spec: ModelSpec) -> bool:
+def _is_described(network: nn.Module, spec: ModelSpec, built: Shapes | None) -> bool:
     """Return whether a network is the ReXNet of ``spec``, with no layer replaced: a file of it needs no other code."""
     if not isinstance(network, timm.models.rexnet.RexNet):
         return False
-    with torch.device("meta"):
-        built = rexnet.build_network(spec.backbone, spec.num_classes, spec.head)
-    states: list[dict[str, Any]] = [network.state_dict(), built.state_dict()]
-    ours, theirs = ({name: tensor.shape for name, tensor in state.items()} for state in states)
-    return ours == theirs
+    if built is None:
+        with torch.device("meta"):
+            built = shapes_of(rexnet.build_network(spec.backbone, spec.num_classes, spec.head))
+    return shapes_of(network) == built
+
+
+def shapes_of(network: nn.Module) -> Shapes:
+    """Return the shapes of a network's tensors by name."""
+    return {name: tensor.shape for name, tensor in network.state_dict().items()}
 
 
 def describe_network(
-    spec: ModelSpec, network: nn.Module, image_size: int | None, crop_mode: CropMode | None
+    spec: ModelSpec, network: nn.Module, image_size: int | None, crop_mode: CropMode | None, built: Shapes | None
 ) -> ModelSpec:
     """Return ``spec`` with the class of a user's own network, and its preprocessing if timm knows it.
+
+    Args:
+        spec: The description so far.
+        network: The network.
+        image_size: Height and width in pixels; the network's own by default.
+        crop_mode: How an image becomes a square; likewise.
+        built: What `shapes_of` says of the ReXNet of ``spec``, if it is known.
 
     Raises:
         UserError: It lacks what the module calls, or has not one logit per class.
     """
-    if _is_described(network, spec):
+    if _is_described(network, spec, built):
         return dataclasses.replace(spec, network=None)
     lacks = [name for name in ("forward_features", "forward_head", "get_classifier") if not hasattr(network, name)]
     if lacks:
@@ -210,7 +224,8 @@ def build_schedule(module: RexNetModule, optimizer: Optimizer, own: Any) -> tupl
         if isinstance(found.get("scheduler"), ReduceLROnPlateau):
             if module.trainer.limit_val_batches == 0:
                 raise UserError("model.schedule: ReduceLROnPlateau needs the validation loss; nothing is validated")
-            found = {"frequency": module.trainer.check_val_every_n_epoch, **found}  # when there is a loss
+            if found.get("interval", "epoch") == "epoch":  # when there is a loss
+                found = {"frequency": module.trainer.check_val_every_n_epoch or 1, **found}
         return {"monitor": "val/loss", **found}, None
     per_epoch, total = schedules.count_steps(module.trainer, settings)
     factor: Any = lambda step: schedules.lr_factor(settings, step, total, per_epoch)  # noqa: E731

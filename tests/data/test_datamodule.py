@@ -392,6 +392,8 @@ def test_an_own_training_transform(shapes):
     assert data.preview(5).shape == (5, 32, 32, 3)
     assert data.settings()["train_transform"].endswith("OwnAugmentation.train_transform")
     assert module(shapes).settings()["train_transform"] is None
+    with pytest.raises(UserError, match=r"data\.size_schedule has no effect on your own train_transform"):
+        OwnAugmentation(str(shapes), image_size=32, size_schedule=[(0, 32)]).setup("fit")
 
 
 @pytest.mark.parametrize("sizes", [[[1, 64]], [[0, 64], [0, 96]], [[0, 96], [5, 16]], [[0, 64], [4, 96], [2, 128]]])
