@@ -98,7 +98,8 @@ def check_own_network(spec: ModelSpec, network: nn.Module | None, where: str) ->
         UserError: It is needed and not given, or given and not needed.
     """
     if spec.network is not None and network is None:
-        raise UserError(f"{where}: its network is your own ({spec.network}); build one and pass it as network=")
+        how = "in Python, build one and pass it as network="
+        raise UserError(f"{where}: its network is your own ({spec.network}); {how}")
     if spec.network is None and network is not None:
         raise UserError(f"{where}: its network is a {spec.backbone}; leave network= out")
     return network
