@@ -42,6 +42,7 @@ _USED_WITH = (
     (r"model\.head\.(hidden|layers)", "model.head.name", ("mlp",)),
     (r"model\.head\.temperature", "model.head.name", ("cosine",)),
     (r"model\.loss\.gamma", "model.loss.name", ("focal",)),
+    (r"model\.schedule\.warmup_epochs", "model.schedule.name", ("cosine", "step", "plateau", "constant")),
     (r"model\.schedule\.min_factor", "model.schedule.name", ("cosine",)),
     (r"model\.schedule\.step_epochs", "model.schedule.name", ("step",)),
     (r"model\.schedule\.gamma", "model.schedule.name", ("step", "plateau")),
@@ -115,6 +116,10 @@ def unused(args: list[str], command: str, config: Namespace) -> Iterator[str]:
         runs = _users(key, command)
         if command not in runs:
             yield f"--{key} has no effect in {command}; it is for {', '.join(runs)}"
+        group, _, name = key.rpartition(".")
+        if config.get(f"{group}.class_path") and name not in ("class_path", "init_args", "name"):
+            yield f"--{key} has no effect with --{group}.class_path; give its arguments in init_args"
+            continue
         for pattern, chooser, choices in _USED_WITH:
             if command == "fit" and re.fullmatch(pattern, key) and config[chooser] not in choices:
                 yield f"--{key} has no effect with --{chooser} {config[chooser]}; it is for {', '.join(choices)}"

@@ -236,6 +236,7 @@ def test_settings_of_other_runs(capsys):
         ("model.strategy.frozen", "model.strategy.name", "full", "partial"),
         ("model.loss.gamma", "model.loss.name", "cross_entropy", "focal"),
         ("model.schedule.gamma", "model.schedule.name", "cosine", "plateau"),
+        ("model.schedule.warmup_epochs", "model.schedule.name", "one_cycle", "step"),
         ("model.head.hidden", "model.head.name", "linear", "mlp"),
         ("data.augment.num_ops", "data.augment.name", "light", "randaugment"),
         ("data.cache_gb", "data.cache", "none", "disk"),
@@ -246,6 +247,14 @@ def test_a_setting_of_another_choice(key, chooser, unused, used):
     (line,) = settings_parser.unused(options, "fit", Namespace({chooser: unused}))
     assert line.startswith(f"--{key} has no effect with --{chooser} {unused}; it is for ")
     assert not list(settings_parser.unused(options, "fit", Namespace({chooser: used})))
+
+
+def test_a_setting_beside_an_own_class():
+    options = ["--model.schedule.class_path=mine.Own", "--model.schedule.warmup_epochs", "3"]
+    config = Namespace({"model.schedule.class_path": "mine.Own", "model.schedule.name": "constant"})
+    assert list(settings_parser.unused(options, "fit", config)) == [
+        "--model.schedule.warmup_epochs has no effect with --model.schedule.class_path; give its arguments in init_args"
+    ]
 
 
 def test_what_the_data_decides_in_a_config(capsys):
