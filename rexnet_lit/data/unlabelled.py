@@ -1,4 +1,4 @@
-"""Training images without labels (``data.unlabelled``), which only a teacher tells the model about."""
+"""Images without labels: listed for a prediction, or to train on what a teacher says of them (``data.unlabelled``)."""
 
 from __future__ import annotations
 
